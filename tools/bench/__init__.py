@@ -1,0 +1,1 @@
+"""kvtier.tools.bench"""
