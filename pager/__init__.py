@@ -1,1 +1,1 @@
-"""kvtier.pager"""
+"""What lives where and what moves. Import the module you need; this file loads nothing."""

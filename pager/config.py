@@ -1,0 +1,151 @@
+"""Settings of a pager: one frozen dataclass, read from arguments, environment, a TOML file or defaults, in that order.
+
+Every refusal names the setting, its value and what would be accepted. Nothing here touches a disk or a device.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..tiers.errors import ConfigError
+from ..tiers.layout import parse_bytes
+
+Size = int | str
+_ENV_PREFIX = "KVTIER_"
+
+
+@dataclass(frozen=True, slots=True)
+class PagerConfig:
+    """How much memory each tier may take, where the cold tier lives, and who leaves first.
+
+    Units: sizes are bytes or text such as "8GiB"; marks are shares of the device pool; times end in _s.
+    """
+
+    device_bytes: Size
+    host_bytes: Size = 0
+    nvme_path: str | os.PathLike[str] | None = None
+    nvme_bytes: Size | None = None  # None: as much as the disk gives
+    policy: str = "lru"
+    window: int | None = None  # tokens, for policy "sliding_window"
+    sinks: int = 4  # tokens, for policy "sliding_window"
+    backend: str = "auto"  # auto | cpu | cuda
+    low_watermark: float = 0.06  # below this share of free or clean pages, write-back starts
+    high_watermark: float = 0.12  # and goes on up to this share
+    staging_bytes: Size | None = None  # part of device_bytes for streaming; None: an eighth
+    require_pinned: bool = False
+    status_socket: str | None = None  # Unix socket for pager-inspect; None: <nvme_path>/status.sock when there is a store
+    namespace_secrets: Mapping[str, str] = field(default_factory=dict)  # namespace -> hex secret
+
+    @property
+    def device_size(self) -> int:
+        return parse_bytes(self.device_bytes, name="device_bytes")
+
+    @property
+    def host_size(self) -> int:
+        return parse_bytes(self.host_bytes, name="host_bytes")
+
+    @property
+    def nvme_size(self) -> int | None:
+        return None if self.nvme_bytes is None else parse_bytes(self.nvme_bytes, name="nvme_bytes")
+
+    def secret(self, namespace: str) -> bytes:
+        return bytes.fromhex(self.namespace_secrets.get(namespace, ""))
+
+    def validate(self) -> PagerConfig:
+        """Check everything that can be checked without a disk or a device. Raises ConfigError."""
+        if self.device_size <= 0:
+            raise ConfigError(f"device_bytes={self.device_bytes!r}: the device tier needs room for at least a few blocks")
+        if self.host_size < 0 or (self.nvme_size is not None and self.nvme_size < 0):
+            raise ConfigError("host_bytes and nvme_bytes must not be negative")
+        if self.nvme_path is not None and self.host_size == 0:
+            raise ConfigError(
+                f"nvme_path={str(self.nvme_path)!r} with host_bytes=0: blocks pass through the host tier on their way to "
+                "disk; give it at least a few blocks, e.g. host_bytes='64MiB'"
+            )
+        if self.nvme_path is None and self.nvme_bytes is not None:
+            raise ConfigError(f"nvme_bytes={self.nvme_bytes!r} without nvme_path: say where the store is")
+        if not 0.0 <= self.low_watermark <= self.high_watermark < 1.0:
+            raise ConfigError(
+                f"low_watermark={self.low_watermark}, high_watermark={self.high_watermark}: "
+                "need 0 <= low_watermark <= high_watermark < 1"
+            )
+        if self.policy not in ("lru", "sliding_window"):
+            raise ConfigError(f"policy={self.policy!r} is unknown; choose lru or sliding_window")
+        if self.policy == "sliding_window" and (self.window is None or self.window < 1):
+            raise ConfigError(f"window={self.window}: policy='sliding_window' needs a window of at least 1 token")
+        if self.sinks < 0:
+            raise ConfigError(f"sinks={self.sinks}: the number of sink tokens must not be negative")
+        if self.backend not in ("auto", "cpu", "cuda"):
+            raise ConfigError(f"backend={self.backend!r} is unknown; choose auto, cpu or cuda")
+        for name, secret in self.namespace_secrets.items():
+            try:
+                too_long = len(bytes.fromhex(secret)) > 64
+            except ValueError:
+                raise ConfigError(f"namespace_secrets[{name!r}] is not hexadecimal text") from None
+            if too_long:
+                raise ConfigError(f"namespace_secrets[{name!r}] is longer than 64 bytes")
+        return self
+
+
+def load_config(
+    path: str | os.PathLike[str] | None = None, *, env: Mapping[str, str] | None = None, **overrides: Any
+) -> PagerConfig:
+    """Build a PagerConfig: override > environment (KVTIER_HOST_BYTES) > TOML file > default.
+
+    Raises: ConfigError for an unreadable file, an unknown key, a value of the wrong type, or a setting that is refused.
+    """
+    values: dict[str, Any] = _read_file(Path(path)) if path is not None else {}
+    values |= _read_environment(os.environ if env is None else env)
+    values |= {name: value for name, value in overrides.items() if value is not None}
+    known = {f.name for f in fields(PagerConfig)}
+    for name in values:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}; known: {', '.join(sorted(known))}")
+    if "device_bytes" not in values:
+        raise ConfigError("device_bytes is missing: say how much memory the device tier may take, e.g. device_bytes='2GiB'")
+    return PagerConfig(**values).validate()
+
+
+def with_changes(config: PagerConfig, **changes: Any) -> PagerConfig:
+    """A copy with some settings changed, checked again."""
+    return replace(config, **changes).validate()
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"cannot read config file {path}: {error.strerror}") from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"config file {path} is not valid TOML: {error}") from error
+
+
+def _read_environment(env: Mapping[str, str]) -> dict[str, Any]:
+    kinds = {f.name: f.type for f in fields(PagerConfig)}
+    found: dict[str, Any] = {}
+    for name, text in env.items():
+        key = name.removeprefix(_ENV_PREFIX).lower().replace("__", "_")  # KVTIER_HOST__BYTES is KVTIER_HOST_BYTES
+        if not name.startswith(_ENV_PREFIX) or key not in kinds:
+            continue  # KVTIER_DEBUG and the like belong to others
+        found[key] = _parse(key, text, str(kinds[key]))
+    return found
+
+
+def _parse(key: str, text: str, kind: str) -> Any:
+    try:
+        if kind.startswith("float"):
+            return float(text)
+        if kind.startswith("bool"):
+            return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
+        if kind.startswith("int |") or kind == "int":
+            return int(text)
+    except (ValueError, KeyError):
+        raise ConfigError(f"environment {_ENV_PREFIX}{key.upper()}={text!r} is not a {kind}") from None
+    return text

@@ -1,0 +1,282 @@
+"""The pager's shared state and its heartbeat: groups, sequences, and `advance`, which applies completions and keeps
+every tier between its watermarks.
+
+One lock guards all of it. Nothing here waits for a copy while holding the lock: waiting is `wait_until`, which lets go
+between looks. Guards the order of care: a demand copy is submitted before any write-back of the same step.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..tiers.errors import Busy, ConfigError, InvariantError
+from ..tiers.layout import KVLayout
+from ..tiers.streams import Backend
+from .accounting import Counters, Ghosts
+from .config import PagerConfig
+from .group import BlockGroup
+from .keys import KeyChain
+from .page_table import BlockTable, Sequence, num_blocks_of
+from .policy import make_policy
+from .rules import Rules
+from .sessions import SessionEntry
+from .sizing import Sizes
+from .states import NOWHERE, IntArray, PageState, SlotState
+from .streaming import StagingRing
+
+if TYPE_CHECKING:
+    from ..tiers.nvme.store import NvmeTier
+
+_LOOK_S = 0.05  # longest wait between two looks at the completions
+
+
+class Core:
+    """Everything that the parts of the pager share."""
+
+    def __init__(
+        self,
+        layouts: tuple[KVLayout, ...],
+        config: PagerConfig,
+        sizes: Sizes,
+        backend: Backend,
+        nvme: NvmeTier | None,
+        model_fingerprint: str,
+        rules: Rules,
+        clock: Callable[[], float],
+    ) -> None:
+        self.layouts, self.config, self.backend, self.nvme = layouts, config, backend, nvme
+        self.rules, self.clock = rules, clock
+        self.block_size = layouts[0].block_size
+        self.fingerprint = "|".join([model_fingerprint, *(layout.fingerprint for layout in layouts)])
+        self.counters, self.ghosts = Counters(), Ghosts()
+        self.lock = threading.RLock()
+        self.groups = [
+            BlockGroup(
+                i,
+                layout,
+                backend,
+                num_pages=sizes.pages[i],
+                num_host_slots=sizes.host_slots[i],
+                nvme=nvme,
+                policy=make_policy(config.policy, window=config.window, sinks=config.sinks, block_size=self.block_size),
+                counters=self.counters,
+                ghosts=self.ghosts,
+                rules=rules,
+                clock=clock,
+            )
+            for i, layout in enumerate(layouts)
+        ]
+        self.rings = [
+            StagingRing(group, sizes.staging_bytes[i], nvme is not None) if sizes.staging_bytes[i] else None
+            for i, group in enumerate(self.groups)
+        ]
+        self.sequences: dict[int, Sequence] = {}
+        self.sessions: dict[str, SessionEntry] = {}
+        self.is_streaming = False
+        self._next_seq = 1
+        self._chains: dict[str, KeyChain] = {}
+
+    # ------------------------------------------------------------------ sequences
+    def chain(self, namespace: str) -> KeyChain:
+        if namespace not in self._chains:
+            if not namespace or len(namespace) > 64 or not all(c.isalnum() or c in "_-" for c in namespace):
+                raise ConfigError(f"namespace={namespace!r}: use 1 to 64 letters, digits, '_' or '-'")
+            secret = self.config.secret(namespace)
+            self._chains[namespace] = KeyChain(self.fingerprint, namespace, secret, self.block_size)
+        return self._chains[namespace]
+
+    def begin(self, namespace: str) -> Sequence:
+        seq = Sequence(self._next_seq, namespace, self.chain(namespace), [BlockTable() for _ in self.groups])
+        self._next_seq += 1
+        self.sequences[seq.id] = seq
+        return seq
+
+    def sequence(self, seq_id: int) -> Sequence:
+        try:
+            return self.sequences[seq_id]
+        except KeyError:
+            raise ConfigError(f"sequence {seq_id} is unknown: it was released, parked, or never begun") from None
+
+    def idle_sequence(self, seq_id: int, verb: str) -> Sequence:
+        seq = self.sequence(seq_id)
+        if seq.num_leases:
+            raise Busy(f"sequence {seq_id} is leased: release its lease before {verb}", retry_after_s=0.01)
+        return seq
+
+    def trim(self, seq: Sequence, num_tokens: int) -> None:
+        """Cut tables to num_tokens; token ids stay."""
+        for group, table in zip(self.groups, seq.tables, strict=True):
+            group.unref(table.trim(num_blocks_of(num_tokens, self.block_size)))
+        seq.num_computed = min(seq.num_computed, num_tokens)
+
+    def drop_tables(self, seq: Sequence, *, released: bool) -> None:
+        for group, table in zip(self.groups, seq.tables, strict=True):
+            group.unref(table.trim(0), released=released)
+        seq.num_computed = 0
+
+    # ------------------------------------------------------------------ heartbeat
+    def advance(self) -> None:
+        """Apply what has finished; then keep the watermarks."""
+        for group in self.groups:
+            group.poll()
+        for group in self.groups:
+            self._balance_device(group)
+            self._balance_host(group)
+
+    def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
+        """Advance until ready() or the timeout; lets go of the lock between looks. False on timeout."""
+        deadline_s = self.clock() + timeout_s
+        while True:
+            with self.lock:
+                self.advance()
+                if ready():
+                    return True
+                stuck = not self.in_flight()
+            left_s = deadline_s - self.clock()
+            if left_s <= 0 or stuck:
+                return False
+            self.backend.wait_any(min(left_s, _LOOK_S))
+
+    def in_flight(self) -> bool:
+        return any(group.moves for group in self.groups)
+
+    def _balance_device(self, group: BlockGroup) -> None:
+        """Below the low mark of free or clean pages, write back up to the high mark."""
+        total = len(group.pages)
+        ready = group.pages.num_free + group.clean_pages()
+        underway = int((group.pages.state == PageState.WRITING_BACK).sum())
+        if ready + underway >= max(1, int(total * self.config.low_watermark)):
+            return
+        self.write_back(group, max(1, int(total * self.config.high_watermark)) - ready - underway, "writeback")
+
+    def write_back(self, group: BlockGroup, n: int, reason: str) -> int:
+        """Start copies of up to n dirty, idle blocks to the host tier. Returns how many started."""
+        if n <= 0 or not len(group.host):
+            return 0
+        dirty = group.pages.block[(group.pages.state == PageState.DIRTY) & group.pages.idle()]
+        return self.write_back_blocks(group, group.policy.victims(n, dirty), reason)
+
+    def write_back_blocks(self, group: BlockGroup, blocks: IntArray, reason: str) -> int:
+        """Demote these dirty, idle blocks as far as host slots can be had now."""
+        started = 0
+        for batch in group.batches(blocks):
+            batch = batch[: group.host_room()]
+            slots = group.take_host_slots(len(batch)) if len(batch) else None
+            if slots is None:
+                break
+            group.demote(batch, slots, reason)
+            started += len(batch)
+        return started
+
+    def _balance_host(self, group: BlockGroup) -> None:
+        """Keep a share of host slots free or also on nvme, so that write-back from the device never waits."""
+        if not group.can_write_nvme or not len(group.host):
+            return
+        d, host = group.directory, group.host
+        valid = host.state == SlotState.VALID
+        blocks = host.block[valid]
+        ready = host.num_free + int(d.nvme_valid[blocks].sum())
+        underway = int(((d.nvme_slot[blocks] >= 0) & ~d.nvme_valid[blocks]).sum())
+        if ready + underway >= max(1, int(len(host) * self.config.low_watermark)):
+            return
+        self.sink(group, max(1, int(len(host) * self.config.high_watermark)) - ready - underway, "writeback")
+
+    def sink(self, group: BlockGroup, n: int, reason: str) -> int:
+        """Start writes of up to n host-only blocks to nvme, coldest first. Returns how many started."""
+        d, host = group.directory, group.host
+        blocks = host.block[host.state == SlotState.VALID]
+        blocks = blocks[d.nvme_slot[blocks] == NOWHERE]
+        return self.sink_blocks(group, group.policy.victims(n, blocks), reason)
+
+    def sink_blocks(self, group: BlockGroup, blocks: IntArray, reason: str) -> int:
+        started = 0
+        if not group.can_write_nvme:
+            return 0
+        for batch in group.batches(blocks):
+            batch = batch[: group.nvme_room()]
+            if not len(batch):
+                break
+            started += group.write_nvme(batch, reason)
+        return started
+
+    def make_room(self, group: BlockGroup, n: int) -> bool:
+        """Whether n pages can be taken now; if not, start what will make it so."""
+        short = n - group.pages.num_free - group.clean_pages()
+        if short <= 0:
+            return True
+        short -= int((group.pages.state == PageState.WRITING_BACK).sum())
+        if short > 0 and self.write_back(group, short, "pressure") < short:
+            self.make_host_room(group, short)
+            if not group.moves:
+                group.drop_unreferenced_dirty(short)
+        return n - group.pages.num_free - group.clean_pages() <= 0
+
+    def make_host_room(self, group: BlockGroup, n: int) -> bool:
+        """Whether n host slots can be taken now; if not, start writes to nvme that will make it so."""
+        short = n - group.host_room()
+        if short <= 0:
+            return True
+        d = group.directory
+        blocks = group.host.block[group.host.state == SlotState.VALID]
+        underway = int(((d.nvme_slot[blocks] >= 0) & ~d.nvme_valid[blocks]).sum())
+        if group.can_write_nvme and short > underway:
+            self.sink(group, short - underway, "pressure")
+        return False
+
+    # ------------------------------------------------------------------ integrity
+    def check_integrity(self) -> None:
+        """Walk everything. Raises InvariantError at the first contradiction. Cost: O(blocks + pages + slots)."""
+        with self.lock:
+            for index, group in enumerate(self.groups):
+                _check_group(group, self._references(index))
+
+    def _references(self, index: int) -> Iterator[IntArray]:
+        for seq in self.sequences.values():
+            yield seq.tables[index].ids
+        for entry in self.sessions.values():
+            if entry.tables is not None:
+                yield entry.tables[index].ids
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """The lock, with completions applied first."""
+        with self.lock:
+            for group in self.groups:
+                group.poll()
+            yield
+
+
+def _check_group(group: BlockGroup, tables: Iterator[IntArray]) -> None:
+    d, pages, host = group.directory, group.pages, group.host
+    refs = np.zeros(len(d.refs), np.int64)
+    for ids in tables:
+        np.add.at(refs, ids[ids >= 0], 1)
+    _require(np.array_equal(refs, d.refs), group, "references", f"{np.flatnonzero(refs != d.refs)[:5]}")
+    used = np.flatnonzero(pages.state != PageState.FREE)
+    _require(np.array_equal(d.page[pages.block[used]], used), group, "page <-> block", f"{used[:5]}")
+    _require(pages.num_free == len(pages) - len(used), group, "free pages", f"{pages.num_free}")
+    _require(not pages.pins[pages.state == PageState.FREE].any(), group, "pins of free pages", "")
+    _require(not pages.copies[pages.state == PageState.FREE].any(), group, "copies of free pages", "")
+    _require(int((d.page[d.is_live] >= 0).sum()) == len(used), group, "pages of live blocks", f"{len(used)}")
+    held = np.flatnonzero(host.state != SlotState.NONE)
+    _require(np.array_equal(d.host_slot[host.block[held]], held), group, "host slot <-> block", f"{held[:5]}")
+    _require(host.num_free == len(host) - len(held), group, "free host slots", f"{host.num_free}")
+    for key, block in d.by_key.items():
+        _require(d.key[block] == key, group, "key <-> block", f"block {block}")
+    clean = pages.block[pages.state == PageState.RESIDENT]
+    below = d.in_host(clean) | d.nvme_valid[clean]
+    _require(bool(below.all()), group, "RESIDENT without a copy below", f"{clean[~below][:5]}")
+    if not group.moves:
+        moving = np.isin(pages.state, [PageState.FILLING, PageState.WRITING_BACK, PageState.EVICTING])
+        _require(not moving.any(), group, "moving page without a move", f"{np.flatnonzero(moving)[:5]}")
+        _require(not pages.copies.any() and not (host.state == SlotState.STAGING).any(), group, "copies left over", "")
+
+
+def _require(holds: bool, group: BlockGroup, what: str, detail: str) -> None:
+    if not holds:
+        raise InvariantError(f"group {group.index} ({group.layout.name}): {what} do not agree {detail}")

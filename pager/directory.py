@@ -1,0 +1,126 @@
+"""Directory: for every block of one layer group its key, where it is in each tier, references and version.
+
+Pure bookkeeping on arrays: no I/O, no clock, no streams. The group decides and tells us what happened. A block id is
+an index into these arrays; an id is reused only after its block has left every tier and every table.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ..tiers.errors import InvariantError
+from .states import NOWHERE, HostSlots, IntArray, Pages, SlotState
+
+_FIRST_SIZE = 1024
+
+
+class Directory:
+    """Block -> key, page, host slot, NVMe slot, references, version."""
+
+    def __init__(self, pages: Pages, host: HostSlots) -> None:
+        self.pages = pages
+        self.host = host
+        self.page = np.full(_FIRST_SIZE, NOWHERE, np.int64)
+        self.host_slot = np.full(_FIRST_SIZE, NOWHERE, np.int64)
+        self.nvme_slot = np.full(_FIRST_SIZE, NOWHERE, np.int64)
+        self.nvme_valid = np.zeros(_FIRST_SIZE, bool)  # False while the write is on its way
+        self.nvme_holds = np.zeros(_FIRST_SIZE, np.int32)
+        self.refs = np.zeros(_FIRST_SIZE, np.int32)
+        self.version = np.zeros(_FIRST_SIZE, np.int64)
+        self.tokens = np.zeros(_FIRST_SIZE, np.int32)
+        self.depth = np.zeros(_FIRST_SIZE, np.int64)
+        self.pinned_until = np.zeros(_FIRST_SIZE, np.float64)
+        self.is_live = np.zeros(_FIRST_SIZE, bool)
+        self.key: list[bytes | None] = [None] * _FIRST_SIZE
+        self.parent: list[bytes | None] = [None] * _FIRST_SIZE
+        self.by_key: dict[bytes, int] = {}
+        self._free: list[int] = list(range(_FIRST_SIZE - 1, -1, -1))
+
+    # ------------------------------------------------------------------ making and forgetting blocks
+    def create(self, depth: IntArray) -> IntArray:
+        """New live blocks in no tier, with no reference and no key."""
+        while len(self._free) < len(depth):
+            self._grow()
+        blocks = np.array([self._free.pop() for _ in range(len(depth))], np.int64)
+        self.page[blocks] = self.host_slot[blocks] = self.nvme_slot[blocks] = NOWHERE
+        self.nvme_valid[blocks] = False
+        self.nvme_holds[blocks] = 0
+        self.refs[blocks] = 0
+        self.version[blocks] = 0
+        self.tokens[blocks] = 0
+        self.pinned_until[blocks] = 0.0
+        self.depth[blocks] = depth
+        self.is_live[blocks] = True
+        return blocks
+
+    def bind(self, block: int, key: bytes, parent: bytes | None, tokens: int) -> bool:
+        """Name a block. False when another block already has that key (this one then stays private)."""
+        if self.key[block] is not None:
+            raise InvariantError(f"block {block} already has a key")
+        if key in self.by_key:
+            return False
+        self.by_key[key] = block
+        self.key[block] = key
+        self.parent[block] = parent
+        self.tokens[block] = tokens
+        return True
+
+    def forget(self, block: int) -> None:
+        """The block has left every tier and every table: its id may be reused."""
+        if self.refs[block] or self.page[block] >= 0 or self.host_slot[block] >= 0 or self.nvme_slot[block] >= 0:
+            raise InvariantError(
+                f"block {block}: forgotten with refs={self.refs[block]} page={self.page[block]} "
+                f"host={self.host_slot[block]} nvme={self.nvme_slot[block]}"
+            )
+        self.unbind(block)
+        self.is_live[block] = False
+        self._free.append(block)
+
+    def unbind(self, block: int) -> None:
+        key = self.key[block]
+        if key is not None:
+            del self.by_key[key]
+            self.key[block] = None
+            self.parent[block] = None
+
+    # ------------------------------------------------------------------ questions
+    def find(self, keys: list[bytes]) -> IntArray:
+        """Block ids by key, NOWHERE where unknown."""
+        get = self.by_key.get
+        return np.fromiter((get(key, NOWHERE) for key in keys), np.int64, len(keys))
+
+    def in_device(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
+        return self.pages.readable(self.page[blocks])
+
+    def in_host(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
+        slots = self.host_slot[blocks]
+        return (slots >= 0) & (self.host.state[np.maximum(slots, 0)] == SlotState.VALID) if len(self.host) else slots >= 0
+
+    def on_nvme(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
+        return self.nvme_valid[blocks]
+
+    def is_valid(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether some tier holds a whole copy. Blocks of NOWHERE (-1) are not."""
+        safe = np.maximum(blocks, 0)
+        return (blocks >= 0) & (self.in_device(safe) | self.in_host(safe) | self.on_nvme(safe))
+
+    def live(self) -> IntArray:
+        return np.flatnonzero(self.is_live)
+
+    def _grow(self) -> None:
+        old = len(self.page)
+        new = 2 * old
+        for name, fill in (("page", NOWHERE), ("host_slot", NOWHERE), ("nvme_slot", NOWHERE)):
+            setattr(self, name, _extended(getattr(self, name), new, fill))
+        for name in ("nvme_valid", "nvme_holds", "refs", "version", "tokens", "depth", "pinned_until", "is_live"):
+            setattr(self, name, _extended(getattr(self, name), new, 0))
+        self.key.extend([None] * old)
+        self.parent.extend([None] * old)
+        self._free[:0] = range(new - 1, old - 1, -1)
+
+
+def _extended(array: npt.NDArray[np.generic], size: int, fill: int) -> npt.NDArray[np.generic]:
+    grown = np.full(size, fill, array.dtype)
+    grown[: len(array)] = array
+    return grown

@@ -1,0 +1,107 @@
+"""Lease: the only way to a block table. Its pages are resident, pinned, and their copies have been waited for.
+
+The pager fills a lease; the engine reads tables and slot mapping from it, runs its kernels, and says `commit` when the
+new tokens' K/V are written. Releasing records what the compute stream has submitted, so that no later copy overtakes it
+(rules 2 and 3). A lease that is released without commit leaves the sequence as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from .states import IntArray
+from .streaming import SliceStream, Staged
+
+if TYPE_CHECKING:
+    from .pager import Pager
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Tokens [start, end) of a sequence that one step will compute."""
+
+    seq: int
+    start: int
+    end: int
+
+
+@dataclass(slots=True)
+class GroupLease:
+    """What a lease holds in one layer group."""
+
+    tables: npt.NDArray[np.int32]  # [spans, max_blocks], compact; -1 behind the end
+    kv_lens: npt.NDArray[np.int32]  # [spans], compact lengths, new tokens included
+    slots: IntArray  # [new tokens]: page * block_size + offset
+    pinned: list[IntArray] = field(default_factory=list)  # pages
+    written: list[IntArray] = field(default_factory=list)  # pages
+    new_blocks: list[tuple[int, int, IntArray]] = field(default_factory=list)  # (seq, first logical block, block ids)
+    stream: SliceStream | None = None
+
+
+class Lease:
+    """Pinned, resident pages for one step over some spans.
+
+    Shapes: cu_q int32 [spans + 1]; tables[g] int32 [spans, max_blocks]; kv_lens[g] int32 [spans]; slots[g] int64
+    [cu_q[-1]]. Tables are compact: blocks that the group dropped or streams are left out and kv_lens count only what the
+    table lists, so a kernel never meets a hole. Distances to the newest token stay true within the window.
+    """
+
+    def __init__(self, pager: Pager, spans: list[Span]) -> None:
+        self._pager = pager
+        self.spans = spans
+        self.cu_q = np.concatenate([[0], np.cumsum([s.end - s.start for s in spans])]).astype(np.int32)
+        self.groups: list[GroupLease] = []
+        self.wait_s = 0.0  # how long the caller waited for blocks
+        self.is_streamed = False
+        self.holds_sequences = False
+        self._is_released = False
+        self._is_committed = False
+
+    @property
+    def tables(self) -> list[npt.NDArray[np.int32]]:
+        return [g.tables for g in self.groups]
+
+    @property
+    def kv_lens(self) -> list[npt.NDArray[np.int32]]:
+        return [g.kv_lens for g in self.groups]
+
+    @property
+    def slots(self) -> list[IntArray]:
+        return [g.slots for g in self.groups]
+
+    def stream(self, group: int, layer: int) -> Iterator[Staged]:
+        """Context that is not resident, as staged layer slices; empty when everything is. `layer` counts in the group.
+
+        Raises: BlockMissError when a block could not be read back; release the lease and compute from num_computed.
+        """
+        stream = self.groups[group].stream
+        if stream is None:
+            return iter(())
+        return self._pager.stream_layer(self, group, stream, layer)
+
+    def commit(self) -> None:
+        """The K/V of all new tokens are submitted for writing: they count as computed from here on."""
+        if self._is_released or self._is_committed:
+            raise RuntimeError("lease: commit after release, or twice")
+        self._is_committed = True
+        self._pager.commit_lease(self)
+
+    def release(self) -> None:
+        """Unpin. Without a commit before it, the new tokens do not count as computed."""
+        if not self._is_released:
+            self._is_released = True
+            self._pager.release_lease(self, committed=self._is_committed)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

@@ -1,0 +1,325 @@
+"""Filling a lease: promote what is needed, make new pages, copy on write, decide what is streamed, pin all of it.
+
+Works in rounds under the lock: look, start copies, let go, wait, look again. Whatever fails, the half-filled lease is
+released and the sequence is as it was. Guards the residency rule: a table names only pages that are readable and pinned
+(rule 1), and an append waits for a copy-out of its page (rule 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..tiers.errors import BlockMissError, Busy, ConfigError, TierFullError
+from .core import Core
+from .group import BlockGroup
+from .lease import GroupLease, Lease, Span
+from .page_table import Sequence, num_blocks_of, visible_blocks
+from .prefix import rewind
+from .rules import Rule
+from .states import IntArray, PageState
+from .streaming import SliceStream
+
+_MAX_ROUND_WAIT_S = 0.05
+
+
+@dataclass(slots=True)
+class _Need:
+    """One span in one group: logical blocks it reads, in order, and how many new ones it writes."""
+
+    seq: Sequence
+    context: IntArray  # logical indices of blocks that exist
+    context_ids: IntArray
+    writes_tail: bool  # the last context block is partly filled and will be appended to
+    num_new: int
+    first_new: int
+
+
+class LeaseFiller:
+    """Fills one lease after another; the pager owns it."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    def fill(self, lease: Lease, timeout_s: float, allow_streaming: bool) -> None:
+        """Raises: TierFullError, BlockMissError, ConfigError, Busy; see Pager.lease."""
+        core = self._core
+        deadline_s = core.clock() + timeout_s
+        started_s = core.clock()
+        with core.locked():
+            self._check_spans(lease.spans)
+            for span in lease.spans:
+                core.sequences[span.seq].num_leases += 1
+            lease.holds_sequences = True
+        for group in core.groups:
+            held = GroupLease(np.empty((0, 0), np.int32), np.empty(0, np.int32), np.empty(0, np.int64))
+            lease.groups.append(held)
+            self._fill_group(lease, held, group, deadline_s, allow_streaming)
+        lease.wait_s = core.clock() - started_s
+        core.counters.add("lease_wait_seconds", lease.wait_s)
+
+    def _check_spans(self, spans: list[Span]) -> None:
+        if not spans:
+            raise ConfigError("lease: no spans; give at least one Span(seq, start, end)")
+        if len({span.seq for span in spans}) != len(spans):
+            raise ConfigError("lease: a sequence appears twice; one span per sequence and step")
+        for span in spans:
+            seq = self._core.idle_sequence(span.seq, "leasing it again")
+            if span.start != seq.num_computed:
+                raise ConfigError(f"lease: span starts at {span.start}, sequence {span.seq} has {seq.num_computed} computed")
+            if not span.start < span.end <= len(seq.token_ids):
+                raise ConfigError(
+                    f"lease: span [{span.start}, {span.end}) of sequence {span.seq} is empty or passes its "
+                    f"{len(seq.token_ids)} known tokens; append the token ids first"
+                )
+
+    # ------------------------------------------------------------------ one group
+    def _fill_group(
+        self, lease: Lease, held: GroupLease, group: BlockGroup, deadline_s: float, allow_streaming: bool
+    ) -> None:
+        core = self._core
+        with core.locked():
+            needs = [self._need(group, span) for span in lease.spans]
+            streamed = self._choose_streamed(group, needs, len(lease.spans) == 1 and allow_streaming)
+            resident = np.unique(np.concatenate([n.context_ids for n in needs]))
+            resident = np.setdiff1d(resident, streamed)
+            for need in needs:
+                distance = (num_blocks_of(need.seq.num_computed, core.block_size) - 1 - need.context) * core.block_size
+                group.touch(need.context_ids, distance)
+        self._bring_in(lease, held, group, resident, deadline_s)
+        for span, need in zip(lease.spans, needs, strict=True):
+            self._add_writable(held, group, need, deadline_s)
+        if len(streamed):
+            self._open_stream(lease, held, group, streamed, deadline_s)
+        with core.locked():
+            self._write_tables(lease, held, group, streamed)
+
+    def _need(self, group: BlockGroup, span: Span) -> _Need:
+        core, seq = self._core, self._core.sequences[span.seq]
+        table, size = seq.tables[group.index].ids, core.block_size
+        logical = visible_blocks(group.layout, span.start, span.end)
+        num_existing = num_blocks_of(span.start, size)
+        context = logical[logical < num_existing]
+        ids = table[context]
+        valid = group.directory.is_valid(ids)
+        if not valid.all():
+            self._lost(seq, int(context[np.argmin(valid)]))
+        num_new = num_blocks_of(span.end, size) - num_existing
+        return _Need(seq, context, ids, span.start % size != 0, num_new, num_existing)
+
+    def _lost(self, seq: Sequence, logical: int) -> None:
+        """A block of this sequence is gone: count only what lies before it, and say so."""
+        core = self._core
+        had = seq.num_computed
+        rewind(core, seq, logical * core.block_size)
+        core.counters.add("lost_tokens", had - seq.num_computed)
+        raise BlockMissError(
+            f"sequence {seq.id}: block {logical} is in no tier any more; compute again from token {seq.num_computed}",
+            seq=seq.id,
+            num_valid=seq.num_computed,
+        )
+
+    # ------------------------------------------------------------------ what fits
+    def _choose_streamed(self, group: BlockGroup, needs: list[_Need], may_stream: bool) -> IntArray:
+        """Ids of context blocks that stay below and are streamed; empty when everything fits."""
+        pages, context = group.pages, np.unique(np.concatenate([n.context_ids for n in needs]))
+        new = sum(n.num_new + self._copies_tail(group, n) for n in needs)
+        foreign = int((pages.pins > 0).sum()) - int((pages.pins[np.maximum(group.directory.page[context], 0)] > 0).sum())
+        room = len(pages) - max(foreign, 0) - new
+        if len(context) <= room:
+            return context[:0]
+        ring = self._core.rings[group.index]
+        keep = sum(n.writes_tail for n in needs)
+        if not may_stream or ring is None or room < keep:
+            raise TierFullError(
+                f"device tier: {len(context) + new} pages of layer group {group.layout.name!r} are needed at once, "
+                f"{max(room + new, 0)} of {len(pages)} can be had; run fewer sequences or a smaller chunk per step, "
+                "or raise device_bytes",
+                retry_after_s=0.01,
+            )
+        if self._core.is_streaming:
+            raise TierFullError("device tier: another streamed step holds the staging ring", retry_after_s=0.01)
+        order = needs[0].context_ids
+        full = order[: len(order) - 1] if needs[0].writes_tail else order
+        budget = room - keep
+        inside = group.directory.in_device(full)
+        chosen = np.concatenate([full[inside], full[~inside]])[:budget]
+        return np.setdiff1d(full, chosen)
+
+    def _copies_tail(self, group: BlockGroup, need: _Need) -> int:
+        if not need.writes_tail:
+            return 0
+        block = int(need.context_ids[-1])
+        return int(group.directory.key[block] is not None or group.directory.refs[block] > 1)
+
+    # ------------------------------------------------------------------ promotion
+    def _bring_in(
+        self, lease: Lease, held: GroupLease, group: BlockGroup, blocks: IntArray, deadline_s: float
+    ) -> None:
+        """Make all these blocks readable in the device tier and pin them, as they come."""
+        core = self._core
+        waiting = blocks
+        while True:
+            with core.locked():
+                ready = group.directory.in_device(waiting)
+                if not core.rules.holds(Rule.PUBLISH_AFTER_COPY_IN):
+                    ready |= group.directory.page[waiting] >= 0  # a test took rule 1 out
+                self._pin(held, group, group.directory.page[waiting[ready]])
+                waiting = waiting[~ready]
+                if not len(waiting):
+                    return
+                self._raise_if_lost(lease, group, waiting)
+                started = self._start_promotions(group, waiting)
+                self._require_progress(group, started, deadline_s, len(waiting))
+            core.backend.wait_any(_MAX_ROUND_WAIT_S)
+
+    def _pin(self, held: GroupLease, group: BlockGroup, pages: IntArray) -> None:
+        group.pages.pins[pages] += 1
+        held.pinned.append(pages)
+
+    def _raise_if_lost(self, lease: Lease, group: BlockGroup, blocks: IntArray) -> None:
+        d = group.directory
+        gone = blocks[~d.is_valid(blocks) & (d.page[blocks] < 0) & (d.host_slot[blocks] < 0)]
+        if not len(gone):
+            return
+        for span in lease.spans:
+            seq = self._core.sequences[span.seq]
+            hit = np.flatnonzero(np.isin(seq.tables[group.index].ids, gone))
+            if len(hit):
+                self._lost(seq, int(hit[0]))
+
+    def _start_promotions(self, group: BlockGroup, blocks: IntArray) -> int:
+        """Start demand copies for blocks that are nowhere on their way yet. Returns how many copies started."""
+        d, core, started = group.directory, self._core, 0
+        still = blocks[d.page[blocks] < 0]
+        from_host = still[d.in_host(still)]
+        if len(from_host):
+            core.make_room(group, len(from_host))
+            fit = min(len(from_host), group.pages.num_free + group.clean_pages())
+            for batch in group.batches(from_host[:fit]):
+                pages = group.take_pages(len(batch))
+                if pages is None:
+                    break
+                group.promote(batch, pages, "demand")
+                started += len(batch)
+        from_nvme = still[(d.host_slot[still] < 0) & d.nvme_valid[still]]
+        if len(from_nvme):
+            core.make_host_room(group, len(from_nvme))
+            for batch in group.batches(from_nvme[: group.host_room()]):
+                slots = group.take_host_slots(len(batch))
+                if slots is None:
+                    break
+                group.read_nvme(batch, slots, "demand")
+                started += len(batch)
+        return started
+
+    def _require_progress(self, group: BlockGroup, started: int, deadline_s: float, waiting: int) -> None:
+        core = self._core
+        if core.clock() > deadline_s:
+            raise Busy(f"lease: still waiting for {waiting} blocks of group {group.layout.name!r}", retry_after_s=0.1)
+        if not started and not core.in_flight():
+            raise TierFullError(
+                f"device tier: no page of layer group {group.layout.name!r} can be freed for {waiting} more blocks: "
+                f"{int((group.pages.pins > 0).sum())} of {len(group.pages)} are pinned and the tiers below have no room; "
+                "raise host_bytes or nvme_bytes, or release sequences",
+                retry_after_s=0.05,
+            )
+
+    # ------------------------------------------------------------------ pages to write to
+    def _add_writable(self, held: GroupLease, group: BlockGroup, need: _Need, deadline_s: float) -> None:
+        core = self._core
+        copies = self._copies_tail(group, need)
+        count = need.num_new + copies
+        while count:
+            with core.locked():
+                core.make_room(group, count)
+                pages = group.take_pages(count)
+                if pages is not None:
+                    self._take_new(held, group, need, pages, copies)
+                    break
+                self._require_progress(group, 0, deadline_s, count)
+            core.backend.wait_any(_MAX_ROUND_WAIT_S)
+        if need.writes_tail and not copies:
+            with core.locked():
+                self._append_in_place(held, group, int(need.context_ids[-1]))
+
+    def _take_new(self, held: GroupLease, group: BlockGroup, need: _Need, pages: IntArray, copies: int) -> None:
+        d, table = group.directory, need.seq.tables[group.index]
+        if copies:
+            source = int(need.context_ids[-1])
+            block = d.create(np.array([need.first_new - 1]))
+            group.adopt_page(block, pages[:1])
+            group.ref(block)
+            rows = group.pool.rows
+            self._core.backend.compute.copy_rows(rows, pages[:1], rows, d.page[[source]])
+            table.ids[need.first_new - 1] = block[0]
+            need.context_ids = np.concatenate([need.context_ids[:-1], block])
+            group.unref(np.array([source]))
+            self._core.counters.add("copy_on_write_blocks", 1)
+            self._pin(held, group, pages[:1])
+            held.written.append(pages[:1])
+        if need.num_new:
+            new_pages = pages[copies:]
+            blocks = d.create(np.arange(need.first_new, need.first_new + need.num_new))
+            group.adopt_page(blocks, new_pages)
+            group.ref(blocks)
+            table.extend(blocks)
+            held.new_blocks.append((need.seq.id, need.first_new, blocks))
+            self._pin(held, group, new_pages)
+            held.written.append(new_pages)
+
+    def _append_in_place(self, held: GroupLease, group: BlockGroup, block: int) -> None:
+        page = group.directory.page[[block]]
+        if group.pages.state[page[0]] == PageState.WRITING_BACK and self._core.rules.holds(
+            Rule.WRITTEN_DURING_COPY_OUT_IS_DIRTY
+        ):
+            for event in group.pages.pending(group.pages.copy_out, page):
+                self._core.backend.compute.wait(event)  # rule 4: an append waits for the copy-out
+        group.mark_written(block)
+        held.written.append(page)
+
+    # ------------------------------------------------------------------ tables
+    def _open_stream(
+        self, lease: Lease, held: GroupLease, group: BlockGroup, streamed: IntArray, deadline_s: float
+    ) -> None:
+        """Once every streamed block has a copy below: hold those copies and open the ring over them."""
+        core, d, ring = self._core, group.directory, self._core.rings[group.index]
+        assert ring is not None
+        seq = core.sequences[lease.spans[0].seq]
+        while True:
+            with core.locked():
+                alone = streamed[~(d.in_host(streamed) | d.nvme_valid[streamed])]
+                self._raise_if_lost(lease, group, alone)
+                if not len(alone):
+                    ids = seq.tables[group.index].ids
+                    held.stream = SliceStream(group, ring, ids[np.isin(ids, streamed)])
+                    lease.is_streamed = core.is_streaming = True
+                    return
+                pages = d.page[alone]
+                dirty = alone[(group.pages.state[pages] == PageState.DIRTY) & group.pages.idle()[pages]]
+                core.make_host_room(group, len(dirty))
+                started = core.write_back_blocks(group, dirty, "pressure")
+                self._require_progress(group, started, deadline_s, len(alone))
+            core.backend.wait_any(_MAX_ROUND_WAIT_S)
+
+    def _write_tables(self, lease: Lease, held: GroupLease, group: BlockGroup, streamed: IntArray) -> None:
+        core, size, d = self._core, self._core.block_size, group.directory
+        rows, lens, slots = [], [], []
+        for span in lease.spans:
+            table = core.sequences[span.seq].tables[group.index].ids
+            logical = visible_blocks(group.layout, span.start, span.end)
+            blocks = table[logical]
+            keep = ~np.isin(blocks, streamed) if len(streamed) else np.ones(len(blocks), bool)
+            pages = d.page[blocks[keep]]
+            rows.append(pages)
+            lens.append(span.end - (num_blocks_of(span.end, size) - len(pages)) * size)
+            position = np.arange(span.start, span.end)
+            slots.append(d.page[table[position // size]] * size + position % size)
+        width = max(len(pages) for pages in rows)
+        held.tables = np.full((len(rows), width), -1, np.int32)
+        for i, pages in enumerate(rows):
+            held.tables[i, : len(pages)] = pages
+        held.kv_lens = np.array(lens, np.int32)
+        held.slots = np.concatenate(slots)
+

@@ -1,0 +1,532 @@
+"""Pager: the public face. Sequences, leases, hints, sessions and status, for one process.
+
+    engine --- begin / attach / append / lease / commit / park ---> Pager --- core, leasing, prefix, parking ---> groups
+
+Every public call may be made from any thread; a call that can wait takes timeout_s. The daemon will serve this same
+interface. A cache of ours may answer "miss" at any time; it never answers wrong and never stops its engine.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ..tiers.backends import get_backend
+from ..tiers.errors import BlockMissError, Busy, ConfigError, KvTierError
+from ..tiers.layout import KVLayout
+from ..tiers.streams import Backend
+from .accounting import Counters
+from .config import PagerConfig
+from .core import Core
+from .lease import Lease, Span
+from .leasing import LeaseFiller
+from .page_table import dropped_from_window, needed_pages, num_blocks_of
+from .parking import Parking
+from .prefix import Match, adopt, next_cached_block, peek, rewind
+from .prefetching import Prefetcher
+from .rules import ALL_RULES, Rules
+from .sessions import ParkedSession
+from .sizing import plan_sizes
+from .states import NOWHERE, IntArray, PageState, SlotState
+from .status import StatusServer, pager_status
+from .streaming import CorruptSliceError, SliceStream, Staged
+
+_IDLE_LOOK_S = 0.5  # the background thread looks this often even when nothing signals progress
+
+
+class Pager:
+    """Moves KV blocks between device, host and nvme; hands out leases on resident pages."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._filler = LeaseFiller(core)
+        self._parking = Parking(core)
+        self._prefetcher = Prefetcher(core)
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._status_server: StatusServer | None = None
+        self._is_closed = False
+
+    @classmethod
+    def open(
+        cls,
+        layout: KVLayout | Sequence[KVLayout],
+        config: PagerConfig,
+        *,
+        model_fingerprint: str = "",
+        backend: Backend | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        rules: Rules = ALL_RULES,
+    ) -> Pager:
+        """Open an embedded pager over one layout, or one per layer group.
+
+        Raises: ConfigError when a setting is refused, a tier is too small, or the store cannot be used
+        (StoreMismatchError: another model, layout or format; StoreLockedError: another process has it).
+        """
+        layouts = (layout,) if isinstance(layout, KVLayout) else tuple(layout)
+        if not layouts or len({g.block_size for g in layouts}) != 1:
+            raise ConfigError(f"layout: need at least one layer group, all of one block_size; got {layouts}")
+        config.validate()
+        sizes = plan_sizes(
+            layouts,
+            config.device_size,
+            config.host_size,
+            None if config.staging_bytes is None else int(_size(config.staging_bytes)),
+            config.nvme_path is not None,
+        )
+        owned = backend is None
+        backend = backend or get_backend(config.backend)
+        try:
+            if config.require_pinned and not backend.pinned:
+                raise ConfigError("require_pinned=True, but this backend cannot pin host memory; see `kvtier doctor`")
+            nvme = _open_nvme(layouts, config, backend, model_fingerprint)
+        except KvTierError:
+            if owned:
+                backend.close(5.0)
+            raise
+        pager = cls(Core(layouts, config, sizes, backend, nvme, model_fingerprint, rules, clock))
+        pager._parking.recover()
+        pager._start()
+        return pager
+
+    # ------------------------------------------------------------------ what it is
+    @property
+    def layouts(self) -> tuple[KVLayout, ...]:
+        return self._core.layouts
+
+    @property
+    def block_size(self) -> int:
+        return self._core.block_size
+
+    @property
+    def backend(self) -> Backend:
+        return self._core.backend
+
+    @property
+    def counters(self) -> Counters:
+        return self._core.counters
+
+    def device_rows(self, group: int) -> Any:
+        """The device pool of a layer group: uint8 rows [pages, block_bytes] at a stable address."""
+        return self._core.groups[group].pool.rows
+
+    def capacity_tokens(self) -> int:
+        """Tokens of one sequence that all tiers together can hold."""
+        return min(
+            (self._blocks_held(i) - 2) * self.block_size for i, g in enumerate(self.layouts) if g.window is None
+        ) if any(g.window is None for g in self.layouts) else 1 << 40
+
+    def _blocks_held(self, index: int) -> int:
+        """Blocks that can be stored at once. The cold tier must take all that the others push down."""
+        group = self._core.groups[index]
+        below = group.nvme.num_slots(index) if group.nvme is not None else len(group.host)
+        if self._core.rings[index] is None:
+            return len(group.pages)
+        return below + len(group.pages) if group.nvme is None else max(below, len(group.pages))
+
+    def max_span_tokens(self) -> int:
+        """Longest span that a lease can take whatever the context is (streaming the rest of it)."""
+        spans = []
+        for index, group in enumerate(self._core.groups):
+            spare = len(group.pages) - 3
+            window = group.layout.window
+            if window is not None:
+                spare -= num_blocks_of(window + group.layout.sinks, self.block_size) + 1
+            elif self._core.rings[index] is not None:
+                spare = len(group.pages) // 2  # leaves the other half to resident context
+            spans.append(max(spare, 0) * self.block_size)
+        return min(spans)
+
+    # ------------------------------------------------------------------ sequences
+    def begin(self, namespace: str = "default") -> int:
+        """A new, empty sequence."""
+        with self._core.lock:
+            return self._core.begin(namespace).id
+
+    def append(self, seq: int, token_ids: Sequence[int]) -> None:
+        """Tokens that the sequence is going to compute, in order."""
+        with self._core.lock:
+            self._core.sequence(seq).token_ids.extend(token_ids)
+
+    def token_ids(self, seq: int) -> list[int]:
+        return list(self._core.sequence(seq).token_ids)
+
+    def num_computed(self, seq: int) -> int:
+        return self._core.sequence(seq).num_computed
+
+    def match(self, token_ids: Sequence[int], namespace: str = "default") -> Match:
+        """The longest usable cached prefix of a prompt, by tier. Changes nothing, counts nothing."""
+        with self._core.locked():
+            return peek(self._core, namespace, list(token_ids))
+
+    def attach(self, seq: int, token_ids: Sequence[int]) -> Match:
+        """An empty sequence takes over the longest cached prefix of these tokens. Append the rest afterwards.
+
+        Afterwards the sequence's token ids are the matched prefix. Hits are counted for the tier that holds them now.
+        """
+        with self._core.locked():
+            state = self._core.idle_sequence(seq, "attaching")
+            if state.token_ids:
+                raise ConfigError(f"sequence {seq} is not empty; attach comes first, then append")
+            state.token_ids = list(token_ids)
+            match = adopt(self._core, state, len(state.token_ids))
+            del state.token_ids[state.num_computed :]
+            self._core.counters.add("miss_tokens", len(token_ids) - match.tokens)
+            self._core.counters.add("ghost_tokens", match.ghost_tokens)
+            return match
+
+    def plan_prefill(self, seq: int, max_tokens: int) -> int:
+        """How many tokens to compute next, at most max_tokens; adopts first what others have computed meanwhile.
+
+        Never reaches into a block that is cached already (a sequence that lost one block computes only that one), and
+        leaves the last token to compute, because its logits are stored nowhere.
+        """
+        with self._core.locked():
+            state = self._core.idle_sequence(seq, "planning")
+            if state.num_computed % self.block_size == 0:
+                adopt(self._core, state, len(state.token_ids) - 1)
+            end = min(len(state.token_ids), state.num_computed + max_tokens)
+            cached = next_cached_block(self._core, state, end)
+            if cached is not None and cached * self.block_size < end:
+                end = cached * self.block_size
+            return end - state.num_computed
+
+    def truncate(self, seq: int, num_tokens: int) -> int:
+        """Forget the tokens past num_tokens. Returns how many of the rest still count as computed."""
+        with self._core.locked():
+            state = self._core.idle_sequence(seq, "truncating")
+            if not 0 <= num_tokens <= len(state.token_ids):
+                raise ConfigError(f"truncate: num_tokens={num_tokens}, the sequence has {len(state.token_ids)}")
+            del state.token_ids[num_tokens:]
+            del state.keys[num_tokens // self.block_size :]
+            rewind(self._core, state, min(num_tokens, state.num_computed))
+            return state.num_computed
+
+    def fork(self, seq: int) -> int:
+        """A second sequence over the same blocks; whoever writes first copies."""
+        with self._core.locked():
+            parent = self._core.idle_sequence(seq, "forking")
+            child = self._core.begin(parent.namespace)
+            child.token_ids, child.keys = list(parent.token_ids), list(parent.keys)
+            child.num_computed = parent.num_computed
+            child.tables = [table.copy() for table in parent.tables]
+            for group, table in zip(self._core.groups, child.tables, strict=True):
+                group.ref(table.ids[table.ids >= 0])
+            return child.id
+
+    def finish(self, seq: int) -> None:
+        """The sequence ends; its blocks stay as cache by recency."""
+        self._end(seq, released=False)
+
+    def release(self, seq: int) -> None:
+        """The sequence ends and will not be used again: its blocks are the first to leave."""
+        self._end(seq, released=True)
+
+    def _end(self, seq: int, *, released: bool) -> None:
+        with self._core.locked():
+            state = self._core.idle_sequence(seq, "ending it")
+            self._core.drop_tables(state, released=released)
+            del self._core.sequences[seq]
+
+    # ------------------------------------------------------------------ leases
+    def lease(self, spans: Sequence[Span], *, timeout_s: float = 30.0, allow_streaming: bool = True) -> Lease:
+        """Pages for one step: context resident and pinned (or streamed, one span only), new tokens with a place.
+
+        Raises: TierFullError when these spans cannot be pinned together (take fewer, or shorter ones); BlockMissError
+        when a block is lost (num_valid tokens still count, compute from there); Busy after timeout_s.
+        """
+        lease = Lease(self, list(spans))
+        try:
+            self._filler.fill(lease, timeout_s, allow_streaming)
+        except BaseException:
+            lease.release()
+            raise
+        return lease
+
+    def stream_layer(self, lease: Lease, group: int, stream: SliceStream, layer: int) -> Iterator[Staged]:
+        """See Lease.stream."""
+        try:
+            yield from stream.layer(layer)
+        except CorruptSliceError as error:
+            self._lose(lease.spans[0].seq, group, error.blocks)
+
+    def _lose(self, seq_id: int, group: int, blocks: IntArray) -> None:
+        with self._core.lock:
+            held = self._core.groups[group]
+            bad = blocks[held.directory.nvme_valid[blocks]]
+            held.lose_nvme_copies(bad)
+            ids = self._core.sequence(seq_id).tables[group].ids
+            first = int(np.flatnonzero(np.isin(ids, blocks))[0])
+        raise BlockMissError(
+            f"sequence {seq_id}: block {first} could not be read back; release the lease and compute again from token "
+            f"{first * self.block_size}",
+            seq=seq_id,
+            num_valid=first * self.block_size,
+        )
+
+    def commit_lease(self, lease: Lease) -> None:
+        """See Lease.commit."""
+        core = self._core
+        with core.lock:
+            event = core.backend.compute.record()
+            for group, held in zip(core.groups, lease.groups, strict=True):
+                for pages in held.written:
+                    group.pages.note_event(group.pages.last_write, pages, event)
+            for span in lease.spans:
+                seq = core.sequences[span.seq]
+                seq.num_computed = span.end
+                self._name_full_blocks(span)
+                for group, table in zip(core.groups, seq.tables, strict=True):
+                    dead = dropped_from_window(group.layout, table.ids, span.end)
+                    blocks = table.ids[dead]
+                    table.ids[dead] = NOWHERE
+                    group.unref(blocks)
+            core.counters.add("computed_tokens", int(lease.cu_q[-1]))
+
+    def _name_full_blocks(self, span: Span) -> None:
+        core, size = self._core, self.block_size
+        seq = core.sequences[span.seq]
+        first, end = span.start // size, span.end // size
+        seq.chain.extend(seq.keys, seq.token_ids[: end * size])
+        for group, table in zip(core.groups, seq.tables, strict=True):
+            for i in range(first, end):  # one or two per decode step, a chunk's worth per prefill step
+                block, parent = int(table.ids[i]), seq.keys[i - 1] if i else None
+                if block >= 0 and group.directory.key[block] is None:
+                    if group.directory.bind(block, seq.keys[i], parent, size):
+                        core.ghosts.forget(seq.keys[i])
+                    else:
+                        self._use_twin(group, table.ids, i, seq.keys[i])
+
+    def _use_twin(self, group: Any, ids: IntArray, index: int, key: bytes) -> None:
+        """Another sequence computed the same block first: share that one, ours goes when its pins do."""
+        twin = np.array([group.directory.by_key[key]])
+        if group.directory.is_valid(twin)[0]:
+            own = ids[index]
+            ids[index] = twin[0]
+            group.ref(twin)
+            group.unref(np.array([own]))
+
+    def release_lease(self, lease: Lease, *, committed: bool) -> None:
+        """See Lease.release."""
+        core = self._core
+        for held in lease.groups:
+            if held.stream is not None:
+                held.stream.close()
+        with core.lock:
+            if lease.is_streamed:
+                core.is_streaming = False
+            event = core.backend.compute.record() if lease.groups else None
+            for group, held in zip(core.groups, lease.groups, strict=False):
+                for pages in held.pinned:
+                    group.pages.pins[pages] -= 1
+                    if event is not None:
+                        group.pages.note_event(group.pages.last_read, pages, event)
+                if not committed:
+                    self._undo_new_blocks(group, held.new_blocks)
+                blocks = np.concatenate([group.pages.block[p] for p in held.pinned] or [np.empty(0, np.int64)])
+                blocks = blocks[blocks >= 0]
+                group.discard_dead(blocks[group.directory.refs[blocks] == 0])
+            if lease.holds_sequences:
+                for span in lease.spans:
+                    core.sequences[span.seq].num_leases -= 1
+                self._rewind_if_lost(lease, committed)
+            core.advance()
+        self._wake.set()
+
+    def _undo_new_blocks(self, group: Any, new_blocks: list[tuple[int, int, IntArray]]) -> None:
+        for seq_id, first, _ in new_blocks:
+            group.unref(self._core.sequences[seq_id].tables[group.index].trim(first))
+
+    def _rewind_if_lost(self, lease: Lease, committed: bool) -> None:
+        """After a failed step: a table that names a lost block is cut before it."""
+        if committed:
+            return
+        for span in lease.spans:
+            seq = self._core.sequences[span.seq]
+            for group, table in zip(self._core.groups, seq.tables, strict=True):
+                held = np.flatnonzero(table.ids >= 0)
+                lost = held[~group.directory.is_valid(table.ids[held]) & (group.directory.page[table.ids[held]] < 0)]
+                if len(lost):
+                    had = seq.num_computed
+                    rewind(self._core, seq, int(lost[0]) * self.block_size)
+                    self._core.counters.add("lost_tokens", had - seq.num_computed)
+
+    # ------------------------------------------------------------------ hints
+    def pin(self, seq: int, ttl_s: float) -> None:
+        """Keep the blocks of this sequence from leaving any tier for ttl_s seconds, also after it has ended."""
+        with self._core.lock:
+            until_s = self._core.clock() + ttl_s
+            for group, table in zip(self._core.groups, self._core.sequence(seq).tables, strict=True):
+                held = table.ids[table.ids >= 0]
+                group.directory.pinned_until[held] = np.maximum(group.directory.pinned_until[held], until_s)
+
+    def prefetch(self, seq: int) -> int:
+        """Bring blocks of this sequence up as far as there is free room. Returns how many copies started."""
+        with self._core.locked():
+            return self._prefetcher.start(self._core.sequence(seq))
+
+    def demote(self, seq: int) -> None:
+        """This sequence will not run soon: give its pages back, writing down what is dirty."""
+        with self._core.locked():
+            for group, table in zip(self._core.groups, self._core.idle_sequence(seq, "demoting").tables, strict=True):
+                blocks = table.ids[table.ids >= 0]
+                pages = group.directory.page[blocks]
+                state = group.pages.state[np.maximum(pages, 0)]
+                idle = (pages >= 0) & group.pages.idle()[np.maximum(pages, 0)]
+                group.evict(blocks[idle & (state == PageState.RESIDENT)], "demote")
+                self._core.write_back_blocks(group, blocks[idle & (state == PageState.DIRTY)], "demote")
+                group.policy.on_release(blocks)
+
+    # ------------------------------------------------------------------ sessions
+    def park(self, session_id: str, seq: int, extra: dict[str, Any] | None = None, *, timeout_s: float = 120.0) -> None:
+        """Remember a whole session and give its pages back. Durable when there is an nvme tier. Consumes the sequence.
+
+        Raises: TierFullError or TierUnavailableError when it could not be written; the sequence is then as it was.
+        """
+        state = self._core.idle_sequence(seq, "parking")
+        self._parking.park(session_id, state, extra or {}, timeout_s)
+
+    def resume(self, session_id: str, namespace: str = "default") -> tuple[int, ParkedSession]:
+        """Bring a parked session back as a sequence; its blocks start to come up in the background."""
+        state, parked = self._parking.resume(session_id, namespace)
+        with self._core.locked():
+            self._prefetcher.start(state)
+        return state.id, parked
+
+    def forget(self, session_id: str) -> None:
+        """Delete a parked session; its blocks become ordinary cache."""
+        self._parking.forget(session_id)
+
+    def sessions(self) -> dict[str, dict[str, Any]]:
+        """Known sessions: tokens, whether active, whether durable."""
+        with self._core.lock:
+            return {
+                session_id: {
+                    "tokens": len(entry.token_ids),
+                    "computed_tokens": entry.num_computed,
+                    "namespace": entry.namespace,
+                    "is_active": entry.active_seq in self._core.sequences,
+                    "is_durable": entry.is_durable,
+                }
+                for session_id, entry in self._core.sessions.items()
+            }
+
+    # ------------------------------------------------------------------ reading bytes without a lease
+    def read_host_block(self, key: bytes, group: int = 0) -> bytes | None:
+        """A copy of a block's bytes from the host tier, or None; takes no pin and checks the generation after (rule 11)."""
+        from .rules import Rule
+
+        held = self._core.groups[group]
+        with self._core.locked():
+            block = held.directory.by_key.get(key)
+            slot = NOWHERE if block is None else int(held.directory.host_slot[block])
+            if slot < 0 or held.host.state[slot] != SlotState.VALID:
+                return None
+            generation = held.host.generation[slot]
+        copied: list[bytes] = []
+        self._core.backend.read_io.submit(lambda: copied.append(held.slab.rows[slot].tobytes())).wait(30.0)
+        with self._core.lock:
+            same = held.host.generation[slot] == generation and held.host.state[slot] == SlotState.VALID
+        if copied and (same or not self._core.rules.holds(Rule.READER_CHECKS_GENERATION)):
+            return copied[0]
+        return None
+
+    # ------------------------------------------------------------------ looking after itself
+    def status(self) -> dict[str, Any]:
+        """State and counters as plain JSON-able values; see status.py for the fields."""
+        with self._core.locked():
+            return pager_status(self._core)
+
+    def poll(self) -> None:
+        """Apply finished copies and keep the watermarks; the background thread does this by itself."""
+        with self._core.lock:
+            self._core.advance()
+
+    def drain(self, timeout_s: float = 60.0) -> bool:
+        """Wait until no copy is in flight. False on timeout."""
+        return self._core.wait_until(lambda: not self._core.in_flight(), timeout_s) or not self._core.in_flight()
+
+    def check_integrity(self) -> None:
+        """Raises InvariantError at the first contradiction in the books."""
+        self._core.check_integrity()
+
+    def abandon_transfers(self, timeout_s: float = 30.0) -> None:
+        """Give up every copy in flight: drain the streams, then count half-done ones as never begun (rules 8, 9)."""
+        core = self._core
+        with core.lock:
+            for stream in (core.backend.promote, core.backend.demote):
+                if not stream.synchronize(timeout_s):
+                    raise Busy(f"abandon: stream {stream.name} did not drain in {timeout_s} s", retry_after_s=1.0)
+            for group in core.groups:
+                for move in group.moves:
+                    move.event.wait(timeout_s)
+                group.abandon(drained=True)
+
+    def close(self, timeout_s: float = 60.0) -> None:
+        """End the pager. Parked sessions stay in the store; everything else was a cache."""
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._stop.set()
+        self._wake.set()
+        if self._status_server is not None:
+            self._status_server.close()
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        self.drain(timeout_s)
+        if self._core.nvme is not None:
+            self._core.nvme.close()
+        self._core.backend.close(timeout_s)
+
+    def __enter__(self) -> Pager:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _start(self) -> None:
+        """Threads of a real pager; the simulated backend runs without, so that a seed decides everything."""
+        if self._core.backend.name == "simulated":
+            return
+        self._core.backend.on_progress = self._wake.set
+        self._thread = threading.Thread(target=self._run, name="kvtier-pager", daemon=True)
+        self._thread.start()
+        path = self._core.config.status_socket
+        if path is None and self._core.config.nvme_path is not None:
+            path = f"{self._core.config.nvme_path}/status.sock"
+        if path is not None:
+            self._status_server = StatusServer.start(path, self.status)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._wake.wait(_IDLE_LOOK_S)
+            self._wake.clear()
+            with self._core.lock:
+                self._core.advance()
+
+
+def _size(value: int | str) -> int:
+    from ..tiers.layout import parse_bytes
+
+    return parse_bytes(value, name="staging_bytes")
+
+
+def _open_nvme(layouts: tuple[KVLayout, ...], config: PagerConfig, backend: Backend, fingerprint: str) -> Any:
+    if config.nvme_path is None:
+        return None
+    from ..tiers.nvme.store import NvmeTier, StoreIdentity
+
+    return NvmeTier.open(
+        config.nvme_path, StoreIdentity(fingerprint, layouts), capacity_bytes=config.nvme_size, backend=backend
+    )
+
+
+__all__ = ["Match", "Pager", "ParkedSession", "Span", "needed_pages"]

@@ -1,0 +1,217 @@
+"""Parking and resuming whole sessions: seal the tail, make every block durable, write the record, let the pages go.
+
+A park returns only when the store could rebuild the session after a crash (with an nvme tier), or raises and leaves the
+sequence as it was. Resuming takes the blocks back by key, so a session survives the loss of any of them: what is
+missing is a miss and is computed again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ..tiers.errors import Busy, ConfigError, TierFullError, TierUnavailableError
+from .core import Core
+from .group import BlockGroup
+from .page_table import BlockTable, Sequence
+from .prefix import adopt
+from .sessions import ParkedSession, SessionEntry, check_session_id
+from .states import IntArray, PageState
+
+
+class Parking:
+    """Sessions of one pager."""
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+
+    def recover(self) -> int:
+        """Take over what the store remembers: blocks first, then the sessions that refer to them."""
+        core = self._core
+        if core.nvme is None:
+            return 0
+        for group, (slots, stamps) in zip(core.groups, core.nvme.recovered(), strict=True):
+            named = stamps["tokens"] > 0
+            core.nvme.free(group.index, slots[~named])  # unnamed tails of a process that is gone
+            _recover_blocks(group, slots[named], stamps[named])
+        for session_id, record in core.nvme.sessions().items():
+            entry = SessionEntry.from_record(session_id, record)
+            core.sessions[session_id] = entry
+            self._hold(entry)
+        return len(core.sessions)
+
+    def park(self, session_id: str, seq: Sequence, extra: dict[str, Any], timeout_s: float) -> None:
+        core = self._core
+        check_session_id(session_id)
+        other = core.sessions.get(session_id)
+        if other is not None and other.active_seq not in (None, seq.id):
+            raise ConfigError(f"session {session_id!r} is active in another sequence; park or release that one")
+        with core.locked():
+            self._seal_tail(seq)
+        self._write_down(seq, timeout_s)
+        entry = SessionEntry(session_id, seq.namespace, list(seq.token_ids), seq.num_computed, extra)
+        if core.nvme is not None:
+            core.nvme.put_session(session_id, entry.to_record())
+            core.nvme.flush(timeout_s)
+            entry.is_durable = True
+        with core.locked():
+            previous = core.sessions.get(session_id)
+            if previous is not None:
+                self._let_go(previous)
+            entry.tables = seq.tables
+            core.sessions[session_id] = entry
+            del core.sequences[seq.id]
+            for group, table in zip(core.groups, entry.tables, strict=True):
+                self._leave_device(group, table.ids[table.ids >= 0])
+            core.counters.add("parked_sessions", 1)
+
+    def resume(self, session_id: str, namespace: str) -> tuple[Sequence, ParkedSession]:
+        core = self._core
+        with core.locked():
+            entry = core.sessions.get(session_id)
+            if entry is None or entry.namespace != namespace:
+                raise ConfigError(f"session {session_id!r} is unknown in namespace {namespace!r}")
+            if entry.active_seq is not None and entry.active_seq in core.sequences:
+                raise Busy(f"session {session_id!r} is active already", retry_after_s=0.1)
+            if entry.tables is None:
+                self._hold(entry)
+            seq = core.begin(namespace)
+            assert entry.tables is not None
+            seq.tables, entry.tables = entry.tables, None
+            seq.token_ids = list(entry.token_ids)
+            seq.chain.extend(seq.keys, seq.token_ids[: entry.num_computed])
+            seq.num_computed = min(len(seq.tables[0]) * core.block_size, entry.num_computed)
+            seq.session_id = session_id
+            entry.active_seq = seq.id
+            if seq.num_computed == 0 and entry.num_computed >= core.block_size:
+                adopt(core, seq, entry.num_computed, count=False)
+            self._count_hits(seq)
+            core.counters.add("resumed_sessions", 1)
+            return seq, ParkedSession(session_id, list(seq.token_ids), seq.num_computed, dict(entry.extra))
+
+    def forget(self, session_id: str) -> None:
+        core = self._core
+        with core.locked():
+            entry = core.sessions.pop(session_id, None)
+            if entry is None:
+                raise ConfigError(f"session {session_id!r} is unknown")
+            self._let_go(entry)
+            if core.nvme is not None and entry.is_durable:
+                core.nvme.drop_session(session_id)
+
+    # ------------------------------------------------------------------ parking, step by step
+    def _seal_tail(self, seq: Sequence) -> None:
+        """Give the partial tail block a key of its own content, so that it can be found after a restart."""
+        core, size = self._core, self._core.block_size
+        full, rest = divmod(seq.num_computed, size)
+        if not rest:
+            return
+        seq.chain.extend(seq.keys, seq.token_ids[: full * size])
+        parent = seq.keys[full - 1] if full else None
+        key = seq.chain.seal(parent, seq.token_ids[full * size : seq.num_computed])
+        for group, table in zip(core.groups, seq.tables, strict=True):
+            block = int(table.ids[full])
+            if group.directory.key[block] is None and not group.directory.bind(block, key, parent, rest):
+                twin = group.directory.by_key[key]
+                if group.directory.is_valid(np.array([twin]))[0]:
+                    group.ref(np.array([twin]))
+                    table.ids[full] = twin
+                    group.unref(np.array([block]))
+
+    def _write_down(self, seq: Sequence, timeout_s: float) -> None:
+        """Wait until every block of the sequence is on nvme (or, without one, at least below the device or in it)."""
+        core = self._core
+        if core.nvme is None:
+            return
+
+        def all_down() -> bool:
+            missing = 0
+            for group, table in zip(core.groups, seq.tables, strict=True):
+                missing += self._push_down(group, table.ids[table.ids >= 0])
+            return missing == 0
+
+        if core.wait_until(all_down, timeout_s):
+            return
+        if not all(group.can_write_nvme for group in core.groups):
+            raise TierUnavailableError(f"nvme tier at {core.config.nvme_path} takes no writes; the session is not parked")
+        raise TierFullError(
+            f"session of {seq.num_computed} tokens could not be written to {core.config.nvme_path} within {timeout_s} s: "
+            f"{[g.nvme_room() for g in core.groups]} blocks of room left; raise nvme_bytes or forget old sessions",
+            retry_after_s=1.0,
+        )
+
+    def _push_down(self, group: BlockGroup, blocks: IntArray) -> int:
+        """Start what brings these blocks one tier lower; returns how many are not on nvme yet."""
+        core, d = self._core, group.directory
+        todo = blocks[~d.nvme_valid[blocks]]
+        in_host = todo[d.in_host(todo) & (d.nvme_slot[todo] < 0)]
+        core.sink_blocks(group, in_host, "park")
+        pages = np.maximum(d.page[todo], 0)
+        dirty = todo[(d.page[todo] >= 0) & (group.pages.state[pages] == PageState.DIRTY) & group.pages.idle()[pages]]
+        if len(dirty):
+            core.make_host_room(group, len(dirty))
+            core.write_back_blocks(group, dirty, "park")
+        return len(todo)
+
+    def _leave_device(self, group: BlockGroup, blocks: IntArray) -> None:
+        """A parked session gives its pages back, except those that it shares with someone who runs."""
+        d = group.directory
+        pages = np.maximum(d.page[blocks], 0)
+        idle = (d.page[blocks] >= 0) & (group.pages.state[pages] == PageState.RESIDENT) & group.pages.idle()[pages]
+        group.evict(blocks[idle & (d.refs[blocks] == 1)], "park")
+
+    # ------------------------------------------------------------------ holding and letting go
+    def _hold(self, entry: SessionEntry) -> None:
+        """Build the tables of a session from its token ids; a missing block ends what can be used."""
+        core, size = self._core, self._core.block_size
+        probe = core.begin(entry.namespace)
+        try:
+            probe.token_ids = list(entry.token_ids)
+            adopt(core, probe, entry.num_computed, count=False)
+            full, rest = divmod(entry.num_computed, size)
+            if rest and probe.num_computed == full * size:
+                self._hold_tail(probe, full, rest)
+            entry.tables, probe.tables = probe.tables, [BlockTable() for _ in core.groups]
+        finally:
+            del core.sequences[probe.id]
+
+    def _hold_tail(self, probe: Sequence, full: int, rest: int) -> None:
+        core, size = self._core, self._core.block_size
+        parent = probe.keys[full - 1] if full else None
+        key = probe.chain.seal(parent, probe.token_ids[full * size : full * size + rest])
+        found = [group.directory.find([key]) for group in core.groups]
+        if all(group.directory.is_valid(b).all() for group, b in zip(core.groups, found, strict=True)):
+            for group, table, block in zip(core.groups, probe.tables, found, strict=True):
+                table.extend(block)
+                group.ref(block)
+
+    def _let_go(self, entry: SessionEntry) -> None:
+        if entry.tables is not None:
+            for group, table in zip(self._core.groups, entry.tables, strict=True):
+                group.unref(table.trim(0))
+            entry.tables = None
+
+    def _count_hits(self, seq: Sequence) -> None:
+        """A resumed token is a hit for the tier that holds it now."""
+        core, size = self._core, self._core.block_size
+        group, table = core.groups[0], seq.tables[0].ids
+        held = table[table >= 0]
+        device, host = group.directory.in_device(held), group.directory.in_host(held)
+        counts = {"device": device.sum(), "host": (host & ~device).sum(), "nvme": (~host & ~device).sum()}
+        for tier, blocks in counts.items():
+            core.counters.add("hit_tokens", min(int(blocks) * size, seq.num_computed), tier=tier)
+
+
+def _recover_blocks(group: BlockGroup, slots: IntArray, stamps: Any) -> None:
+    """Make the directory entries of blocks that the store listed at open."""
+    d = group.directory
+    blocks = d.create(np.zeros(len(slots), np.int64))
+    d.nvme_slot[blocks] = slots
+    d.nvme_valid[blocks] = True
+    group.policy.on_insert(blocks, group.tick, d.depth[blocks])
+    twice = []
+    for i, block in enumerate(blocks.tolist()):
+        if not d.bind(block, stamps["key"][i].tobytes(), None, int(stamps["tokens"][i])):
+            twice.append(block)
+    group.discard_dead(np.array(twice, np.int64))

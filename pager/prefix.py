@@ -1,0 +1,168 @@
+"""Prefix matching: how much of a prompt some tier already holds, and taking it over.
+
+A prefix of n blocks is usable when every full-attention group has all n blocks and every windowed group has the blocks
+that a query at that point sees. Changes references only through `adopt`. A hit is counted in tokens, for the tier that
+held it at match time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from .core import Core
+from .page_table import Sequence, lowest_visible, num_blocks_of
+from .states import NOWHERE, IntArray
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """Tokens of a prompt that need no computing, by the tier that holds them; ghosts were held and evicted."""
+
+    tokens: int
+    device_tokens: int = 0
+    host_tokens: int = 0
+    nvme_tokens: int = 0
+    ghost_tokens: int = 0
+
+
+def match_keys(core: Core, keys: list[bytes], first: int = 0) -> tuple[int, list[IntArray]]:
+    """Longest usable prefix in blocks, at least `first` (already held); and per group the block ids of keys[first:].
+
+    Cost: one dictionary look-up per block and group, stopping at the first miss of the full groups.
+    """
+    found: list[IntArray] = []
+    end = len(keys)
+    for group in core.groups:
+        if group.layout.window is None:
+            blocks = group.directory.find(keys[first:end])
+            valid = group.directory.is_valid(blocks)
+            end = first + (len(valid) if valid.all() else int(np.argmin(valid)))
+    for group in core.groups:
+        blocks = group.directory.find(keys[first:end])
+        found.append(np.where(group.directory.is_valid(blocks), blocks, NOWHERE))
+    usable = np.ones(end - first + 1, bool)  # usable[i]: first + i blocks can be resumed from
+    for group, blocks in zip(core.groups, found, strict=True):
+        if group.layout.window is not None:
+            usable &= _window_complete(core, group.layout.window, group.layout.sinks, blocks >= 0, first)
+    usable[0] = True
+    best = int(np.flatnonzero(usable)[-1])
+    return first + best, [blocks[:best] for blocks in found]
+
+
+def _window_complete(
+    core: Core, window: int, sinks: int, has: npt.NDArray[np.bool_], first: int
+) -> npt.NDArray[np.bool_]:
+    """For every n: whether blocks [window start at token n*size, n) and the sinks are all there (past `first`)."""
+    size, total = core.block_size, len(has)
+    missing = np.concatenate([[0], np.cumsum(~has)])
+    n = np.arange(total + 1)
+    low = np.clip(((n + first) * size - window + 1) // size - first, 0, n)
+    complete: npt.NDArray[np.bool_] = missing[n] - missing[low] == 0
+    if first == 0:
+        complete &= missing[np.minimum(num_blocks_of(sinks, size), n)] == 0
+    return complete
+
+
+def adopt(core: Core, seq: Sequence, limit_tokens: int, *, count: bool = True) -> Match:
+    """Extend a sequence by cached blocks that follow its computed tokens, up to limit_tokens. Counts the hits."""
+    size = core.block_size
+    if seq.num_computed % size or seq.num_computed >= limit_tokens:
+        return Match(0)
+    first = seq.num_computed // size
+    seq.chain.extend(seq.keys, seq.token_ids[: limit_tokens // size * size])
+    end, found = match_keys(core, seq.keys[: limit_tokens // size], first)
+    if end == first:
+        return Match(0, ghost_tokens=_ghosts(core, seq.keys[first : limit_tokens // size]))
+    tiers = _tiers_of(core, found)
+    for group, table, blocks in zip(core.groups, seq.tables, found, strict=True):
+        kept = blocks.copy()
+        low = lowest_visible(group.layout, end * size) // size - first
+        sink_blocks = num_blocks_of(group.layout.sinks, size) - first
+        index = np.arange(len(kept))
+        kept[(index < low) & (index >= sink_blocks)] = NOWHERE
+        table.extend(kept)
+        group.ref(kept[kept >= 0])
+        group.touch_chain(kept[kept >= 0], first + index[kept >= 0])
+    seq.num_computed = end * size
+    match = Match(
+        tokens=(end - first) * size,
+        device_tokens=tiers[0] * size,
+        host_tokens=tiers[1] * size,
+        nvme_tokens=tiers[2] * size,
+        ghost_tokens=_ghosts(core, seq.keys[end : limit_tokens // size]),
+    )
+    for tier in ("device", "host", "nvme") if count else ():
+        core.counters.add("hit_tokens", getattr(match, f"{tier}_tokens"), tier=tier)
+    return match
+
+
+def rewind(core: Core, seq: Sequence, num_tokens: int) -> None:
+    """Count only the first num_tokens as computed, or fewer where a windowed group no longer holds what that point sees.
+
+    Token ids stay. Blocks that fell out of a window are taken back by key where some tier still has them.
+    """
+    core.trim(seq, num_tokens)
+    size, now = core.block_size, seq.num_computed
+    for group, table in zip(core.groups, seq.tables, strict=True):
+        if group.layout.window is None:
+            continue
+        low = lowest_visible(group.layout, now) // size
+        window = np.arange(low, len(table))
+        gone = window[table.ids[window] == NOWHERE]
+        if len(gone):
+            seq.chain.extend(seq.keys, seq.token_ids[: now // size * size])
+            blocks = group.directory.find([seq.keys[i] for i in gone.tolist()])
+            if not group.directory.is_valid(blocks).all():
+                core.drop_tables(seq, released=False)
+                adopt(core, seq, now // size * size)
+                return
+            table.ids[gone] = blocks
+            group.ref(blocks)
+
+
+def next_cached_block(core: Core, seq: Sequence, end_tokens: int) -> int | None:
+    """First block behind the computed tokens that full groups could adopt once the gap before it is computed."""
+    size = core.block_size
+    first = num_blocks_of(seq.num_computed + 1, size)
+    keys = seq.keys[first : end_tokens // size]
+    if not keys or any(group.layout.window is not None for group in core.groups):
+        return None
+    has = np.ones(len(keys), bool)
+    for group in core.groups:
+        has &= group.directory.is_valid(group.directory.find(keys))
+    return first + int(np.argmax(has)) if has.any() else None
+
+
+def peek(core: Core, namespace: str, token_ids: list[int]) -> Match:
+    """What `adopt` would find for a new sequence; changes and counts nothing."""
+    keys: list[bytes] = []
+    core.chain(namespace).extend(keys, token_ids)
+    end, found = match_keys(core, keys)
+    size = core.block_size
+    device, host, nvme = _tiers_of(core, found)
+    return Match(end * size, device * size, host * size, nvme * size, _ghosts(core, keys[end:]))
+
+
+def _tiers_of(core: Core, found: list[IntArray]) -> tuple[int, int, int]:
+    """Blocks by the slowest tier that any group needs for them (windowed groups may not need theirs at all)."""
+    if not len(found[0]):
+        return 0, 0, 0
+    slowest = np.zeros(len(found[0]), np.int64)
+    for group, blocks in zip(core.groups, found, strict=True):
+        safe, held = np.maximum(blocks, 0), blocks >= 0
+        d = group.directory
+        tier = np.where(d.in_device(safe), 0, np.where(d.in_host(safe), 1, 2))
+        slowest = np.where(held, np.maximum(slowest, tier), slowest)
+    return int((slowest == 0).sum()), int((slowest == 1).sum()), int((slowest == 2).sum())
+
+
+def _ghosts(core: Core, keys: list[bytes]) -> int:
+    count = 0
+    for key in keys:  # stops at the first key that was never held: thrashing is contiguous
+        if core.ghosts.get(key) is None:
+            break
+        count += core.block_size
+    return count

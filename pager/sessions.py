@@ -1,0 +1,68 @@
+"""Parked sessions: what is remembered of a conversation while it is in no sequence.
+
+A record holds token ids, not text and not keys: the keys follow from the ids and the namespace's secret, so a record in
+the wrong hands names no block. While a session is parked its tables hold references, so no tier drops its last copy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..tiers.errors import ConfigError
+from .page_table import BlockTable
+
+RECORD_VERSION = 1
+MAX_SESSION_ID_BYTES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class ParkedSession:
+    """A session as `resume` gives it back: `num_computed` tokens of `token_ids` need no computing."""
+
+    session_id: str
+    token_ids: list[int]
+    num_computed: int
+    extra: dict[str, Any]
+
+
+@dataclass(slots=True)
+class SessionEntry:
+    """The pager's own view: parked (tables hold references) or active (a sequence does)."""
+
+    session_id: str
+    namespace: str
+    token_ids: list[int]
+    num_computed: int
+    extra: dict[str, Any]
+    tables: list[BlockTable] | None = None
+    active_seq: int | None = None
+    is_durable: bool = False
+    summary: dict[str, Any] = field(default_factory=dict)
+
+    def to_record(self) -> dict[str, Any]:
+        return {
+            "version": RECORD_VERSION,
+            "namespace": self.namespace,
+            "token_ids": np.asarray(self.token_ids, "<u4").tobytes(),
+            "num_computed": self.num_computed,
+            "extra": self.extra,
+        }
+
+    @classmethod
+    def from_record(cls, session_id: str, record: dict[str, Any]) -> SessionEntry:
+        if record.get("version") != RECORD_VERSION:
+            raise ConfigError(
+                f"session {session_id!r} was stored in format {record.get('version')!r}; this version reads {RECORD_VERSION}"
+            )
+        token_ids = np.frombuffer(record["token_ids"], "<u4").tolist()
+        return cls(session_id, record["namespace"], token_ids, int(record["num_computed"]), record["extra"], is_durable=True)
+
+
+def check_session_id(session_id: str) -> str:
+    """Session ids are data, never paths; still they are bounded and not empty."""
+    if not session_id or len(session_id.encode()) > MAX_SESSION_ID_BYTES:
+        raise ConfigError(f"session id {session_id[:40]!r}: need 1 to {MAX_SESSION_ID_BYTES} bytes")
+    return session_id

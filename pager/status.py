@@ -1,0 +1,178 @@
+"""Status: the pager's state as plain values, and the small server that hands it to inspectors.
+
+Everything is a counter or a level, never a ratio; readers divide. No token ids, no whole keys, nothing of a user's text.
+The server answers one frame per request on a Unix socket of mode 0600 and changes nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..tiers.errors import ProtocolError
+from . import protocol
+from .states import PageState, SlotState
+
+if TYPE_CHECKING:
+    from .core import Core
+
+_LOG = logging.getLogger("kvtier.status")
+_MAX_SOCKET_PATH = 100  # sun_path holds 108 bytes
+
+
+def pager_status(core: Core) -> dict[str, Any]:
+    """Tiers, transfers, sessions and counters. Sizes in bytes."""
+    tiers = {"device": _device(core), "host": _host(core)}
+    if core.nvme is not None:
+        tiers["nvme"] = _nvme(core)
+    for name, tier in tiers.items():
+        tier |= {
+            "hit_tokens": int(core.counters.get("hit_tokens", tier=name)),
+            "evicted_blocks": int(core.counters.get("evicted_blocks", tier=name)),
+            "bytes_in": _moved(core, f"_to_{name}"),
+            "bytes_out": _moved(core, f"{name}_to_", prefix=True),
+        }
+    return {
+        "version": protocol.VERSION,
+        "source": "pager",
+        "pid": os.getpid(),
+        "backend": core.backend.name,
+        "pinned_memory": core.backend.pinned,
+        "block_size": core.block_size,
+        "layer_groups": [layout.to_dict() for layout in core.layouts],
+        "tiers": tiers,
+        "miss_tokens": int(core.counters.get("miss_tokens")),
+        "ghost_tokens": int(core.counters.get("ghost_tokens")),
+        "transfers_in_flight": sum(len(group.moves) for group in core.groups),
+        "sequences": len(core.sequences),
+        "sessions": len(core.sessions),
+        "counters": core.counters.to_list(),
+    }
+
+
+def _device(core: Core) -> dict[str, Any]:
+    total: dict[str, Any] = dict.fromkeys(_LEVELS, 0)
+    for group, ring in zip(core.groups, core.rings, strict=True):
+        size, pages = group.layout.block_bytes, group.pages
+        staging = ring.nbytes if ring is not None else 0
+        used = len(pages) - pages.num_free
+        total["capacity_bytes"] += len(pages) * size + staging
+        total["staging_bytes"] += staging
+        total["used_bytes"] += used * size
+        total["peak_bytes"] += pages.peak_used * size + staging
+        total["pinned_bytes"] += int((pages.pins > 0).sum()) * size
+        total["dirty_bytes"] += int((pages.state == PageState.DIRTY).sum()) * size
+        total["in_flight_bytes"] += int((pages.copies > 0).sum()) * size
+        total["blocks"] += used
+    return total
+
+
+def _host(core: Core) -> dict[str, Any]:
+    total: dict[str, Any] = dict.fromkeys(_LEVELS, 0)
+    for group, ring in zip(core.groups, core.rings, strict=True):
+        size, host, d = group.layout.block_bytes, group.host, group.directory
+        staging = ring.bounce_nbytes if ring is not None else 0
+        used = len(host) - host.num_free
+        valid = host.block[host.state == SlotState.VALID]
+        total["capacity_bytes"] += len(host) * size + staging
+        total["staging_bytes"] += staging
+        total["used_bytes"] += used * size
+        total["peak_bytes"] += host.peak_used * size + staging
+        total["pinned_bytes"] += int((host.holds > 0).sum()) * size
+        total["dirty_bytes"] += int((~d.nvme_valid[valid]).sum()) * size if group.nvme is not None else 0
+        total["in_flight_bytes"] += int((host.state == SlotState.STAGING).sum()) * size
+        total["blocks"] += used
+    return total
+
+
+def _nvme(core: Core) -> dict[str, Any]:
+    total: dict[str, Any] = dict.fromkeys(_LEVELS, 0)
+    assert core.nvme is not None
+    for group in core.groups:
+        size, d = group.layout.block_bytes, group.directory
+        slots, valid = core.nvme.num_slots(group.index), int(d.nvme_valid.sum())
+        total["capacity_bytes"] += slots * size
+        total["used_bytes"] += valid * size
+        total["pinned_bytes"] += int((d.nvme_valid & (d.refs > 0)).sum()) * size
+        total["in_flight_bytes"] += int((d.nvme_holds > 0).sum()) * size
+        total["blocks"] += valid
+    total["corrupt_blocks"] = int(core.counters.get("corrupt_blocks", tier="nvme"))
+    total["takes_writes"] = all(group.can_write_nvme for group in core.groups)
+    total["path"] = str(core.config.nvme_path)
+    return total
+
+
+_LEVELS = (
+    "capacity_bytes",
+    "staging_bytes",
+    "used_bytes",
+    "peak_bytes",
+    "pinned_bytes",
+    "dirty_bytes",
+    "in_flight_bytes",
+    "blocks",
+)
+
+
+def _moved(core: Core, part: str, *, prefix: bool = False) -> int:
+    moved = (row for row in core.counters.to_list() if row["name"] == "moved_bytes")
+    match = str.startswith if prefix else str.endswith
+    return int(sum(row["value"] for row in moved if match(row["labels"]["direction"], part)))
+
+
+class StatusServer:
+    """Answers status requests from a thread of its own."""
+
+    def __init__(self, path: Path, listener: socket.socket, status: Callable[[], dict[str, Any]]) -> None:
+        self._path, self._listener, self._status = path, listener, status
+        self._thread = threading.Thread(target=self._serve, name="kvtier-status", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def start(cls, path: str, status: Callable[[], dict[str, Any]]) -> StatusServer | None:
+        """None, with a notice, where the socket cannot be made: being looked at is not worth failing for."""
+        target = Path(path)
+        if len(str(target).encode()) > _MAX_SOCKET_PATH:
+            _LOG.warning("event=no_status_socket reason=path_too_long limit_bytes=%d", _MAX_SOCKET_PATH)
+            return None
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            target.unlink(missing_ok=True)
+            listener.bind(str(target))
+            target.chmod(0o600)
+            listener.listen(8)
+        except OSError as error:
+            listener.close()
+            _LOG.warning("event=no_status_socket reason=%s", error.strerror)
+            return None
+        return cls(target, listener, status)
+
+    def close(self) -> None:
+        self._path.unlink(missing_ok=True)
+        try:
+            self._listener.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self._listener.close()
+        self._thread.join(2.0)
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            with connection:
+                connection.settimeout(2.0)
+                try:
+                    kind, request_id, _ = protocol.read_frame(connection)
+                    if kind != protocol.STATUS_REQUEST:
+                        raise ProtocolError(f"frame type {kind} is not a status request")
+                    connection.sendall(protocol.encode(protocol.STATUS_REPLY, request_id, self._status()))
+                except (OSError, EOFError, ProtocolError) as error:
+                    _LOG.info("event=status_request_failed reason=%s", error)
