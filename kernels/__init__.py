@@ -1,1 +1,55 @@
-"""kvtier.kernels"""
+"""Arithmetic on pages: attention over a paged KV cache, KV writes, block copies and exact merging of partial results.
+
+Knows tensors and nothing of tiers or pagers. Importing this package loads neither torch nor triton: a name loads torch
+when it is first taken, and triton only when a CUDA tensor is handed in. Guards the residency rule from its side: a
+kernel reads the pages that a block table names and nothing else, and never a token slot past a sequence's length.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .dispatch import StepPlan as StepPlan
+    from .dispatch import apply_sink_logits as apply_sink_logits
+    from .dispatch import block_attention as block_attention
+    from .dispatch import copy_blocks as copy_blocks
+    from .dispatch import gather_rows as gather_rows
+    from .dispatch import merge_many as merge_many
+    from .dispatch import merge_states as merge_states
+    from .dispatch import paged_attention as paged_attention
+    from .dispatch import paged_decode as paged_decode
+    from .dispatch import paged_prefill as paged_prefill
+    from .dispatch import plan_step as plan_step
+    from .dispatch import scatter_rows as scatter_rows
+    from .dispatch import write_kv as write_kv
+    from .views import layer_views as layer_views
+
+_HOME = {
+    "StepPlan": "dispatch",
+    "apply_sink_logits": "dispatch",
+    "block_attention": "dispatch",
+    "copy_blocks": "dispatch",
+    "gather_rows": "dispatch",
+    "layer_views": "views",
+    "merge_many": "dispatch",
+    "merge_states": "dispatch",
+    "paged_attention": "dispatch",
+    "paged_decode": "dispatch",
+    "paged_prefill": "dispatch",
+    "plan_step": "dispatch",
+    "scatter_rows": "dispatch",
+    "write_kv": "dispatch",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'kvtier.kernels' has no attribute {name!r}; names: {', '.join(__all__)}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
