@@ -70,15 +70,15 @@ def attend_tile(
 
 
 def attend_pages(q: Tensor, k: Tensor, v: Tensor, *, scale: float) -> tuple[Tensor, Tensor]:
-    """Attend the same rows to each of several pages in place, one partial result per page.
+    """Attend a few rows to each of several pages in place, one partial result per page.
 
-    Shapes: q [H, R, D]; k, v views [P, H, tokens, D] of neighbouring pages; out [P, R, H, D]; lse [P, R, H].
+    Shapes: q [P, H, R, D], a row of rows per page; k, v views [P, H, tokens, D] of neighbouring pages;
+            out [P, H, R, D] in q's dtype; lse [P, H, R], float32.
     """
     flash = flash_kernel()
     if flash is None:
         raise RuntimeError("attend_pages needs torch's CPU flash kernel; ask can_flash first")
-    out, lse = flash(q.expand(k.shape[0], -1, -1, -1), k, v, 0.0, False, scale=scale)
-    return out.transpose(1, 2), lse.transpose(1, 2)  # the order in which the kernel lays them in memory
+    return flash(q, k, v, 0.0, False, scale=scale)
 
 
 def plain_tile(
