@@ -161,6 +161,7 @@ class _Parts:
 
 def _merge_pages(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     """Merge partial results [p, H, R, D] of one query into one, keeping the first axis."""
-    total = torch.logsumexp(lse, 0, keepdim=True)
-    weights = torch.exp(lse - total)[..., None]
-    return (out * weights).sum(0, keepdim=True), total
+    top = lse.amax(0, keepdim=True)
+    weights = torch.exp(lse - top)  # torch.logsumexp takes twice as long as its parts
+    total = weights.sum(0, keepdim=True)
+    return (out * weights[..., None]).sum(0, keepdim=True).div_(total[..., None]), total.log_().add_(top)
