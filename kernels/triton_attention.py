@@ -55,7 +55,7 @@ def block_attention(
             scale=scale, longest=blocks * block, softcap=softcap,
         )  # fmt: skip
         return out, lse
-    shape = triton_prefill.prefill_shape(q.shape[1] // k.shape[1], block, q.shape[2], v.shape[3], k.dtype)
+    shape = triton_prefill.shape_of(q, k, v)
     starts = torch.arange(0, tokens, shape["TOKENS"], dtype=torch.int32, device=q.device)
     triton_prefill.paged_prefill(
         _dense(q), k, v, table, torch.full((1,), blocks * block, dtype=torch.int32, device=q.device),
@@ -107,7 +107,7 @@ def _prefill(
     scale: float, window: int | None, sinks: int, softcap: float | None,
 ) -> None:  # fmt: skip
     """Run the prefill kernel over the sequences whose q_lens is not 0."""
-    shape = triton_prefill.prefill_shape(q.shape[1] // k.shape[1], k.shape[2], q.shape[2], v.shape[3], k.dtype)
+    shape = triton_prefill.shape_of(q, k, v)
     sequence, start = triton_prefill.cut_tiles(q_lens, shape["TOKENS"])
     key = f"{name}_{shape['TOKENS']}"
     tiles = plan.on(q.device, f"{key}_sequence", sequence), plan.on(q.device, f"{key}_start", start)

@@ -14,6 +14,7 @@ Guards: only token slots below the last visible position are loaded, and under a
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_common import (
+    IS_INTERPRETED,
     attend_tile,
     compute_dtype,
     cut_widths,
@@ -145,17 +147,41 @@ def prefill_tile(
     tl.store(lse + at_row * lse_row + heads * lse_head, result_lse, mask=row_ok)
 
 
-def prefill_shape(group: int, block: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Choose tile sizes; the same for the launcher and the ahead-of-time report."""
-    widest = max(key_dim, value_dim) * (2 if dtype == torch.float32 else 1)
-    rows, tile, warps = (128, 64, 8) if widest <= 128 else (64, 32, 4) if widest <= 256 else (16, 16, 4)
+def prefill_shape(
+    group: int, block: int, key_dim: int, value_dim: int, dtype: torch.dtype, arch: int
+) -> dict[str, Any]:
+    """Choose tile sizes; the same for the launcher and the ahead-of-time report, which says whether they spill.
+
+    Source: the ahead-of-time report. From sm_90 on the accumulator of a warp group's product leaves room for 128 rows;
+            before, 64 rows are what 255 registers hold. float32 products run on the plain units.
+    """
+    widest = max(key_dim, value_dim)
+    if dtype == torch.float32:
+        rows, tile, warps, stages = 16, 16, 4, 2
+    elif widest <= 128:
+        rows, tile, warps, stages = (128, 64, 8, 3) if arch >= 90 else (64, 64, 8, 2)
+    elif widest <= 256:
+        rows, tile, warps, stages = (64, 32, 4, 2) if arch >= 90 else (32, 32, 4, 2)
+    else:
+        rows, tile, warps, stages = 16, 16, 4, 2
     heads = min(group, rows)
     widths = cut_widths(key_dim, value_dim)
     return dict(
         HEADS=heads, TOKENS=rows // heads, M=rows, TILE=tile, PAGE=block, ONE_PAGE=block % tile == 0,
-        DK=widths.DK, A=widths.A, B=widths.B, DV=widths.DV, DVP=widths.DVP,
-        num_warps=warps, num_stages=3 if widest <= 128 else 2,
+        DK=widths.DK, A=widths.A, B=widths.B, DV=widths.DV, DVP=widths.DVP, num_warps=warps, num_stages=stages,
     )  # fmt: skip
+
+
+@cache
+def current_arch() -> int:
+    """Return the GPU's compute capability as 90 for 9.0; the interpreter counts as 90."""
+    return 90 if IS_INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)
+
+
+def shape_of(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """Choose tile sizes for these tensors."""
+    group = q.shape[1] // k.shape[1]
+    return prefill_shape(group, k.shape[2], q.shape[2], v.shape[3], k.dtype, current_arch())
 
 
 def cut_tiles(q_lens: np.ndarray, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -178,7 +204,7 @@ def paged_prefill(
     if len(tiles[0]) == 0:
         return
     group = q.shape[1] // k.shape[1]
-    shape = prefill_shape(group, k.shape[2], q.shape[2], v.shape[3], k.dtype)
+    shape = shape_of(q, k, v)
     head_blocks = triton.cdiv(group, shape["HEADS"])
     scale_log2, cap = score_factors(scale, softcap)
     prefill_tile[(len(tiles[0]), k.shape[1] * head_blocks)](
