@@ -149,7 +149,7 @@ def block_attention(
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Combine two partial results; either may have rows without keys."""
     lse = torch.logaddexp(lse_a, lse_b)
-    weight = torch.exp(lse_b - lse)
+    weight = torch.sigmoid(lse_b - lse_a)  # closer than exp(lse_b - lse), whose lse is rounded
     if bool(torch.isneginf(lse_a).any()) or bool(torch.isneginf(lse_b).any()):
         has_a, has_b = ~torch.isneginf(lse_a), ~torch.isneginf(lse_b)
         out_a = torch.where(has_a[..., None], out_a, 0.0)

@@ -57,9 +57,8 @@ class Partial:
             mine_lse.copy_(lse)
             self.has_result[heads] = [True] * (heads.stop - heads.start)
             return
-        total = torch.logaddexp(mine_lse, lse)
-        mine_out.lerp_(out.to(torch.float32), torch.exp(lse - total)[..., None])
-        mine_lse.copy_(total)
+        mine_out.lerp_(out.to(torch.float32), torch.sigmoid(lse - mine_lse)[..., None])
+        torch.logaddexp(mine_lse, lse, out=mine_lse)
 
     def store(self, out: Tensor, lse: Tensor) -> None:
         """Write out [T, Hq, Dv] and lse [T, Hq]; no keys at all give zeros and -inf."""

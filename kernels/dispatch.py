@@ -329,6 +329,6 @@ def _check_plan(plan: StepPlan, num_tokens: int, k: Tensor) -> None:
     """Check that a plan was made for this step and this pool."""
     if plan.num_tokens != num_tokens or plan.block_size != k.shape[2] or plan.num_pages > k.shape[0]:
         raise ValueError(
-            f"plan is for {plan.num_tokens} rows on {plan.num_pages} pages of {plan.block_size} tokens, "
+            f"cu_q (or the plan) covers {plan.num_tokens} rows on {plan.num_pages} pages of {plan.block_size} tokens, "
             f"got {num_tokens} rows on {k.shape[0]} pages of {k.shape[2]}"
         )

@@ -1,0 +1,105 @@
+"""Paged caches for kernel tests: random tokens on scattered pages, NaN in every slot that no sequence owns."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="kernels need torch")
+
+from kvtier.kernels import layer_views, reference  # noqa: E402
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore = ["interpreted"]  # test_interpreter.py runs these in a process of their own
+
+
+@dataclass
+class Case:
+    """One step over a paged cache: queries, pages, tables; spans are (queries, keys) per sequence."""
+
+    q: Any
+    k: Any
+    v: Any
+    table: np.ndarray
+    kv_lens: list[int]
+    cu_q: list[int]
+    scale: float
+    rules: dict[str, Any] = field(default_factory=dict)
+
+    def run(self, attention: Callable[..., Any], **more: Any) -> Any:
+        return attention(
+            self.q, self.k, self.v, self.table, self.kv_lens, self.cu_q, scale=self.scale, **self.rules, **more
+        )
+
+    def expected(self) -> Any:
+        return self.run(reference.paged_attention)
+
+
+def build_case(
+    spans: Sequence[tuple[int, int]],
+    *,
+    dtype: Any = torch.float32,
+    heads: int = 2,
+    group: int = 2,
+    dims: tuple[int, int] = (16, 16),
+    block: int = 16,
+    order: str = "scattered",
+    seed: int = 0,
+    device: str = "cpu",
+    **rules: Any,
+) -> Case:
+    """Lay sequences on pages: `scattered` at random, `runs` side by side, or `woven` in turns."""
+    random = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    needs = [-(-keys // block) for _, keys in spans]
+    num_pages = sum(needs) + 3
+    pages = np.arange(num_pages)
+    if order == "scattered":
+        random.shuffle(pages)
+    table = np.full((len(spans), max([1, *needs])), -1, np.int32)
+    if order == "woven":
+        turns = sorted((i, s) for s, need in enumerate(needs) for i in range(need))
+        for page, (i, s) in enumerate(turns):
+            table[s, i] = page
+    else:
+        for s, need in enumerate(needs):
+            table[s, :need], pages = pages[:need], pages[need:]
+    pool = torch.full((num_pages, 3 * heads * block * sum(dims)), float("nan"), device=device).to(dtype)
+    k, v = layer_views(pool, 1, heads, block, *dims)
+    for s, (_, keys) in enumerate(spans):
+        at = torch.arange(keys, device=device)
+        page = torch.from_numpy(table[s]).to(device).long()[at // block]
+        k[page, :, at % block] = torch.randn(keys, heads, dims[0], device=device).to(dtype)
+        v[page, :, at % block] = torch.randn(keys, heads, dims[1], device=device).to(dtype)
+    cu_q = np.cumsum([0, *(queries for queries, _ in spans)]).tolist()
+    q = torch.randn(cu_q[-1], heads * group, dims[0], device=device).to(dtype)
+    return Case(q, k, v, table, [keys for _, keys in spans], cu_q, dims[0] ** -0.5, rules)
+
+
+@pytest.fixture
+def make_case() -> Callable[..., Case]:
+    return build_case
+
+
+def close(result: Any, expected: Any, out_tolerance: float = 2e-6, lse_tolerance: float = 3e-6) -> None:
+    """Compare (out, lse) with a float64 reference; the out tolerance is relative for values above 1."""
+    out, lse = (x.double() for x in result)
+    expected_out, expected_lse = expected
+    assert out.shape == expected_out.shape and lse.shape == expected_lse.shape
+    no_keys = torch.isneginf(expected_lse)
+    assert torch.equal(torch.isneginf(lse), no_keys)
+    assert not torch.isnan(out).any(), "an unused token slot reached the output"
+    error = (out - expected_out).abs() / expected_out.abs().clamp(min=1.0)
+    assert error.max().item() <= out_tolerance if out.numel() else True
+    lse_error = (lse - expected_lse)[~no_keys].abs()
+    assert lse_error.max().item() <= lse_tolerance if lse_error.numel() else True
+
+
+@pytest.fixture
+def assert_close() -> Callable[..., None]:
+    return close

@@ -1,0 +1,53 @@
+"""Writing tokens and copying rows with Triton: byte-equal to the references, nothing else touched."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from kvtier.kernels import reference, triton_cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("heads", [1, 3])
+def test_tokens_land_in_their_slots(make_case, dtype, heads):
+    slots = [5, 6, 7, -1, 47, 0, 16]
+    case = make_case([(0, 48)], dtype=dtype, heads=heads, dims=(24, 16))
+    expected_k, expected_v = case.k.clone(), case.v.clone()
+    k_new, v_new = torch.randn(heads, 7, 24).transpose(0, 1), torch.randn(7, heads, 16)  # cast on the way in
+    reference.write_kv(k_new, v_new, expected_k, expected_v, slots)
+    triton_cache.write_kv(k_new, v_new, case.k, case.v, torch.tensor(slots))
+    for ours, expected in ((case.k, expected_k), (case.v, expected_v)):
+        assert torch.equal(torch.nan_to_num(ours.float()), torch.nan_to_num(expected.float()))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [(0, 48), (8, 40), (3, 10)])
+def test_rows_are_copied_as_the_widest_words(dtype, columns):
+    pool = torch.randint(0, 100, (12, 48)).to(dtype)
+    source, target = pool[:, slice(*columns)], torch.zeros(9, 48, dtype=dtype)[:, slice(*columns)]
+    expected = target.clone()
+    ids, to = np.array([3, 11, 3]), np.array([8, 0, 5])
+    reference.copy_blocks(source, expected, ids, to)
+    triton_cache.copy_rows(source, target, ids, to, 3)
+    assert torch.equal(target, expected)
+    gathered = torch.zeros(3, source.shape[1], dtype=dtype)
+    triton_cache.copy_rows(source, gathered, ids, None, 3)
+    assert torch.equal(gathered, source[ids])
+    triton_cache.copy_rows(gathered, target, None, to, 3)
+    assert torch.equal(target, expected)
+
+
+def test_long_rows_take_several_programs():
+    source = torch.randint(0, 1 << 40, (3, 2 * triton_cache.COPY_WORDS + 5))
+    target = torch.zeros_like(source)
+    triton_cache.copy_rows(source, target, np.array([2, 0]), np.array([0, 1]), 2)
+    assert torch.equal(target[:2], source[[2, 0]]) and not target[2].any()
+
+
+def test_word_width_follows_alignment():
+    rows = torch.zeros(4, 64, dtype=torch.uint8)
+    for columns, word in (((0, 64), 8), ((4, 12), 4), ((2, 8), 2), ((1, 9), 1)):
+        view = rows[:, slice(*columns)]
+        assert triton_cache.as_words(view, view)[0].element_size() == word
