@@ -159,9 +159,9 @@ def prefill_shape(
     if dtype == torch.float32:
         rows, tile, warps, stages = 16, 16, 4, 2
     elif widest <= 128:
-        rows, tile, warps, stages = (128, 64, 8, 3) if arch >= 90 else (64, 64, 8, 2)
+        rows, tile, warps, stages = (128, 64, 8, 3) if arch >= 90 else (64, 64, 8, 3)
     elif widest <= 256:
-        rows, tile, warps, stages = (64, 32, 4, 2) if arch >= 90 else (32, 32, 4, 2)
+        rows, tile, warps, stages = (128, 32, 8, 2) if arch >= 90 else (32, 32, 4, 2)
     else:
         rows, tile, warps, stages = 16, 16, 4, 2
     heads = min(group, rows)
