@@ -41,10 +41,10 @@ def attend_in_place(layer: PagedLayer, q: Tensor, ranges: list[Range]) -> tuple[
     parts = _Parts(layer, q)
     pages, owners = _take_ends(parts, ranges)
     if len(pages):
-        if len(ranges) > 1:  # sequences side by side in the pool share runs when read in page order
-            order = np.argsort(pages, kind="stable")
-            if np.count_nonzero(np.diff(pages[order]) != 1) < np.count_nonzero(np.diff(pages) != 1):
-                pages, owners = pages[order], owners[order]
+        # Keys may be taken in any order: in page order, shuffled pages and sequences side by side share runs.
+        order = np.argsort(pages, kind="stable")
+        if np.count_nonzero(np.diff(pages[order]) != 1) < np.count_nonzero(np.diff(pages) != 1):
+            pages, owners = pages[order], owners[order]
         _take_pages(parts, pages, owners)
     return parts.merge()
 
