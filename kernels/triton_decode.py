@@ -30,6 +30,7 @@ from .triton_common import (
 )
 from .triton_merge import merge_parts
 
+# Both from a bandwidth model, to be replaced by a sweep on a GPU.
 MIN_SPLIT_TOKENS = 512  # shorter splits spend their time starting and merging
 PROGRAMS_PER_SM = 4
 
