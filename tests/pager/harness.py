@@ -1,0 +1,175 @@
+"""A stand-in engine for pager tests: writes values that depend on the whole prefix, and checks every value it reads.
+
+Reads and writes are queued on the compute stream as a kernel would be, so under the seeded scheduler they run late and in
+an order that the seed picks. A missing wait anywhere shows as a wrong value here.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvtier.pager.config import PagerConfig
+from kvtier.pager.lease import Lease, Span
+from kvtier.pager.pager import Pager
+from kvtier.pager.rules import ALL_RULES, Rules
+from kvtier.tiers.errors import BlockMissError, TierFullError
+from kvtier.tiers.layout import KVLayout
+from kvtier.tiers.simulated import SimulatedBackend
+
+BLOCK = 4
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, block_size=BLOCK, dtype="float32", name="full")
+WINDOWED = KVLayout(
+    num_layers=1, num_kv_heads=1, head_dim=4, block_size=BLOCK, dtype="float32", window=10, name="window"
+)
+
+
+def values(token_ids: list[int]) -> np.ndarray:
+    """One number per token that depends on all tokens before it."""
+    out, running = np.empty(len(token_ids), np.float32), 1
+    for i, token in enumerate(token_ids):
+        running = (running * 31 + token + 7) % 65521
+        out[i] = running
+    return out
+
+
+class Rig:
+    """A pager and an engine that checks what it reads. `wrong` lists every mismatch."""
+
+    def __init__(
+        self,
+        seed: int = 0,
+        *,
+        pages: int = 8,
+        host: int = 16,
+        layouts: list[KVLayout] | None = None,
+        path=None,
+        rules: Rules = ALL_RULES,
+        backend=None,
+        staging: int = 0,
+        **config,
+    ) -> None:
+        self.layouts = layouts or [LAYOUT]
+        self.backend = backend or SimulatedBackend(seed)
+        block_bytes = sum(layout.block_bytes for layout in self.layouts)
+        staging_bytes = 3 * staging * self.layouts[0].layer_bytes
+        settings = {"staging_bytes": staging_bytes, "low_watermark": 0.2, "high_watermark": 0.4} | config
+        self.pager = Pager.open(
+            self.layouts,
+            PagerConfig(
+                device_bytes=pages * block_bytes + staging_bytes,
+                host_bytes=host * block_bytes + (staging_bytes if path else 0),
+                nvme_path=path,
+                **settings,
+            ),
+            model_fingerprint="rig",
+            backend=self.backend,
+            rules=rules,
+        )
+        self.wrong: list[str] = []
+        self.expected: dict[int, np.ndarray] = {}
+
+    # ------------------------------------------------------------------ the engine's verbs
+    def start(self, token_ids: list[int]) -> int:
+        seq = self.pager.begin()
+        self.pager.attach(seq, token_ids[:-1])
+        self.pager.append(seq, token_ids[self.pager.num_computed(seq) :])
+        return seq
+
+    def prefill(self, seq: int, chunk: int = 8, **options) -> int:
+        """Compute everything that is not; returns how many tokens were computed."""
+        total, computed = len(self.pager.token_ids(seq)), 0
+        while self.pager.num_computed(seq) < total:
+            computed += self.step([(seq, self.pager.plan_prefill(seq, chunk))], **options)
+        return computed
+
+    def step(self, work: list[tuple[int, int]], **options) -> int:
+        """One model step over (sequence, number of tokens); retried from what is left when a block was lost."""
+        spans = [Span(seq, self.pager.num_computed(seq), self.pager.num_computed(seq) + n) for seq, n in work]
+        try:
+            with self.pager.lease(spans, **options) as lease:
+                self.compute(lease)
+                lease.commit()
+        except BlockMissError:
+            return 0
+        return sum(n for _, n in work)
+
+    def say(self, seq: int, token_ids: list[int], **options) -> None:
+        self.pager.append(seq, token_ids)
+        self.prefill(seq, **options)
+
+    # ------------------------------------------------------------------ the kernels
+    def compute(self, lease: Lease) -> None:
+        for g, layout in enumerate(self.layouts):
+            for layer in range(layout.num_layers):
+                staged = [self._read_staged(lease, g, layer, chunk) for chunk in lease.stream(g, layer)]
+                self._write(lease, g, layer)
+                self._read(lease, g, layer, skipped=set(np.concatenate(staged).tolist()) if staged else set())
+
+    def _write(self, lease: Lease, g: int, layer: int) -> None:
+        rows, slots = self.view(g, layer), lease.slots[g].copy()
+        new = np.concatenate([values(self.pager.token_ids(s.seq))[s.start : s.end] for s in lease.spans])
+
+        def kernel() -> None:
+            rows[slots // BLOCK, :, slots % BLOCK] = new[:, None, None] + layer
+
+        self.backend.compute.run(kernel)
+
+    def _read(self, lease: Lease, g: int, layer: int, skipped: set[int]) -> None:
+        rows = self.view(g, layer)
+        for i, span in enumerate(lease.spans):
+            wanted = values(self.pager.token_ids(span.seq))[: span.end]
+            length = int(lease.kv_lens[g][i])
+            pages = lease.tables[g][i][: -(-length // BLOCK)].copy()
+            positions = self.positions(lease, g, i, skipped)
+            assert len(positions) == length
+
+            def kernel(pages=pages, wanted=wanted, positions=positions, span=span, length=length) -> None:
+                seen = rows[pages].transpose(0, 2, 1, 3).reshape(-1, 2, 4)[:length]
+                self.compare(seen, wanted[positions] + layer, f"seq {span.seq} {self.layouts[g].name} layer {layer}")
+
+            self.backend.compute.run(kernel)
+
+    def _read_staged(self, lease: Lease, g: int, layer: int, staged) -> np.ndarray:
+        layout, span = self.layouts[g], lease.spans[0]
+        table = self.pager._core.sequences[span.seq].tables[g].ids
+        logical = np.array([int(np.flatnonzero(table == block)[0]) for block in staged.blocks])
+        wanted, rows, count = values(self.pager.token_ids(span.seq)), staged.rows, staged.count
+
+        def kernel() -> None:
+            seen = rows[:count].view(np.float32).reshape(count, 2, BLOCK, layout.head_dim)
+            positions = (logical[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
+            self.compare(seen.transpose(0, 2, 1, 3).reshape(-1, 2, 4), wanted[positions] + layer, f"staged layer {layer}")
+
+        self.backend.compute.run(kernel)
+        return logical
+
+    def positions(self, lease: Lease, g: int, i: int, skipped: set[int]) -> np.ndarray:
+        """Token positions that the compact table of one span lists, in order."""
+        span, layout = lease.spans[i], self.layouts[g]
+        first = 0 if layout.window is None else max(0, span.start - layout.window + 1) // BLOCK
+        blocks = [b for b in range(first, -(-span.end // BLOCK)) if b not in skipped]
+        positions = np.concatenate([np.arange(b * BLOCK, (b + 1) * BLOCK) for b in blocks])
+        return positions[positions < span.end]
+
+    def view(self, g: int, layer: int) -> np.ndarray:
+        """[pages, 2, block, head_dim] of one layer."""
+        layout = self.layouts[g]
+        pool = self.pager.device_rows(g).view(np.float32)
+        return pool.reshape(len(pool), layout.num_layers, 2, BLOCK, layout.head_dim)[:, layer]
+
+    def compare(self, seen: np.ndarray, wanted: np.ndarray, where: str) -> None:
+        if not (seen == wanted[:, None, None]).all():
+            bad = int(np.flatnonzero((seen != wanted[:, None, None]).any((1, 2)))[0])
+            self.wrong.append(f"{where}: token row {bad} reads {seen[bad, 0, 0]}, wanted {wanted[bad]}")
+
+    def settle(self) -> None:
+        """Let everything queued run."""
+        self.backend.compute.synchronize(10.0)
+        self.pager.drain(10.0)
+
+    def close(self) -> None:
+        self.settle()
+        self.pager.close()
+
+
+__all__ = ["BLOCK", "LAYOUT", "WINDOWED", "Rig", "TierFullError", "values"]
