@@ -1,1 +1,1 @@
-"""kvtier.tiers"""
+"""Where a block can live. Import the module you need; this file loads nothing."""

@@ -1,0 +1,150 @@
+"""KVLayout: what one block is, in bytes; and how sizes are read and written.
+
+Memory of a block, contiguous: for each layer K [kv_heads, block, head_dim], then V [kv_heads, block, value_dim]. A pool is
+rows of blocks. Pure arithmetic; the fingerprint is part of every block key, so two readings of one shape never mix.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from .errors import ConfigError
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+STORAGE_DTYPE = {"float32": "<f4", "bfloat16": "<u2", "float16": "<f2"}  # zarr-python has no bfloat16: bits as uint16
+MAX_BLOCK_SIZE = 4096
+ROW_ALIGNMENT = 16  # bytes; kernels spill registers without it
+_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayout:
+    """Shape of a block of one layer group.
+
+    value_dim: width of V where it differs from K's head_dim (MLA). window: tokens that a query sees, itself included
+    (None: all). sinks: first tokens kept beside the window. Raises ConfigError on construction for what cannot be.
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int = 16
+    dtype: str = "bfloat16"
+    value_dim: int | None = None
+    window: int | None = None
+    sinks: int = 0
+    name: str = "full"
+
+    def __post_init__(self) -> None:
+        for field in ("num_layers", "num_kv_heads", "head_dim"):
+            _require_positive(field, getattr(self, field))
+        size = self.block_size
+        if not isinstance(size, int) or size < 1 or size > MAX_BLOCK_SIZE or size & (size - 1):
+            raise ConfigError(f"block_size={size!r}: use a power of two from 1 to {MAX_BLOCK_SIZE}, e.g. 16, 64 or 256")
+        if self.dtype not in ITEMSIZE:
+            raise ConfigError(f"dtype={self.dtype!r} is unknown; choose {', '.join(ITEMSIZE)}")
+        if self.value_dim is not None:
+            _require_positive("value_dim", self.value_dim)
+        if self.window is not None:
+            _require_positive("window", self.window)
+        if self.sinks < 0:
+            raise ConfigError(f"sinks={self.sinks}: must not be negative")
+        for field, width in (("head_dim", self.head_dim), ("value_dim", self.v_dim)):
+            if width * self.itemsize % ROW_ALIGNMENT:
+                raise ConfigError(
+                    f"{field}={width} with dtype={self.dtype!r} gives rows of {width * self.itemsize} bytes; kernels need a "
+                    f"multiple of {ROW_ALIGNMENT}"
+                )
+
+    @property
+    def v_dim(self) -> int:
+        return self.head_dim if self.value_dim is None else self.value_dim
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.dtype]
+
+    @property
+    def key_bytes(self) -> int:
+        """K of one layer of one block."""
+        return self.num_kv_heads * self.block_size * self.head_dim * self.itemsize
+
+    @property
+    def value_bytes(self) -> int:
+        return self.num_kv_heads * self.block_size * self.v_dim * self.itemsize
+
+    @property
+    def layer_bytes(self) -> int:
+        return self.key_bytes + self.value_bytes
+
+    @property
+    def block_bytes(self) -> int:
+        return self.num_layers * self.layer_bytes
+
+    @property
+    def token_bytes(self) -> int:
+        return self.block_bytes // self.block_size
+
+    @property
+    def storage_dtype(self) -> np.dtype[Any]:
+        return np.dtype(STORAGE_DTYPE[self.dtype])
+
+    @property
+    def block_shape(self) -> tuple[int, ...]:
+        """[layers, 2, kv_heads, block, head_dim], or [layers, elements] where K and V differ in width."""
+        if self.v_dim == self.head_dim:
+            return (self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_dim)
+        return (self.num_layers, self.layer_bytes // self.itemsize)
+
+    @property
+    def fingerprint(self) -> str:
+        text = json.dumps(self.to_dict(), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> KVLayout:
+        try:
+            return cls(**fields)
+        except TypeError as error:
+            raise ConfigError(f"layout fields {sorted(fields)} are not those of this version: {error}") from error
+
+
+def parse_bytes(size: int | str, *, name: str = "size", total: int | None = None) -> int:
+    """Bytes of an int or of text such as "8GiB", "512MB" or, where `total` is known, "80%". Raises ConfigError."""
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise ConfigError(f"{name}={size!r}: give a number of bytes or text such as '8GiB'")
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z%]*)\s*", size)
+    if match:
+        number, unit = float(match[1]), match[2].lower()
+        if unit == "%" and total is not None:
+            return int(total * number / 100)
+        if unit != "b":
+            unit = unit.removesuffix("b")
+        if unit in _UNITS:
+            return int(number * _UNITS[unit])
+    raise ConfigError(f"{name}={size!r} is not a size; write bytes or a number with KiB, MiB, GiB, TiB (or KB, MB, GB)")
+
+
+def format_bytes(n: float) -> str:
+    """1536 -> '1.5 KiB'."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
+
+
+def _require_positive(field: str, value: Any) -> None:
+    if not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{field}={value!r}: must be a whole number of at least 1")
