@@ -32,7 +32,7 @@ MAX_MOVE_BYTES = 32 << 20  # completions come one per move: smaller moves let co
 MAX_WRITE_ERRORS = 3  # in a row; then the nvme tier takes no more writes and the pager goes on without it
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Move:
     """Blocks on their way from one tier to another."""
 

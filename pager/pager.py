@@ -8,9 +8,11 @@ interface. A cache of ours may answer "miss" at any time; it never answers wrong
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -25,17 +27,18 @@ from .config import PagerConfig
 from .core import Core
 from .lease import Lease, Span
 from .leasing import LeaseFiller
-from .page_table import dropped_from_window, needed_pages, num_blocks_of
+from .page_table import dropped_from_window, num_blocks_of
 from .parking import Parking
 from .prefix import Match, adopt, next_cached_block, peek, rewind
 from .prefetching import Prefetcher
 from .rules import ALL_RULES, Rules
 from .sessions import ParkedSession
-from .sizing import plan_sizes
+from .sizing import plan_sizes, split_blocks
 from .states import NOWHERE, IntArray, PageState, SlotState
 from .status import StatusServer, pager_status
 from .streaming import CorruptSliceError, SliceStream, Staged
 
+NVME_DISK_SHARE = 0.8  # of the free disk, when nvme_bytes is not given
 _IDLE_LOOK_S = 0.5  # the background thread looks this often even when nothing signals progress
 
 
@@ -524,9 +527,17 @@ def _open_nvme(layouts: tuple[KVLayout, ...], config: PagerConfig, backend: Back
         return None
     from ..tiers.nvme.store import NvmeTier, StoreIdentity
 
-    return NvmeTier.open(
-        config.nvme_path, StoreIdentity(fingerprint, layouts), capacity_bytes=config.nvme_size, backend=backend
-    )
+    budget = config.nvme_size if config.nvme_size is not None else _free_disk(Path(config.nvme_path))
+    slots = split_blocks(layouts, budget)
+    if min(slots) < 1:
+        raise ConfigError(f"nvme_bytes={budget} holds no block of {sum(g.block_bytes for g in layouts)} bytes; give more")
+    return NvmeTier.open(config.nvme_path, StoreIdentity(fingerprint, layouts), num_slots=slots, backend=backend)
 
 
-__all__ = ["Match", "Pager", "ParkedSession", "Span", "needed_pages"]
+def _free_disk(path: Path) -> int:
+    """Most of what the disk has left: NVME_DISK_SHARE of the free bytes at that place."""
+    there = next(p for p in (path, *path.absolute().parents) if p.exists())
+    return int(shutil.disk_usage(there).free * NVME_DISK_SHARE)
+
+
+__all__ = ["Match", "Pager", "ParkedSession", "Span"]

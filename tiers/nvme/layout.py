@@ -1,0 +1,102 @@
+"""Geometry of a segment file: a valid Zarr v3 shard whose inner chunks lie at 4 KiB-aligned offsets.
+
+    0                        index page: slots x (u64 offset, u64 nbytes), u32 crc32c, zeros up to 4096
+    4096 + slot * stride     block bytes | u32 crc32c | trailer | zeros up to the stride
+
+The crc32c is the standard Zarr codec's and belongs to the chunk (nbytes = block + 4). The trailer lies in what Zarr sees
+as unused space: it says whose block this is, so that a whole block of another key is never taken for the right one.
+Pure functions. Source: Zarr v3 sharding_indexed 1.0 allows unused space between inner chunks and any order of them.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+import crc32c
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ..checksum import block_sum
+from ..layout import KVLayout
+
+PAGE_BYTES = 4096
+CRC_BYTES = 4
+EMPTY = 2**64 - 1
+MAX_SLOTS = 32  # per segment; the index page has room for 255
+MAX_SEGMENT_BYTES = 32 << 20
+MAGIC = b"kvtier\x00\x01"
+_HEAD = struct.Struct("<8s32sQQII")  # magic, key, generation, checksum, tokens, number of layers
+_SEAL = struct.Struct("<Q")  # xxh3 of the trailer before it
+
+
+@dataclass(frozen=True, slots=True)
+class Trailer:
+    """What a slot says about itself."""
+
+    key: bytes
+    generation: int
+    checksum: int
+    tokens: int
+    layer_sums: npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes and offsets of the segments of one layer group."""
+
+    block_bytes: int
+    num_layers: int
+    stride: int
+    slots_per_segment: int
+
+    @classmethod
+    def of(cls, layout: KVLayout) -> Geometry:
+        tail = CRC_BYTES + _HEAD.size + 8 * layout.num_layers + _SEAL.size
+        stride = -(-(layout.block_bytes + tail) // PAGE_BYTES) * PAGE_BYTES
+        return cls(layout.block_bytes, layout.num_layers, stride, max(1, min(MAX_SLOTS, MAX_SEGMENT_BYTES // stride)))
+
+    @property
+    def segment_bytes(self) -> int:
+        return PAGE_BYTES + self.slots_per_segment * self.stride
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of a slot behind its block: checksum, trailer and padding."""
+        return self.stride - self.block_bytes
+
+    def place(self, slot: int) -> tuple[int, int]:
+        """Segment number and offset in its file."""
+        segment, index = divmod(slot, self.slots_per_segment)
+        return segment, PAGE_BYTES + index * self.stride
+
+    def index_page(self, occupied: npt.NDArray[np.bool_]) -> bytes:
+        """The index of a segment whose slots are occupied or not."""
+        entries = np.full((self.slots_per_segment, 2), EMPTY, "<u8")
+        used = np.flatnonzero(occupied)
+        entries[used, 0] = PAGE_BYTES + used * self.stride
+        entries[used, 1] = self.block_bytes + CRC_BYTES
+        raw = entries.tobytes()
+        return (raw + crc32c.crc32c(raw).to_bytes(4, "little")).ljust(PAGE_BYTES, b"\0")
+
+    def tail(self, block: npt.NDArray[np.uint8], trailer: Trailer) -> bytes:
+        """Everything behind the block's bytes."""
+        head = _HEAD.pack(
+            MAGIC, trailer.key, trailer.generation, trailer.checksum, trailer.tokens, len(trailer.layer_sums)
+        )
+        body = head + np.ascontiguousarray(trailer.layer_sums, "<u8").tobytes()
+        crc = crc32c.crc32c(memoryview(block)).to_bytes(CRC_BYTES, "little")
+        return (crc + body + _SEAL.pack(xxhash.xxh3_64_intdigest(body))).ljust(self.tail_bytes, b"\0")
+
+    def read_tail(self, tail: bytes) -> Trailer | None:
+        """The trailer, or None when it is not one that was written whole."""
+        body = tail[CRC_BYTES : CRC_BYTES + _HEAD.size + 8 * self.num_layers]
+        (seal,) = _SEAL.unpack_from(tail, CRC_BYTES + len(body))
+        if len(tail) < self.tail_bytes or xxhash.xxh3_64_intdigest(body) != seal:
+            return None
+        magic, key, generation, checksum, tokens, layers = _HEAD.unpack_from(body)
+        sums = np.frombuffer(body, "<u8", self.num_layers, _HEAD.size)
+        if magic != MAGIC or layers != self.num_layers or block_sum(sums) != checksum:
+            return None
+        return Trailer(key, generation, checksum, tokens, sums)
