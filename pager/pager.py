@@ -529,7 +529,7 @@ def _open_nvme(layouts: tuple[KVLayout, ...], config: PagerConfig, backend: Back
 
     budget = config.nvme_size if config.nvme_size is not None else _free_disk(Path(config.nvme_path))
     slots = split_blocks(layouts, budget)
-    if min(slots) < 1:
+    if min(slots) < 1 and config.nvme_size is not None:
         raise ConfigError(f"nvme_bytes={budget} holds no block of {sum(g.block_bytes for g in layouts)} bytes; give more")
     return NvmeTier.open(config.nvme_path, StoreIdentity(fingerprint, layouts), num_slots=slots, backend=backend)
 
