@@ -19,7 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from ..checksum import block_sum, layer_sums
-from ..errors import TierFullError
+from ..errors import TierFullError, TierUnavailableError
 from ..streams import Backend, Event, IntArray, Rows
 from .identity import MANIFEST_FILE, StoreIdentity, claim, grow_arrays, make_arrays, read_identity, segment_path
 from .layout import Geometry, Trailer
@@ -235,13 +235,12 @@ class NvmeTier:
         """What is listed survives a power loss once this returns: data first, then the manifest."""
         with self._lock:
             paths, self._unsynced = self._unsynced, set()
-        for path in paths:
-            fd = os.open(path, os.O_RDWR)
-            try:
-                os.fdatasync(fd)
-            finally:
-                os.close(fd)
-        self._manifest.sync()
+        try:
+            for path in paths:
+                _sync_file(path)
+            self._manifest.sync()
+        except OSError as error:
+            raise TierUnavailableError(f"store {self._path}: {error.strerror}; what was written may not last") from error
 
     def status(self) -> dict[str, Any]:
         return {
@@ -353,9 +352,14 @@ class NvmeTier:
         for segment in np.unique(slots // size).tolist():
             path = segment_path(self._path, layout, group, segment)
             held.reach((segment + 1) * size - 1)
-            fd = os.open(path, os.O_RDWR)
+            page = held.geometry.index_page(held.listed[segment * size : (segment + 1) * size])
             try:
-                os.pwrite(fd, held.geometry.index_page(held.listed[segment * size : (segment + 1) * size]), 0)
+                fd = os.open(path, os.O_RDWR)
+            except FileNotFoundError:  # somebody deleted it: its blocks fail their checks, a new file may be made
+                self._made.discard(path)
+                continue
+            try:
+                os.pwrite(fd, page, 0)
             finally:
                 os.close(fd)
             self._unsynced.add(path)
@@ -396,6 +400,17 @@ def read_store_status(path: str | os.PathLike[str]) -> dict[str, Any]:
         "sessions": len(listing.sessions),
         "used_bytes": sum(group["bytes"] for group in groups),
     }
+
+
+def _sync_file(path: Path) -> None:
+    try:
+        fd = os.open(path, os.O_RDWR)
+    except FileNotFoundError:
+        return  # nothing of it is left to keep; its blocks fail their checks when read
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
 
 
 def _same(trailer: Trailer, stamp: Any) -> bool:

@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from kvtier.tiers.cpu import CpuBackend
+from kvtier.tiers.errors import ConfigError, StoreLockedError, StoreMismatchError, TierFullError
+from kvtier.tiers.layout import KVLayout
+from kvtier.tiers.nvme.layout import Geometry
+from kvtier.tiers.nvme.store import STAMP, NvmeTier, StoreIdentity, read_store_status
+
+LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_size=16, dtype="float32")
+BF16 = KVLayout(num_layers=2, num_kv_heads=1, head_dim=8, block_size=16, dtype="bfloat16", window=32, name="window")
+MLA = KVLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_size=4, dtype="float16", value_dim=8, name="mla")
+IDENTITY = StoreIdentity("model", (LAYOUT, BF16, MLA))
+NUM_SLOTS = [70, 20, 10]
+
+
+@pytest.fixture
+def backend():
+    backend = CpuBackend()
+    yield backend
+    backend.close(5)
+
+
+def open_tier(path, backend, identity=IDENTITY, num_slots=NUM_SLOTS) -> NvmeTier:
+    return NvmeTier.open(path, identity, num_slots=num_slots, backend=backend)
+
+
+def blocks(layout: KVLayout, n: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 255, (n, layout.block_bytes), np.uint8)
+
+
+def stamps(n: int, seed: int = 0) -> np.ndarray:
+    out = np.zeros(n, STAMP)
+    for i in range(n):
+        out[i]["key"] = np.random.default_rng(seed * 1000 + i).bytes(32)
+        out[i]["tokens"] = 16
+    return out
+
+
+def store(tier: NvmeTier, n: int, group: int = 0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rows, slots = blocks(IDENTITY.layouts[group], n, seed), tier.allocate(group, n)
+    ticket = tier.write(group, slots, rows, np.arange(n), stamps(n, seed))
+    assert ticket.event.wait(10) and ticket.ok.all()
+    return slots, rows
+
+
+def load(tier: NvmeTier, slots: np.ndarray, group: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    target = np.zeros((len(slots), IDENTITY.layouts[group].block_bytes), np.uint8)
+    ticket = tier.read(group, slots, target, np.arange(len(slots)), tier.stamps(group, slots))
+    assert ticket.event.wait(10)
+    return ticket.ok, target
+
+
+@pytest.mark.parametrize("group", [0, 1, 2])
+def test_reads_back_exactly_what_was_written(tmp_path, backend, group):
+    tier = open_tier(tmp_path / "s", backend)
+    slots, rows = store(tier, 10, group)
+    ok, seen = load(tier, slots, group)
+    assert ok.all() and np.array_equal(seen, rows)
+    size = IDENTITY.layouts[group].layer_bytes
+    slices = np.zeros((10, size), np.uint8)
+    ticket = tier.read_layer(group, slots, 1, slices, np.arange(10), tier.stamps(group, slots))
+    assert ticket.event.wait(10) and ticket.ok.all() and np.array_equal(slices, rows[:, size : 2 * size])
+    tier.close()
+
+
+def test_a_reopened_store_lists_what_was_written_and_nothing_that_was_freed(tmp_path, backend):
+    tier = open_tier(tmp_path / "s", backend)
+    slots, rows = store(tier, 40)
+    tier.free(0, slots[5:9])
+    tier.put_session("a", {"n": 1})
+    tier.put_session("b", {"n": 2})
+    tier.drop_session("a")
+    tier.close()
+    again = open_tier(tmp_path / "s", backend)
+    found, found_stamps = again.recovered()[0]
+    kept = np.delete(np.arange(40), range(5, 9))
+    assert found.tolist() == slots[kept].tolist() and (found_stamps["tokens"] == 16).all()
+    ok, seen = load(again, found)
+    assert ok.all() and np.array_equal(seen, rows[kept])
+    assert again.sessions() == {"b": {"n": 2}} and again.free_slots(0) == 70 - 36
+    assert again.allocate(0, 4).tolist() == slots[5:9].tolist()
+    again.close()
+
+
+def test_stock_zarr_reads_every_block_and_unwritten_slots_as_fill(tmp_path, backend):
+    import zarr
+
+    tier = open_tier(tmp_path / "s", backend)
+    written = [store(tier, 6, group, seed=group) for group in range(3)]
+    tier.free(0, written[0][0][2:3])
+    tier.close()
+    group = zarr.open_group(str(tmp_path / "s" / "blocks.zarr"), mode="r")
+    assert group.attrs["kvtier"]["model_fingerprint"] == "model"
+    for g, (slots, rows) in enumerate(written):
+        layout, array = IDENTITY.layouts[g], group[f"g{g}"]
+        assert array.dtype == layout.storage_dtype and array.attrs["kvtier"]["dtype"] == layout.dtype
+        for slot, row in zip(slots.tolist(), rows):
+            wanted = row.view(layout.storage_dtype).reshape(layout.block_shape)
+            seen = np.asarray(array[slot])
+            expected = np.zeros_like(wanted) if g == 0 and slot == slots[2] else wanted
+            assert seen.tobytes() == expected.tobytes()
+        assert not np.asarray(array[int(slots.max()) + 1]).any()
+
+
+def test_tensorstore_reads_the_same(tmp_path, backend):
+    ts = pytest.importorskip("tensorstore")
+    tier = open_tier(tmp_path / "s", backend)
+    slots, rows = store(tier, 4)
+    tier.close()
+    path = str(tmp_path / "s" / "blocks.zarr" / "g0")
+    array = ts.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}, read=True).result()
+    seen = np.asarray(array[int(slots[3])].read().result())
+    assert seen.tobytes() == rows[3].tobytes()
+
+
+@pytest.mark.parametrize("where", ["block", "trailer", "foreign", "truncated", "gone"])
+def test_whatever_is_wrong_on_disk_is_not_ok_and_never_an_exception(tmp_path, backend, where):
+    tier = open_tier(tmp_path / "s", backend)
+    slots, rows = store(tier, 4)
+    geometry = Geometry.of(LAYOUT)
+    path = next((tmp_path / "s" / "blocks.zarr" / "g0").glob("c.0*"))
+    raw = bytearray(path.read_bytes())
+    start = 4096 + geometry.stride
+    if where == "block":
+        raw[start + 100] ^= 4
+    elif where == "trailer":
+        raw[start + geometry.block_bytes + 4 + 20] ^= 4
+    elif where == "foreign":  # a whole, self-consistent block of another key
+        raw[start : start + geometry.stride] = raw[start + geometry.stride : start + 2 * geometry.stride]
+    elif where == "truncated":
+        del raw[start + 50 :]
+    path.unlink()
+    if where != "gone":
+        path.write_bytes(raw)
+    ok, seen = load(tier, slots)
+    expected = {"truncated": [True, False, False, False], "gone": [False] * 4}.get(where, [True, False, True, True])
+    assert ok.tolist() == expected
+    assert np.array_equal(seen[ok], rows[ok])
+    tier.close()
+
+
+def test_random_bit_flips_are_all_detected(tmp_path, backend):
+    tier = open_tier(tmp_path / "s", backend)
+    slots, rows = store(tier, 8)
+    path = next((tmp_path / "s" / "blocks.zarr" / "g0").glob("c.0*"))
+    whole, rng, geometry = path.read_bytes(), np.random.default_rng(0), Geometry.of(LAYOUT)
+    used = geometry.block_bytes
+    for _ in range(200):
+        slot, bit = int(rng.integers(8)), int(rng.integers(used * 8))
+        raw = bytearray(whole)
+        raw[4096 + slot * geometry.stride + bit // 8] ^= 1 << bit % 8
+        path.write_bytes(raw)
+        ok, _ = load(tier, slots)
+        assert ok.tolist() == [i != slot for i in range(8)]
+    tier.close()
+
+
+def test_a_torn_manifest_tail_loses_only_what_it_tore(tmp_path, backend):
+    tier = open_tier(tmp_path / "s", backend)
+    store(tier, 4)
+    size = (tmp_path / "s" / "manifest.log").stat().st_size
+    store(tier, 4, seed=1)
+    tier.close()
+    log = tmp_path / "s" / "manifest.log"
+    log.write_bytes(log.read_bytes()[: size + 30])
+    again = open_tier(tmp_path / "s", backend)
+    assert len(again.recovered()[0][0]) == 4
+    again.close()
+
+
+def test_full_tier_says_so_and_changes_nothing(tmp_path, backend):
+    tier = open_tier(tmp_path / "s", backend)
+    with pytest.raises(TierFullError, match="70 slots"):
+        tier.allocate(0, 71)
+    assert tier.free_slots(0) == 70 and len(tier.allocate(0, 70)) == 70
+    tier.close()
+
+
+def test_refusals_name_the_cause_and_touch_nothing(tmp_path, backend):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is a file"):
+        open_tier(tmp_path / "file", backend)
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match=r"thesis\.tex"):
+        open_tier(tmp_path / "foreign", backend)
+    assert [p.name for p in (tmp_path / "foreign").iterdir()] == ["thesis.tex"]
+    tier = open_tier(tmp_path / "s", backend)
+    with pytest.raises(StoreLockedError, match=str(os.getpid())):
+        open_tier(tmp_path / "s", backend)
+    tier.close()
+    with pytest.raises(StoreMismatchError, match="model_fingerprint='model'"):
+        open_tier(tmp_path / "s", backend, StoreIdentity("other", IDENTITY.layouts))
+    with pytest.raises(StoreMismatchError, match="layouts"):
+        open_tier(tmp_path / "s", backend, StoreIdentity("model", (LAYOUT,)), [10])
+
+
+def test_the_directory_is_private_and_names_are_ours(tmp_path, backend):
+    tier = open_tier(tmp_path / "s", backend)
+    tier.put_session("../../etc/passwd", {"n": 1})
+    store(tier, 2)
+    tier.close()
+    assert (tmp_path / "s").stat().st_mode & 0o777 == 0o700
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s"]
+
+
+def test_status_of_a_store_at_rest_needs_no_lock(tmp_path, backend):
+    tier = open_tier(tmp_path / "s", backend)
+    store(tier, 5)
+    tier.put_session("a", {})
+    status = read_store_status(tmp_path / "s")
+    assert status["groups"][0]["blocks"] == 5 and status["sessions"] == 1
+    assert status["used_bytes"] == 5 * LAYOUT.block_bytes
+    tier.close()
+    with pytest.raises(ConfigError, match=r"store\.json"):
+        read_store_status(tmp_path)
+
+
+_WRITER = """
+import sys, numpy as np
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+from test_nvme import CpuBackend, open_tier, store
+tier = open_tier(sys.argv[1], CpuBackend())
+for seed in range(10):
+    slots, _ = store(tier, 4, seed=seed)
+    print(seed, flush=True)
+    tier.free(0, slots[:1])
+"""
+
+
+def test_after_kill_minus_nine_every_listed_block_is_whole(tmp_path, backend):
+    here = os.path.dirname(__file__)
+    process = subprocess.Popen([sys.executable, "-c", _WRITER, str(tmp_path / "s"), here], stdout=subprocess.PIPE)
+    for _ in range(5):
+        assert process.stdout is not None and process.stdout.readline()
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    tier = open_tier(tmp_path / "s", backend)
+    slots, _ = tier.recovered()[0]
+    ok, _ = load(tier, slots)
+    assert len(slots) >= 15 and ok.all()
+    tier.close()

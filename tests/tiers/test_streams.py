@@ -1,0 +1,140 @@
+"""One contract for every backend, and proof that the stand-ins show a forgotten wait."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvtier.tiers.backends import cuda_missing, get_backend
+from kvtier.tiers.cpu import CpuBackend
+from kvtier.tiers.errors import ConfigError
+from kvtier.tiers.simulated import SimulatedBackend
+
+
+class BackendContract:
+    """What every backend promises. Subclasses provide `make`."""
+
+    def make(self):
+        raise NotImplementedError
+
+    def test_rows_are_copied_by_index(self):
+        backend = self.make()
+        source, target = backend.alloc_host(8, 64), backend.alloc_device(8, 64)
+        source[:] = np.arange(8)[:, None]
+        t, s = np.array([0, 1, 5, 7]), np.array([3, 4, 5, 0])
+        backend.promote.copy_rows(target, t, source, s)
+        t[:] = s[:] = 2  # the caller's arrays are its own again
+        assert backend.promote.record().wait(10)
+        assert target[[0, 1, 5, 7], 0].tolist() == [3, 4, 5, 0] and not target[[2, 3, 4, 6]].any()
+        backend.close(5)
+
+    def test_column_slices_are_copied_too(self):
+        backend = self.make()
+        source, target = backend.alloc_host(4, 64), backend.alloc_device(4, 16)
+        source[:] = np.arange(64)
+        backend.promote.copy_rows(target, np.arange(2), source[:, 16:32], np.array([3, 1]))
+        backend.promote.record().wait(10)
+        assert target[0].tolist() == list(range(16, 32))
+        backend.close(5)
+
+    def test_a_stream_waits_for_an_event_of_another(self):
+        backend = self.make()
+        a, b, c = (backend.alloc_host(1, 1 << 16) for _ in range(3))
+        for value in range(1, 20):
+            a[:] = value
+            one = np.zeros(1, np.int64)
+            backend.promote.copy_rows(b, one, a, one)
+            backend.demote.wait(backend.promote.record())
+            backend.demote.copy_rows(c, one, b, one)
+            assert backend.demote.record().wait(10)
+            assert (c == value).all()
+        backend.close(5)
+
+    def test_io_reports_its_errors_and_goes_on(self):
+        backend, seen = self.make(), []
+        bad = backend.read_io.submit(lambda: [][0])
+        good = backend.read_io.submit(lambda: seen.append(1))
+        assert bad.wait(10) and isinstance(bad.error, IndexError)
+        assert good.wait(10) and good.error is None and seen == [1]
+        backend.close(5)
+
+    def test_memory_is_exact_and_page_aligned(self):
+        backend = self.make()
+        rows = backend.alloc_host(3, 100)
+        assert rows.nbytes == 300 and rows.ctypes.data % 4096 == 0 and rows.flags.c_contiguous
+        backend.close(5)
+
+
+class TestCpuBackend(BackendContract):
+    def make(self):
+        return CpuBackend(poison=True, delay_s=0.001)
+
+    def test_a_reader_that_does_not_wait_sees_poison(self):
+        backend = CpuBackend(poison=True, delay_s=0.05)
+        source, target = backend.alloc_host(1, 64), backend.alloc_device(1, 64)
+        source[:] = 7
+        backend.promote.copy_rows(target, np.zeros(1, int), source, np.zeros(1, int))
+        assert not (target == 7).any()
+        backend.promote.synchronize(5)
+        assert (target == 7).all()
+        backend.close(5)
+
+    def test_wait_any_returns_when_work_ends(self):
+        backend = CpuBackend()
+        event = backend.read_io.submit(lambda: None)
+        for _ in range(200):
+            if event.is_done():
+                break
+            backend.wait_any(0.05)
+        assert event.is_done()
+        backend.close(5)
+
+
+class TestSimulatedBackend(BackendContract):
+    def make(self):
+        return SimulatedBackend(3)
+
+    def test_same_seed_same_order(self):
+        def trace(seed: int) -> list[int]:
+            backend, seen = SimulatedBackend(seed), []
+            for i in range(20):
+                backend.read_io.submit(lambda i=i: seen.append(i))
+            backend.close(5)
+            return seen
+
+        assert trace(1) == trace(1) != trace(2)
+
+    @pytest.mark.parametrize("waits", [True, False])
+    def test_about_half_the_seeds_show_a_missing_wait(self, waits):
+        wrong = 0
+        for seed in range(200):
+            backend = SimulatedBackend(seed)
+            host, device, seen = backend.alloc_host(1, 16), backend.alloc_device(1, 16), []
+            host[:] = 7
+            backend.promote.copy_rows(device, np.zeros(1, int), host, np.zeros(1, int))
+            if waits:
+                backend.compute.wait(backend.promote.record())
+            backend.compute.run(lambda seen=seen, device=device: seen.append(int(device[0, 0])))
+            backend.close(5)
+            wrong += seen != [7]
+        assert wrong == 0 if waits else wrong > 40
+
+    def test_failures_can_be_planted(self):
+        backend = SimulatedBackend(0)
+        rows = backend.alloc_host(1, 16)
+        backend.fail_next("promote", OSError("planted"))
+        backend.promote.copy_rows(rows, np.zeros(1, int), rows, np.zeros(1, int))
+        event = backend.promote.record()
+        assert event.wait() and isinstance(event.error, OSError)
+
+
+def test_backends_are_chosen_by_name():
+    assert get_backend("cpu").name == "cpu"
+    with pytest.raises(ConfigError, match="tpu"):
+        get_backend("tpu")
+
+
+@pytest.mark.skipif(cuda_missing() is None, reason="there is a CUDA device here")
+def test_cuda_without_cuda_says_what_is_missing():
+    with pytest.raises(ConfigError, match=r"kvtier\[cuda\]"):
+        get_backend("cuda")
