@@ -1,0 +1,43 @@
+# make demo and make test do all set-up themselves; nothing else is needed first but Python 3.11+ and its venv module.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell grep '^torch==' constraints.txt)
+export PYTHONSAFEPATH := 1
+
+.PHONY: demo test soak bench lint format clean setup
+.DEFAULT_GOAL := test
+
+setup: $(VENV)/.ready
+
+# torch comes first and at the tested pin: anything that depends on it would otherwise choose its own build
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/kvtier demo
+
+test: setup
+	$(BIN)/python -m pytest -q
+
+soak: setup
+	$(BIN)/python -m pytest -q -m soak
+
+bench: setup
+	$(BIN)/kvtier bench metadata
+	$(BIN)/kvtier bench decode
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
