@@ -13,8 +13,9 @@ from typing import Any
 
 import msgpack
 
-from ..tiers.errors import ConfigError, ProtocolError, TierUnavailableError
+from ..tiers.errors import ConfigError, KvTierError, ProtocolError, TierUnavailableError
 
+__all__ = ["KvTierError", "encode", "fetch_status", "read_frame"]
 VERSION = 1
 HEADER = struct.Struct("<IBBHQ")
 MAX_BODY_BYTES = 1 << 20

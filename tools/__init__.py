@@ -1,1 +1,1 @@
-"""kvtier.tools"""
+"""What people run. Stands on public surfaces only; this file loads nothing."""

@@ -1,0 +1,75 @@
+"""The `kvtier` command: demo, chat, doctor. Exit codes: 0 done, 1 wrong answers, 2 refused with one clear line."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from ..tiers.errors import KvTierError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse and run; an error of ours is one line on stderr and exit code 2."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except KvTierError as error:
+        print(f"kvtier: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvtier", description="Tiered KV-cache storage for LLM inference.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    demo = commands.add_parser("demo", help="a long chat through three tiers, checked answer by answer")
+    demo.add_argument("--context", type=int, default=131072, metavar="N", help="tokens of context (default 131072)")
+    demo.add_argument("--needles", type=int, default=16, metavar="N", help="answers to ask for (default 16)")
+    size = demo.add_mutually_exclusive_group()
+    size.add_argument("--device-blocks", type=int, metavar="N", help="device tier in blocks")
+    size.add_argument("--device-bytes", metavar="SIZE", help="device tier, e.g. 24MiB (default 10%% of the KV)")
+    demo.add_argument("--host-bytes", metavar="SIZE", help="host tier (default 30%% of the KV)")
+    demo.add_argument("--block-size", type=int, metavar="N", help="tokens per block (default 256, less for small tiers)")
+    demo.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default float32)")
+    demo.add_argument("--store", metavar="PATH", help="directory of the Zarr store (default: a temporary one)")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--fast-fill", action="store_true", help="build the cache in O(n) instead of a real prefill")
+    demo.add_argument("--json", action="store_true", help="one JSON object instead of bars and a table")
+    demo.set_defaults(run=_demo)
+    chat = commands.add_parser("chat", help="chat with a local Hugging Face checkpoint; sessions survive restarts")
+    chat.add_argument("--model", required=True, metavar="PATH")
+    chat.add_argument("--session", default="chat", metavar="ID")
+    chat.add_argument("--store", metavar="PATH", help="directory of the Zarr store (default: none, nothing survives)")
+    chat.add_argument("--device-bytes", default="256MiB", metavar="SIZE")
+    chat.add_argument("--host-bytes", default="1GiB", metavar="SIZE")
+    chat.add_argument("--max-tokens", type=int, default=128, metavar="N")
+    chat.set_defaults(run=_chat)
+    doctor = commands.add_parser("doctor", help="what this machine has, and what each missing thing costs")
+    doctor.add_argument("--path", default=".", metavar="PATH", help="where a store would be")
+    doctor.add_argument("--json", action="store_true")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .demo import run_demo
+
+    return run_demo(arguments)
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from .chat import run_chat
+
+    return run_chat(arguments)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from .doctor import run_doctor
+
+    return run_doctor(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

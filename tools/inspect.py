@@ -1,0 +1,89 @@
+"""`pager-inspect`: what a pager or a store holds, and where its bytes go. Changes nothing; knows only the protocol.
+
+Starts without torch and zarr. Exit codes: 0 shown, 2 nothing to show at that place.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ..pager.protocol import KvTierError, fetch_status
+
+_RATE_WINDOW_S = 0.25
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="pager-inspect", description="Look at a running pager or at a store at rest.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    status = commands.add_parser("status", help="per tier: capacity, use, hits, evictions, bytes each way")
+    status.add_argument("target", nargs="?", default=".", metavar="PATH|SOCKET")
+    status.add_argument("--json", action="store_true")
+    arguments = parser.parse_args(argv)
+    try:
+        _show(arguments.target, as_json=arguments.json)
+    except KvTierError as error:
+        print(f"pager-inspect: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _show(target: str, *, as_json: bool) -> None:
+    status = fetch_status(target)
+    if status["source"] == "pager":
+        _add_rates(status, target)
+    if as_json:
+        print(json.dumps(status))
+    elif status["source"] == "store":
+        _print_store(status["store"])
+    else:
+        _print_pager(status)
+
+
+def _add_rates(status: dict[str, Any], target: str) -> None:
+    """Bytes per second each way, from two looks."""
+    started_s = time.monotonic()
+    time.sleep(_RATE_WINDOW_S)
+    later = fetch_status(target)
+    seconds = time.monotonic() - started_s
+    for name, tier in status["tiers"].items():
+        for way in ("in", "out"):
+            moved = later["tiers"][name][f"bytes_{way}"] - tier[f"bytes_{way}"]
+            tier[f"rate_{way}_bytes_per_s"] = moved / seconds
+
+
+def _print_pager(status: dict[str, Any]) -> None:
+    pinned = "pinned" if status["pinned_memory"] else "not pinned"
+    print(f"pager pid {status['pid']}  backend {status['backend']}  host memory {pinned}", end="  ")
+    print(f"sequences {status['sequences']}  sessions {status['sessions']}  copies in flight {status['transfers_in_flight']}")
+    heads = ("TIER", "USED", "CAPACITY", "PINNED", "DIRTY", "IN FLIGHT", "HITS tok", "EVICTED", "IN", "OUT", "IN/s", "OUT/s")
+    print(("{:<7}" + "{:>11}" * (len(heads) - 1)).format(*heads))
+    for name, t in status["tiers"].items():
+        sizes = [t[f"{k}_bytes"] for k in ("used", "capacity", "pinned", "dirty", "in_flight")]
+        flows = [t["bytes_in"], t["bytes_out"], t["rate_in_bytes_per_s"], t["rate_out_bytes_per_s"]]
+        cells = [*map(_size, sizes), f"{t['hit_tokens']:,}", f"{t['evicted_blocks']:,}", *map(_size, flows)]
+        print(("{:<7}" + "{:>11}" * len(cells)).format(name, *cells))
+    print(f"missed {status['miss_tokens']:,} tokens, {status['ghost_tokens']:,} of them evicted before")
+
+
+def _print_store(store: dict[str, Any]) -> None:
+    print(f"store at rest {store['path']}  format {store['format']}  model {store['model_fingerprint']}")
+    for group in store["groups"]:
+        print(f"  {group['name']:<12} {group['blocks']:>8} blocks {_size(group['bytes']):>11}  {group['dtype']}")
+    print(f"  sessions {store['sessions']}")
+
+
+def _size(n: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
