@@ -22,7 +22,9 @@ def get_backend(name: str = "auto") -> Backend:
 
         return CudaBackend()
     if name == "cuda":
-        raise ConfigError(f"backend='cuda': {missing}; install kvtier[cuda] on a machine with an NVIDIA driver, or use 'cpu'")
+        raise ConfigError(
+            f"backend='cuda': {missing}; install kvtier[cuda] on a machine with an NVIDIA driver, or use 'cpu'"
+        )
     return CpuBackend()
 
 

@@ -1,6 +1,7 @@
 """CPU backend: one worker thread per copy stream, thread pools for disk; computing happens in the caller's own thread.
 
-For tests, `poison=True` fills a target before its copy and `delay_s` makes every copy late.
+A worker never dies of the work it is given: what that raises becomes the event's error. For tests, `poison=True` fills
+a target before its copy and `delay_s` makes every copy late.
 """
 
 from __future__ import annotations
@@ -13,71 +14,110 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from .streams import DONE, POISON, Event, IntArray, Rows, aligned_rows, copy_rows_now
+from .errors import QueueFullError, TierUnavailableError
+from .streams import DONE, POISON, Event, IntArray, Progress, Rows, aligned_rows, copy_rows_now
 
 READ_WORKERS, WRITE_WORKERS = 4, 2
-QUEUE_LIMIT = 1 << 16
+QUEUE_LIMIT = 1 << 16  # operations waiting in one queue
+_LOOK_S = 0.2  # how often a worker that waits for another looks whether it should end
 
 
 class HostEvent:
-    """Set by a worker."""
+    """Set once by a worker. One bare lock, because thousands a second are made: held until the work is done."""
+
+    __slots__ = ("_is_done", "_lock", "error")
 
     def __init__(self) -> None:
-        self._done = threading.Event()
         self.error: BaseException | None = None
+        self._is_done = False
+        self._lock = threading.Lock()
+        self._lock.acquire()
 
     def is_done(self) -> bool:
-        return self._done.is_set()
+        return self._is_done
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        return self._done.wait(timeout_s)
+        if self._is_done:
+            return True
+        if not self._lock.acquire(timeout=-1 if timeout_s is None else max(0.0, timeout_s)):
+            return self._is_done
+        self._lock.release()
+        return True
 
     def finish(self, error: BaseException | None = None) -> None:
         self.error = error
-        self._done.set()
+        self._is_done = True
+        self._lock.release()
 
 
 class Workers:
     """Long-lived threads that take (work, event) from one queue, in order of submission."""
 
     def __init__(self, name: str, count: int, notify: Callable[[], None]) -> None:
-        self._queue: queue.Queue[tuple[Callable[[], None], HostEvent] | None] = queue.Queue(QUEUE_LIMIT)
-        self._notify = notify
-        self._threads = [threading.Thread(target=self._run, name=f"kvtier-{name}-{i}", daemon=True) for i in range(count)]
+        self._name, self._notify = name, notify
+        self._queue: queue.SimpleQueue[tuple[Callable[[], None], HostEvent | None] | None] = queue.SimpleQueue()
+        self.is_closing = False
+        self._gate = threading.Lock()  # nothing enters the queue behind the last None
+        self._threads = [
+            threading.Thread(target=self._run, name=f"kvtier-{name}-{i}", daemon=True) for i in range(count)
+        ]
         for thread in self._threads:
             thread.start()
 
     def submit(self, fn: Callable[[], None]) -> HostEvent:
+        """Queue a call. Raises QueueFullError when far too much waits, TierUnavailableError after close."""
         event = HostEvent()
-        self._queue.put((fn, event))
+        self._put(fn, event)
         return event
 
+    def submit_silently(self, fn: Callable[[], None]) -> None:
+        """Queue a call that nobody waits for and that wakes nobody."""
+        self._put(fn, None)
+
     def close(self, timeout_s: float) -> None:
-        for _ in self._threads:
-            self._queue.put(None)
+        """Let what is queued run, then end the threads."""
+        deadline_s = time.monotonic() + timeout_s
+        with self._gate:
+            if self.is_closing:
+                return
+            self.is_closing = True
+            for _ in self._threads:
+                self._queue.put(None)
         for thread in self._threads:
-            thread.join(timeout_s)
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+
+    def _put(self, fn: Callable[[], None], event: HostEvent | None) -> None:
+        with self._gate:
+            if self.is_closing:
+                raise TierUnavailableError(f"queue {self._name!r} is closed")
+            if self._queue.qsize() >= QUEUE_LIMIT:
+                raise QueueFullError(f"queue {self._name!r} full: {QUEUE_LIMIT} operations wait; retry when some end")
+            self._queue.put((fn, event))
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:
             fn, event = item
+            del item
+            error: BaseException | None = None
             try:
                 fn()
-            except BaseException as error:  # the waiter raises or handles it; a worker must live on
+            except BaseException as raised:  # the waiter handles it; a worker must live on
+                error = raised
+            del fn
+            if event is not None:
                 event.finish(error)
-            else:
-                event.finish()
-            self._notify()
+                del event
+                self._notify()
 
 
 class CpuStream:
-    """A copy stream: one thread, first in, first out. A failed copy marks the events recorded after it."""
+    """A copy stream: one thread, first in, first out. A failed copy marks the event recorded after it."""
 
     def __init__(self, name: str, notify: Callable[[], None], *, poison: bool, delay_s: float) -> None:
         self.name = name
         self._workers = Workers(name, 1, notify)
         self._poison, self._delay_s = poison, delay_s
-        self._error: BaseException | None = None  # of the copies since the last record
+        self._error: BaseException | None = None  # of the work since the last record
 
     def copy_rows(self, target: Rows, target_rows: IntArray, source: Rows, source_rows: IntArray) -> None:
         t, s = np.array(target_rows), np.array(source_rows)  # the caller may change its arrays
@@ -96,13 +136,20 @@ class CpuStream:
             try:
                 fn()
             except Exception as error:
-                self._error = error
+                self._error = self._error or error
 
-        self._workers.submit(guarded)
+        self._workers.submit_silently(guarded)
 
     def wait(self, event: Event) -> None:
-        if not event.is_done():
-            self.run(lambda: (event.wait(), None)[1])
+        if event.is_done():
+            return
+
+        def until_done() -> None:
+            while not event.wait(_LOOK_S):
+                if self._workers.is_closing:
+                    raise TierUnavailableError(f"stream {self.name}: closed while waiting for another stream")
+
+        self.run(until_done)
 
     def record(self) -> HostEvent:
         def settle() -> None:
@@ -147,13 +194,21 @@ class CpuBackend:
     pinned = False
 
     def __init__(self, *, poison: bool = False, delay_s: float = 0.0) -> None:
-        self._progress = threading.Event()
-        self.on_progress: Callable[[], object] | None = None
+        self._progress = Progress()
+        notify = self._progress.notify
         self.compute = CallerStream()
-        self.promote = CpuStream("promote", self._notify, poison=poison, delay_s=delay_s)
-        self.demote = CpuStream("demote", self._notify, poison=poison, delay_s=delay_s)
-        self.read_io = Workers("read", READ_WORKERS, self._notify)
-        self.write_io = Workers("write", WRITE_WORKERS, self._notify)
+        self.promote = CpuStream("promote", notify, poison=poison, delay_s=delay_s)
+        self.demote = CpuStream("demote", notify, poison=poison, delay_s=delay_s)
+        self.read_io = Workers("read", READ_WORKERS, notify)
+        self.write_io = Workers("write", WRITE_WORKERS, notify)
+
+    @property
+    def on_progress(self) -> Callable[[], object] | None:
+        return self._progress.callback
+
+    @on_progress.setter
+    def on_progress(self, callback: Callable[[], object] | None) -> None:
+        self._progress.callback = callback
 
     def alloc_device(self, rows: int, row_bytes: int) -> npt.NDArray[np.uint8]:
         return aligned_rows(rows, row_bytes)
@@ -162,14 +217,8 @@ class CpuBackend:
         return aligned_rows(rows, row_bytes)
 
     def wait_any(self, timeout_s: float) -> None:
-        self._progress.wait(timeout_s)
-        self._progress.clear()
+        self._progress.wait_any(timeout_s)
 
     def close(self, timeout_s: float) -> None:
         for part in (self.promote, self.demote, self.read_io, self.write_io):
             part.close(timeout_s)
-
-    def _notify(self) -> None:
-        self._progress.set()
-        if self.on_progress is not None:
-            self.on_progress()

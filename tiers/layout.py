@@ -1,7 +1,7 @@
 """KVLayout: what one block is, in bytes; and how sizes are read and written.
 
-Memory of a block, contiguous: for each layer K [kv_heads, block, head_dim], then V [kv_heads, block, value_dim]. A pool is
-rows of blocks. Pure arithmetic; the fingerprint is part of every block key, so two readings of one shape never mix.
+Memory of a block, contiguous: for each layer K [kv_heads, block, head_dim], then V [kv_heads, block, value_dim]. A pool
+is rows of blocks. Pure arithmetic; the fingerprint is part of every block key, so two readings of one shape never mix.
 """
 
 from __future__ import annotations
@@ -20,7 +20,18 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORAGE_DTYPE = {"float32": "<f4", "bfloat16": "<u2", "float16": "<f2"}  # zarr-python has no bfloat16: bits as uint16
 MAX_BLOCK_SIZE = 4096
 ROW_ALIGNMENT = 16  # bytes; kernels spill registers without it
-_UNITS = {"": 1, "b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_UNITS = {
+    "": 1,
+    "b": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +56,13 @@ class KVLayout:
         for field in ("num_layers", "num_kv_heads", "head_dim"):
             _require_positive(field, getattr(self, field))
         size = self.block_size
-        if not isinstance(size, int) or size < 1 or size > MAX_BLOCK_SIZE or size & (size - 1):
+        if (
+            not isinstance(size, int)
+            or isinstance(size, bool)
+            or size < 1
+            or size > MAX_BLOCK_SIZE
+            or size & (size - 1)
+        ):
             raise ConfigError(f"block_size={size!r}: use a power of two from 1 to {MAX_BLOCK_SIZE}, e.g. 16, 64 or 256")
         if self.dtype not in ITEMSIZE:
             raise ConfigError(f"dtype={self.dtype!r} is unknown; choose {', '.join(ITEMSIZE)}")
@@ -53,13 +70,13 @@ class KVLayout:
             _require_positive("value_dim", self.value_dim)
         if self.window is not None:
             _require_positive("window", self.window)
-        if self.sinks < 0:
+        if not isinstance(self.sinks, int) or self.sinks < 0:
             raise ConfigError(f"sinks={self.sinks}: must not be negative")
         for field, width in (("head_dim", self.head_dim), ("value_dim", self.v_dim)):
             if width * self.itemsize % ROW_ALIGNMENT:
                 raise ConfigError(
-                    f"{field}={width} with dtype={self.dtype!r} gives rows of {width * self.itemsize} bytes; kernels need a "
-                    f"multiple of {ROW_ALIGNMENT}"
+                    f"{field}={width} with dtype={self.dtype!r} gives rows of {width * self.itemsize} bytes; kernels "
+                    f"need a multiple of {ROW_ALIGNMENT}"
                 )
 
     @property
@@ -123,6 +140,8 @@ def parse_bytes(size: int | str, *, name: str = "size", total: int | None = None
     if isinstance(size, bool) or not isinstance(size, int | str):
         raise ConfigError(f"{name}={size!r}: give a number of bytes or text such as '8GiB'")
     if isinstance(size, int):
+        if size < 0:
+            raise ConfigError(f"{name}={size}: must not be negative")
         return size
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z%]*)\s*", size)
     if match:
@@ -146,5 +165,5 @@ def format_bytes(n: float) -> str:
 
 
 def _require_positive(field: str, value: Any) -> None:
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ConfigError(f"{field}={value!r}: must be a whole number of at least 1")

@@ -1,7 +1,8 @@
-"""Simulated backend: one thread, a seeded scheduler, every stream asynchronous, every copy in two steps (poison, bytes).
+"""Simulated backend: one thread, a seeded scheduler, asynchronous streams, every copy in two steps (poison, bytes).
 
 Whoever waits makes the scheduler run operations, picked by the seed among all that may run: the heads of the streams
-whose waits are over, and any queued disk call. Same seed, same order.
+whose waits are over, and any queued disk call. Same seed, same order. A disk call that fails or a copy that is made to
+fail shows in its event; what a stand-in kernel on the compute stream raises is a test's own mistake and is raised.
 """
 
 from __future__ import annotations
@@ -67,7 +68,12 @@ class SimulatedStream:
 
     def run(self, fn: Callable[[], None]) -> None:
         def step() -> bool:
-            fn()
+            try:
+                fn()
+            except Exception as error:
+                if self is self._backend.compute:
+                    raise
+                self._error = error
             return True
 
         self._push(step)
@@ -93,8 +99,10 @@ class SimulatedStream:
         return bool(self.queue) and all(event.is_done() for event in self.queue[0][0])
 
     def step(self) -> None:
-        if self.queue[0][1]():
-            self.queue.popleft()
+        """Run the head once more; it leaves the queue when it is over or raises."""
+        waits, run = self.queue.popleft()
+        if not run():
+            self.queue.appendleft((waits, run))
 
     def _push(self, step: Step) -> None:
         waits, self._waits = self._waits, []

@@ -3,8 +3,8 @@
     0                        index page: slots x (u64 offset, u64 nbytes), u32 crc32c, zeros up to 4096
     4096 + slot * stride     block bytes | u32 crc32c | trailer | zeros up to the stride
 
-The crc32c is the standard Zarr codec's and belongs to the chunk (nbytes = block + 4). The trailer lies in what Zarr sees
-as unused space: it says whose block this is, so that a whole block of another key is never taken for the right one.
+The crc32c is the standard Zarr codec's and belongs to the chunk (nbytes = block + 4). The trailer lies in what Zarr
+sees as unused space: it says whose block this is, so that a whole block of another key is never taken for the right one.
 Pure functions. Source: Zarr v3 sharding_indexed 1.0 allows unused space between inner chunks and any order of them.
 """
 
@@ -86,7 +86,7 @@ class Geometry:
             MAGIC, trailer.key, trailer.generation, trailer.checksum, trailer.tokens, len(trailer.layer_sums)
         )
         body = head + np.ascontiguousarray(trailer.layer_sums, "<u8").tobytes()
-        crc = crc32c.crc32c(memoryview(block)).to_bytes(CRC_BYTES, "little")
+        crc = crc32c.crc32c(block.data).to_bytes(CRC_BYTES, "little")
         return (crc + body + _SEAL.pack(xxhash.xxh3_64_intdigest(body))).ljust(self.tail_bytes, b"\0")
 
     def read_tail(self, tail: bytes) -> Trailer | None:
