@@ -1,0 +1,91 @@
+"""`kvtier doctor`: what this machine has, and what each missing thing costs. Looks only; leaves nothing behind."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ..tiers.errors import ConfigError
+from ..tiers.layout import format_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing looked at. `cost` says what its absence costs, empty when it is there."""
+
+    name: str
+    is_good: bool
+    found: str
+    cost: str = ""
+
+
+def run_doctor(arguments: argparse.Namespace) -> int:
+    path = Path(arguments.path)
+    if not path.is_dir():
+        raise ConfigError(f"--path {str(path)!r} is not a directory")
+    checks: list[Callable[[], Finding]] = [_cuda, _cupy, _triton, _memlock, _memory, lambda: _disk(path)]
+    findings = [check() for check in checks] + [_direct_io(path)]
+    if arguments.json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+        return 0
+    for f in findings:
+        print(f"{'ok  ' if f.is_good else 'miss'}  {f.name:<14} {f.found}" + (f"\n      costs: {f.cost}" if f.cost else ""))
+    return 0
+
+
+def _cuda() -> Finding:
+    if importlib.util.find_spec("torch") is None:
+        return Finding("torch", False, "not installed", "no engine; install kvtier[hf]")
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding("CUDA", True, torch.cuda.get_device_name(0))
+    return Finding("CUDA", False, f"torch {torch.__version__} sees no device", "the device tier is capped CPU memory")
+
+
+def _cupy() -> Finding:
+    found = importlib.util.find_spec("cupy") is not None
+    return Finding("CuPy", found, "installed" if found else "not installed", "" if found else "host memory is not pinned")
+
+
+def _triton() -> Finding:
+    found = importlib.util.find_spec("triton") is not None
+    return Finding("Triton", found, "installed" if found else "not installed", "" if found else "no GPU kernels")
+
+
+def _memlock() -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    unlimited = soft == resource.RLIM_INFINITY
+    text = "unlimited" if unlimited else format_bytes(soft)
+    return Finding("memlock limit", unlimited, text, "" if unlimited else "pinning more than this fails")
+
+
+def _memory() -> Finding:
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    cap = f", container limit {format_bytes(int(text))}" if text.isdigit() else ", no container limit"
+    return Finding("memory", True, f"{format_bytes(total)}{cap}")
+
+
+def _disk(path: Path) -> Finding:
+    free = shutil.disk_usage(path).free
+    enough = free > 8 << 30
+    return Finding("disk", enough, f"{format_bytes(free)} free at {path}", "" if enough else "few parked sessions fit")
+
+
+def _direct_io(path: Path) -> Finding:
+    try:
+        with tempfile.NamedTemporaryFile(dir=path) as file:
+            os.close(os.open(file.name, os.O_RDWR | os.O_DIRECT))
+    except OSError as error:
+        return Finding("O_DIRECT", False, error.strerror or str(error), "reads and writes go through the page cache")
+    return Finding("O_DIRECT", True, f"accepted at {path}")
