@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..kernels import layer_views, write_kv
 from ..pager.config import PagerConfig
-from ..pager.ledger import RequestLedger
 from ..pager.lease import Span
+from ..pager.ledger import RequestLedger
 from ..pager.pager import Pager
 from ..tiers.errors import BlockMissError, ConfigError, TierFullError
 from . import attention

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +66,7 @@ def build_needle_cache(model: LlamaForCausalLM, token_ids: Sequence[int], *, chu
     return [(k_0, v_0), (k_1, v_1)]
 
 
-def _project(layer: torch.nn.Module, hidden: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def _project(layer: Any, hidden: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     shape = (1, hidden.shape[1], -1, attention.head_dim)

@@ -38,7 +38,9 @@ class PagerConfig:
     high_watermark: float = 0.12  # and goes on up to this share
     staging_bytes: Size | None = None  # part of device_bytes for streaming; None: an eighth
     require_pinned: bool = False
-    status_socket: str | None = None  # Unix socket for pager-inspect; None: <nvme_path>/status.sock when there is a store
+    status_socket: str | None = (
+        None  # Unix socket for pager-inspect; None: <nvme_path>/status.sock when there is a store
+    )
     namespace_secrets: Mapping[str, str] = field(default_factory=dict)  # namespace -> hex secret
 
     @property
@@ -59,7 +61,9 @@ class PagerConfig:
     def validate(self) -> PagerConfig:
         """Check everything that can be checked without a disk or a device. Raises ConfigError."""
         if self.device_size <= 0:
-            raise ConfigError(f"device_bytes={self.device_bytes!r}: the device tier needs room for at least a few blocks")
+            raise ConfigError(
+                f"device_bytes={self.device_bytes!r}: the device tier needs room for at least a few blocks"
+            )
         if self.host_size < 0 or (self.nvme_size is not None and self.nvme_size < 0):
             raise ConfigError("host_bytes and nvme_bytes must not be negative")
         if self.nvme_path is not None and self.host_size == 0:
@@ -107,7 +111,9 @@ def load_config(
         if name not in known:
             raise ConfigError(f"unknown setting {name!r}; known: {', '.join(sorted(known))}")
     if "device_bytes" not in values:
-        raise ConfigError("device_bytes is missing: say how much memory the device tier may take, e.g. device_bytes='2GiB'")
+        raise ConfigError(
+            "device_bytes is missing: say how much memory the device tier may take, e.g. device_bytes='2GiB'"
+        )
     return PagerConfig(**values).validate()
 
 

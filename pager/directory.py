@@ -95,7 +95,9 @@ class Directory:
 
     def in_host(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
         slots = self.host_slot[blocks]
-        return (slots >= 0) & (self.host.state[np.maximum(slots, 0)] == SlotState.VALID) if len(self.host) else slots >= 0
+        return (
+            (slots >= 0) & (self.host.state[np.maximum(slots, 0)] == SlotState.VALID) if len(self.host) else slots >= 0
+        )
 
     def on_nvme(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
         return self.nvme_valid[blocks]

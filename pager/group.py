@@ -329,7 +329,10 @@ class BlockGroup:
         self.pages.copies[pages] += 1
         self.host.holds[slots] += 1  # rule 7
         if self.rules.holds(Rule.COPY_IN_WAITS_READERS):
-            for event in (*self.pages.pending(self.pages.last_read, pages), *self.pages.pending(self.pages.last_write, pages)):
+            for event in (
+                *self.pages.pending(self.pages.last_read, pages),
+                *self.pages.pending(self.pages.last_write, pages),
+            ):
                 stream.wait(event)  # rule 2
         stream.copy_rows(self.pool.rows, pages, self.slab.rows, slots)
         self._submit("host_to_device", blocks, slots, pages, stream.record(), reason)
@@ -403,9 +406,7 @@ class BlockGroup:
         ticket: IoTicket | None = None,
     ) -> None:
         versions = self.directory.version[blocks].copy()
-        self.moves.append(
-            Move(kind, blocks, source, target, versions, event, reason, self.epoch, self.clock(), ticket)
-        )
+        self.moves.append(Move(kind, blocks, source, target, versions, event, reason, self.epoch, self.clock(), ticket))
 
     # ------------------------------------------------------------------ moves: completion
     def poll(self) -> int:

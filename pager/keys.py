@@ -40,7 +40,9 @@ class KeyChain:
         raw, step = tokens.tobytes(), size * 4
         parent = keys[-1] if keys else self.root
         for offset in range(0, len(raw), step):  # a chain is sequential: no array form
-            parent = hashlib.blake2b(parent + raw[offset : offset + step], digest_size=KEY_BYTES, key=self._secret).digest()
+            parent = hashlib.blake2b(
+                parent + raw[offset : offset + step], digest_size=KEY_BYTES, key=self._secret
+            ).digest()
             keys.append(parent)
 
     def seal(self, parent: bytes | None, tail_token_ids: Sequence[int]) -> bytes:

@@ -67,7 +67,9 @@ class LeaseFiller:
         for span in spans:
             seq = self._core.idle_sequence(span.seq, "leasing it again")
             if span.start != seq.num_computed:
-                raise ConfigError(f"lease: span starts at {span.start}, sequence {span.seq} has {seq.num_computed} computed")
+                raise ConfigError(
+                    f"lease: span starts at {span.start}, sequence {span.seq} has {seq.num_computed} computed"
+                )
             if not span.start < span.end <= len(seq.token_ids):
                 raise ConfigError(
                     f"lease: span [{span.start}, {span.end}) of sequence {span.seq} is empty or passes its "
@@ -88,7 +90,7 @@ class LeaseFiller:
                 distance = (num_blocks_of(need.seq.num_computed, core.block_size) - 1 - need.context) * core.block_size
                 group.touch(need.context_ids, distance)
         self._bring_in(lease, held, group, resident, deadline_s)
-        for span, need in zip(lease.spans, needs, strict=True):
+        for need in needs:
             self._add_writable(held, group, need, deadline_s)
         if len(streamed):
             self._open_stream(lease, held, group, streamed, deadline_s)
@@ -125,7 +127,9 @@ class LeaseFiller:
         """Ids of context blocks that stay below and are streamed; empty when everything fits."""
         pages, context = group.pages, np.unique(np.concatenate([n.context_ids for n in needs]))
         new = sum(n.num_new + self._copies_tail(group, n) for n in needs)
-        foreign = int((pages.pins > 0).sum()) - int((pages.pins[np.maximum(group.directory.page[context], 0)] > 0).sum())
+        foreign = int((pages.pins > 0).sum()) - int(
+            (pages.pins[np.maximum(group.directory.page[context], 0)] > 0).sum()
+        )
         room = len(pages) - max(foreign, 0) - new
         if len(context) <= room:
             return context[:0]
@@ -154,9 +158,7 @@ class LeaseFiller:
         return int(group.directory.key[block] is not None or group.directory.refs[block] > 1)
 
     # ------------------------------------------------------------------ promotion
-    def _bring_in(
-        self, lease: Lease, held: GroupLease, group: BlockGroup, blocks: IntArray, deadline_s: float
-    ) -> None:
+    def _bring_in(self, lease: Lease, held: GroupLease, group: BlockGroup, blocks: IntArray, deadline_s: float) -> None:
         """Make all these blocks readable in the device tier and pin them, as they come."""
         core = self._core
         waiting = blocks
@@ -322,4 +324,3 @@ class LeaseFiller:
             held.tables[i, : len(pages)] = pages
         held.kv_lens = np.array(lens, np.int32)
         held.slots = np.concatenate(slots)
-

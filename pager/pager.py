@@ -29,8 +29,8 @@ from .lease import Lease, Span
 from .leasing import LeaseFiller
 from .page_table import dropped_from_window, num_blocks_of
 from .parking import Parking
-from .prefix import Match, adopt, next_cached_block, peek, rewind
 from .prefetching import Prefetcher
+from .prefix import Match, adopt, next_cached_block, peek, rewind
 from .rules import ALL_RULES, Rules
 from .sessions import ParkedSession
 from .sizing import plan_sizes, split_blocks
@@ -121,9 +121,11 @@ class Pager:
 
     def capacity_tokens(self) -> int:
         """Tokens of one sequence that all tiers together can hold."""
-        return min(
-            (self._blocks_held(i) - 2) * self.block_size for i, g in enumerate(self.layouts) if g.window is None
-        ) if any(g.window is None for g in self.layouts) else 1 << 40
+        return (
+            min((self._blocks_held(i) - 2) * self.block_size for i, g in enumerate(self.layouts) if g.window is None)
+            if any(g.window is None for g in self.layouts)
+            else 1 << 40
+        )
 
     def _blocks_held(self, index: int) -> int:
         """Blocks that can be stored at once. The cold tier must take all that the others push down."""
@@ -530,7 +532,9 @@ def _open_nvme(layouts: tuple[KVLayout, ...], config: PagerConfig, backend: Back
     budget = config.nvme_size if config.nvme_size is not None else _free_disk(Path(config.nvme_path))
     slots = split_blocks(layouts, budget)
     if min(slots) < 1 and config.nvme_size is not None:
-        raise ConfigError(f"nvme_bytes={budget} holds no block of {sum(g.block_bytes for g in layouts)} bytes; give more")
+        raise ConfigError(
+            f"nvme_bytes={budget} holds no block of {sum(g.block_bytes for g in layouts)} bytes; give more"
+        )
     return NvmeTier.open(config.nvme_path, StoreIdentity(fingerprint, layouts), num_slots=slots, backend=backend)
 
 

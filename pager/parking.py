@@ -134,7 +134,9 @@ class Parking:
         if core.wait_until(all_down, timeout_s):
             return
         if not all(group.can_write_nvme for group in core.groups):
-            raise TierUnavailableError(f"nvme tier at {core.config.nvme_path} takes no writes; the session is not parked")
+            raise TierUnavailableError(
+                f"nvme tier at {core.config.nvme_path} takes no writes; the session is not parked"
+            )
         raise TierFullError(
             f"session of {seq.num_computed} tokens could not be written to {core.config.nvme_path} within {timeout_s} s: "
             f"{[g.nvme_room() for g in core.groups]} blocks of room left; raise nvme_bytes or forget old sessions",

@@ -6,7 +6,6 @@ wants. Demand copies of a later lease queue behind at most one batch of these.
 
 from __future__ import annotations
 
-
 from .core import Core
 from .group import BlockGroup
 from .page_table import Sequence, visible_blocks
@@ -44,5 +43,3 @@ class Prefetcher:
     def _spare_pages(self, group: BlockGroup) -> int:
         """Free pages beyond the high watermark: the rest stays for new tokens."""
         return max(0, group.pages.num_free - max(2, int(len(group.pages) * self._core.config.high_watermark)))
-
-

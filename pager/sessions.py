@@ -58,7 +58,9 @@ class SessionEntry:
                 f"session {session_id!r} was stored in format {record.get('version')!r}; this version reads {RECORD_VERSION}"
             )
         token_ids = np.frombuffer(record["token_ids"], "<u4").tolist()
-        return cls(session_id, record["namespace"], token_ids, int(record["num_computed"]), record["extra"], is_durable=True)
+        return cls(
+            session_id, record["namespace"], token_ids, int(record["num_computed"]), record["extra"], is_durable=True
+        )
 
 
 def check_session_id(session_id: str) -> str:

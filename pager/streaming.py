@@ -200,4 +200,3 @@ class CorruptSliceError(Exception):
     def __init__(self, blocks: IntArray) -> None:
         super().__init__(f"{len(blocks)} blocks could not be read back")
         self.blocks = blocks
-

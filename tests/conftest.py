@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
-sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(_ROOT)]  # `import kernels` is not ours
+sys.path[:] = [
+    entry for entry in sys.path if Path(entry or ".").resolve() != Path(_ROOT)
+]  # `import kernels` is not ours
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -31,7 +31,9 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--device-blocks", type=int, metavar="N", help="device tier in blocks")
     size.add_argument("--device-bytes", metavar="SIZE", help="device tier, e.g. 24MiB (default 10%% of the KV)")
     demo.add_argument("--host-bytes", metavar="SIZE", help="host tier (default 30%% of the KV)")
-    demo.add_argument("--block-size", type=int, metavar="N", help="tokens per block (default 256, less for small tiers)")
+    demo.add_argument(
+        "--block-size", type=int, metavar="N", help="tokens per block (default 256, less for small tiers)"
+    )
     demo.add_argument("--dtype", default="float32", help="float32 or bfloat16 (default float32)")
     demo.add_argument("--store", metavar="PATH", help="directory of the Zarr store (default: a temporary one)")
     demo.add_argument("--seed", type=int, default=0)

@@ -47,7 +47,9 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError(f"--dtype {arguments.dtype!r} is unknown; choose {' or '.join(KV_BYTES_PER_TOKEN)}")
     least = arguments.needles * (VALUE_TOKENS + 2) + 2
     if arguments.needles < 1 or arguments.context < max(64, least):
-        raise ConfigError(f"--context {arguments.context} with --needles {arguments.needles}: need at least {least} tokens")
+        raise ConfigError(
+            f"--context {arguments.context} with --needles {arguments.needles}: need at least {least} tokens"
+        )
     if arguments.device_blocks is not None and arguments.device_blocks < 1:
         raise ConfigError(f"--device-blocks {arguments.device_blocks}: the device tier needs at least a few blocks")
 
@@ -94,7 +96,11 @@ class _Demo:
         if self.arguments.host_bytes is not None:
             host = parse_bytes(self.arguments.host_bytes, name="--host-bytes")
         return PagerConfig(
-            device_bytes=device, host_bytes=host, nvme_path=path, nvme_bytes=2 * self.kv_bytes + (64 << 20), backend="auto"
+            device_bytes=device,
+            host_bytes=host,
+            nvme_path=path,
+            nvme_bytes=2 * self.kv_bytes + (64 << 20),
+            backend="auto",
         )
 
     def run(self) -> dict[str, Any]:

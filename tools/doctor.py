@@ -37,7 +37,10 @@ def run_doctor(arguments: argparse.Namespace) -> int:
         print(json.dumps([asdict(finding) for finding in findings]))
         return 0
     for f in findings:
-        print(f"{'ok  ' if f.is_good else 'miss'}  {f.name:<14} {f.found}" + (f"\n      costs: {f.cost}" if f.cost else ""))
+        print(
+            f"{'ok  ' if f.is_good else 'miss'}  {f.name:<14} {f.found}"
+            + (f"\n      costs: {f.cost}" if f.cost else "")
+        )
     return 0
 
 
@@ -53,7 +56,9 @@ def _cuda() -> Finding:
 
 def _cupy() -> Finding:
     found = importlib.util.find_spec("cupy") is not None
-    return Finding("CuPy", found, "installed" if found else "not installed", "" if found else "host memory is not pinned")
+    return Finding(
+        "CuPy", found, "installed" if found else "not installed", "" if found else "host memory is not pinned"
+    )
 
 
 def _triton() -> Finding:

@@ -59,8 +59,23 @@ def _add_rates(status: dict[str, Any], target: str) -> None:
 def _print_pager(status: dict[str, Any]) -> None:
     pinned = "pinned" if status["pinned_memory"] else "not pinned"
     print(f"pager pid {status['pid']}  backend {status['backend']}  host memory {pinned}", end="  ")
-    print(f"sequences {status['sequences']}  sessions {status['sessions']}  copies in flight {status['transfers_in_flight']}")
-    heads = ("TIER", "USED", "CAPACITY", "PINNED", "DIRTY", "IN FLIGHT", "HITS tok", "EVICTED", "IN", "OUT", "IN/s", "OUT/s")
+    print(
+        f"sequences {status['sequences']}  sessions {status['sessions']}  copies in flight {status['transfers_in_flight']}"
+    )
+    heads = (
+        "TIER",
+        "USED",
+        "CAPACITY",
+        "PINNED",
+        "DIRTY",
+        "IN FLIGHT",
+        "HITS tok",
+        "EVICTED",
+        "IN",
+        "OUT",
+        "IN/s",
+        "OUT/s",
+    )
     print(("{:<7}" + "{:>11}" * (len(heads) - 1)).format(*heads))
     for name, t in status["tiers"].items():
         sizes = [t[f"{k}_bytes"] for k in ("used", "capacity", "pinned", "dirty", "in_flight")]

@@ -21,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.check_config or arguments.print_config:
             config = load_config(arguments.config)
-            text = json.dumps(dataclasses.asdict(config), default=str, indent=1) if arguments.print_config else "config ok"
+            text = (
+                json.dumps(dataclasses.asdict(config), default=str, indent=1) if arguments.print_config else "config ok"
+            )
             print(text)
             return 0
     except KvTierError as error:

@@ -57,9 +57,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "Gemma3TextConfig",
         "Gemma3ForCausalLM",
         _HEAD
-        | dict(
-            sliding_window=24, query_pre_attn_scalar=32, layer_types=["sliding_attention"] * 3 + ["full_attention"]
-        ),
+        | dict(sliding_window=24, query_pre_attn_scalar=32, layer_types=["sliding_attention"] * 3 + ["full_attention"]),
     ),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", dict(sliding_window=24)),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", dict(num_local_experts=4, num_experts_per_tok=2)),
@@ -153,7 +151,9 @@ def test_resume_after_a_restart_equals_never_having_stopped(family: str, tmp_pat
         out = session.send([7, 8, 9], SamplingParams(max_tokens=10))
         assert out.token_ids == second
         assert out.usage.recomputed_tokens == 0
-        assert engine.pager.counters.get("computed_tokens") == 1 + 3 + 9  # the last sampled token, the new ones, decodes
+        assert (
+            engine.pager.counters.get("computed_tokens") == 1 + 3 + 9
+        )  # the last sampled token, the new ones, decodes
 
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])

@@ -138,7 +138,9 @@ class Rig:
         def kernel() -> None:
             seen = rows[:count].view(np.float32).reshape(count, 2, BLOCK, layout.head_dim)
             positions = (logical[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
-            self.compare(seen.transpose(0, 2, 1, 3).reshape(-1, 2, 4), wanted[positions] + layer, f"staged layer {layer}")
+            self.compare(
+                seen.transpose(0, 2, 1, 3).reshape(-1, 2, 4), wanted[positions] + layer, f"staged layer {layer}"
+            )
 
         self.backend.compute.run(kernel)
         return logical

@@ -13,7 +13,7 @@ from kvtier.tiers.errors import Busy, ConfigError, StoreLockedError, StoreMismat
 from kvtier.tiers.layout import KVLayout
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import BLOCK, LAYOUT, WINDOWED, Rig  # noqa: E402
+from harness import BLOCK, LAYOUT, WINDOWED, Rig
 
 
 def ids(n: int, seed: int = 0) -> list[int]:

@@ -18,7 +18,7 @@ from kvtier.pager.rules import ALL_RULES, Rule, Rules
 from kvtier.tiers.errors import InvariantError, TierFullError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import WINDOWED, LAYOUT, Rig  # noqa: E402
+from harness import LAYOUT, WINDOWED, Rig
 
 SEEDS = range(12)
 

@@ -30,7 +30,14 @@ def test_the_fingerprint_covers_every_field():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("block_size", 0), ("block_size", 24), ("block_size", 8192), ("dtype", "int3"), ("num_layers", 0), ("head_dim", -1)],
+    [
+        ("block_size", 0),
+        ("block_size", 24),
+        ("block_size", 8192),
+        ("dtype", "int3"),
+        ("num_layers", 0),
+        ("head_dim", -1),
+    ],
 )
 def test_what_cannot_be_is_refused_by_name(field, value):
     fields = dict(num_layers=2, num_kv_heads=2, head_dim=64, block_size=16, dtype="float32") | {field: value}

@@ -149,7 +149,7 @@ def test_whatever_is_wrong_on_disk_is_not_ok_and_never_an_exception(tmp_path, ba
 
 def test_random_bit_flips_are_all_detected(tmp_path, backend):
     tier = open_tier(tmp_path / "s", backend)
-    slots, rows = store(tier, 8)
+    slots, _ = store(tier, 8)
     path = next((tmp_path / "s" / "blocks.zarr" / "g0").glob("c.0*"))
     whole, rng, geometry = path.read_bytes(), np.random.default_rng(0), Geometry.of(LAYOUT)
     used = geometry.block_bytes

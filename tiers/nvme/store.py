@@ -76,7 +76,9 @@ class _Group:
 class NvmeTier:
     """Open with `NvmeTier.open`."""
 
-    def __init__(self, path: Path, identity: StoreIdentity, num_slots: list[int], backend: Backend, lock_fd: int) -> None:
+    def __init__(
+        self, path: Path, identity: StoreIdentity, num_slots: list[int], backend: Backend, lock_fd: int
+    ) -> None:
         self._path, self._identity, self._backend, self._lock_fd = path, identity, backend, lock_fd
         self._groups = [_Group(n, Geometry.of(g)) for n, g in zip(num_slots, identity.layouts, strict=True)]
         self._manifest = Manifest.open(path / MANIFEST_FILE)
@@ -240,7 +242,9 @@ class NvmeTier:
                 _sync_file(path)
             self._manifest.sync()
         except OSError as error:
-            raise TierUnavailableError(f"store {self._path}: {error.strerror}; what was written may not last") from error
+            raise TierUnavailableError(
+                f"store {self._path}: {error.strerror}; what was written may not last"
+            ) from error
 
     def status(self) -> dict[str, Any]:
         return {
@@ -268,13 +272,17 @@ class NvmeTier:
         sums = layer_sums(layout, row)
         stamp["checksum"] = block_sum(sums)
         trailer = Trailer(
-            stamp["key"][0].tobytes(), int(stamp["generation"][0]), int(stamp["checksum"][0]), int(stamp["tokens"][0]), sums
+            stamp["key"][0].tobytes(),
+            int(stamp["generation"][0]),
+            int(stamp["checksum"][0]),
+            int(stamp["tokens"][0]),
+            sums,
         )
         segment, offset = geometry.place(slot)
         try:
             fd = os.open(self._segment(group, segment), os.O_RDWR)
             try:
-                written = os.pwritev(fd, [row, geometry.tail(row, trailer)], offset)
+                written = os.pwritev(fd, [row.data, geometry.tail(row, trailer)], offset)
             finally:
                 os.close(fd)
         except OSError:
@@ -300,7 +308,7 @@ class NvmeTier:
         trailer = geometry.read_tail(bytes(tail))
         if trailer is None or not _same(trailer, stamp) or not self._pread(group, slot, layer * size, [row]):
             return False
-        return xxhash.xxh3_64_intdigest(row) == int(trailer.layer_sums[layer])
+        return xxhash.xxh3_64_intdigest(row.data) == int(trailer.layer_sums[layer])
 
     def _pread(self, group: int, slot: int, start: int, buffers: list[Any]) -> bool:
         segment, offset = self._groups[group].geometry.place(slot)
@@ -391,7 +399,9 @@ def read_store_status(path: str | os.PathLike[str]) -> dict[str, Any]:
 
         layout = KVLayout.from_dict(fields)
         blocks = len(listing.group(index))
-        groups.append({"name": layout.name, "blocks": blocks, "bytes": blocks * layout.block_bytes, "dtype": layout.dtype})
+        groups.append(
+            {"name": layout.name, "blocks": blocks, "bytes": blocks * layout.block_bytes, "dtype": layout.dtype}
+        )
     return {
         "path": str(where),
         "format": identity.get("format"),
@@ -430,5 +440,3 @@ def _bound(job: Callable[[range], None], piece: range) -> Callable[[], None]:
         job(piece)
 
     return call
-
-
