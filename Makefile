@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test soak bench lint format clean setup
+.PHONY: demo test soak lint format clean setup
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/.ready
@@ -25,10 +25,6 @@ test: setup
 
 soak: setup
 	$(BIN)/python -m pytest -q -m soak
-
-bench: setup
-	$(BIN)/kvtier bench metadata
-	$(BIN)/kvtier bench decode
 
 lint: setup
 	$(BIN)/ruff format --check .
