@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kvtier import KVLayout, Pager, PagerConfig
+from kvtier.tools import cli, inspect, pagerd
+
+
+def run(capsys, main, *argv) -> tuple[int, str, str]:
+    code = main([str(a) for a in argv])
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def demo(capsys, *argv):
+    return run(capsys, cli.main, "demo", "--context", 2048, "--fast-fill", "--json", "--block-size", 32, *argv)
+
+
+def test_the_demo_answers_everything_before_and_after_its_restart(capsys):
+    code, out, _ = demo(capsys)
+    result = json.loads(out)
+    assert code == 0
+    assert result["needles_exact"] == result["needles_exact_after_restart"] == result["needles_asked"] == 16
+    assert result["recomputed_tokens_after_restart"] == 0 and result["min_margin_nats"] == pytest.approx(22.5, abs=0.1)
+    assert result["device_bytes"] <= result["device_cap_bytes"] <= result["kv_bytes"] / 10
+    assert result["host_bytes"] <= result["host_cap_bytes"] <= result["kv_bytes"] * 0.3
+    assert result["promoted_blocks"] > 0 and result["demoted_blocks"] > 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--device-blocks", 0], "--device-blocks 0"),
+        (["--block-size", 24], "block_size=24"),
+        (["--dtype", "int3"], "int3"),
+        (["--store", "/proc/nowhere/x"], "cannot be written"),
+        (["--device-bytes", "many"], "--device-bytes='many'"),
+        (["--needles", 0], "--needles 0"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_2(capsys, argv, message):
+    code, out, err = demo(capsys, *argv)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert err.startswith("kvtier: error: ") and message in err
+
+
+def test_a_store_of_another_model_is_refused(capsys, tmp_path):
+    assert demo(capsys, "--store", tmp_path / "s")[0] == 0
+    code, _, err = demo(capsys, "--store", tmp_path / "s", "--dtype", "bfloat16")
+    assert code == 2 and "was made with" in err
+
+
+def test_inspect_reads_a_running_pager_and_then_its_store_at_rest(capsys, tmp_path):
+    config = PagerConfig("1MiB", "1MiB", nvme_path=tmp_path / "s", nvme_bytes="4MiB", backend="cpu")
+    with Pager.open(KVLayout(2, 1, 8, 16, "float32"), config):
+        code, out, _ = run(capsys, inspect.main, "status", tmp_path / "s", "--json")
+        assert code == 0 and set(json.loads(out)["tiers"]) == {"device", "host", "nvme"}
+        assert "rate_in_bytes_per_s" in json.loads(out)["tiers"]["device"]
+        code, out, _ = run(capsys, inspect.main, "status", tmp_path / "s")
+        assert code == 0 and "CAPACITY" in out
+    code, out, _ = run(capsys, inspect.main, "status", tmp_path / "s")
+    assert code == 0 and "store at rest" in out
+    code, _, err = run(capsys, inspect.main, "status", tmp_path / "nothing")
+    assert code == 2 and "no such socket or store" in err
+
+
+def test_pagerd_checks_a_configuration_and_says_that_it_serves_nobody_yet(capsys, tmp_path):
+    file = tmp_path / "c.toml"
+    file.write_text('device_bytes = "1GiB"\n')
+    assert run(capsys, pagerd.main, "--config", file, "--check-config")[:2] == (0, "config ok\n")
+    file.write_text("nonsense = 1\n")
+    assert run(capsys, pagerd.main, "--config", file, "--check-config")[0] == 2
+    code, _, err = run(capsys, pagerd.main)
+    assert code == 2 and "not in this version" in err
+
+
+def test_doctor_says_what_each_missing_thing_costs(capsys, tmp_path):
+    code, out, _ = run(capsys, cli.main, "doctor", "--path", tmp_path, "--json")
+    findings = json.loads(out)
+    assert code == 0 and all(f["is_good"] or f["cost"] for f in findings)
+    assert list(tmp_path.iterdir()) == []
