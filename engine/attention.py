@@ -8,6 +8,7 @@ written): exact, and for a chunk of a long prompt it saves that layer's attentio
 from __future__ import annotations
 
 import contextvars
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,43 +16,98 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import apply_sink_logits, block_attention, layer_views, merge_states, paged_attention, write_kv
+from ..kernels import (
+    SlotPlan,
+    StepPlan,
+    apply_sink_logits,
+    block_attention,
+    layer_views,
+    merge_states,
+    paged_attention,
+    plan_slots,
+    plan_step,
+    write_kv,
+)
 from ..pager.lease import Lease
 from ..pager.pager import Pager
-from .hf import ModelSpec
+from .hf import LayerSpec, ModelSpec
 
 NAME = "kvtier_paged"
 
 
+@dataclass(frozen=True, slots=True)
+class LayerPages:
+    """Where one layer's K and V lie in the device pool: [pages, kv_heads, block, dim] each."""
+
+    group: int
+    layer: int  # its number within the group
+    k: Tensor
+    v: Tensor
+
+
 @dataclass(slots=True)
 class Step:
-    """What the attention of one forward pass needs: the lease, the pools, and whose logits are read."""
+    """What the attention of one forward pass needs: the lease, where the layers lie, and whose logits are read."""
 
     lease: Lease
     spec: ModelSpec
-    pools: list[Tensor]  # per group, typed [pages, block elements]
+    layers: list[LayerPages]
     block_size: int
+    dtype: torch.dtype
     read_spans: list[int]  # spans whose last row's logits are read
-    row_views: Any  # (group, staged rows) -> typed tensor
-    cu_q: np.ndarray[Any, Any] = field(init=False)
+    rows: Tensor = field(init=False)  # packed rows whose logits are read
+    reads_all: bool = field(init=False)
+    _plans: dict[tuple[int, bool], StepPlan] = field(default_factory=dict)
+    _slots: dict[int, SlotPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.cu_q = self.lease.cu_q
+        self.rows = torch.from_numpy(self.lease.cu_q[1:][self.read_spans].astype(np.int64) - 1)
+        self.reads_all = len(self.rows) == int(self.lease.cu_q[-1])
 
-    @property
-    def rows(self) -> Tensor:
-        """Packed rows whose logits are read."""
-        return torch.tensor([int(self.cu_q[i + 1]) - 1 for i in self.read_spans], dtype=torch.long)
+    def plan(self, pages: LayerPages, *, last_rows: bool) -> StepPlan:
+        """The tables of a group, for all rows or for the last rows of the spans that are read. Made once per step."""
+        key = (pages.group, last_rows)
+        if key not in self._plans:
+            held, cu_q = self.lease.groups[pages.group], self.lease.cu_q
+            tables, lens = held.tables, held.kv_lens
+            if last_rows:
+                tables, lens = tables[self.read_spans], lens[self.read_spans]
+                cu_q = np.arange(len(self.read_spans) + 1, dtype=np.int32)
+            self._plans[key] = plan_step(pages.k, tables, lens, cu_q)
+        return self._plans[key]
+
+    def slots(self, pages: LayerPages) -> SlotPlan:
+        """The slot mapping of a group. Made once per step."""
+        if pages.group not in self._slots:
+            slots = self.lease.slots[pages.group]
+            self._slots[pages.group] = plan_slots(pages.k, slots, len(slots))
+        return self._slots[pages.group]
 
 
 STEP: contextvars.ContextVar[Step | None] = contextvars.ContextVar("kvtier_step", default=None)
 
 
-def register() -> None:
-    """Make the function known to transformers. No mask function is registered under its name: masks stay None."""
+_INSTALLED: weakref.WeakKeyDictionary[Any, tuple[int, str]] = weakref.WeakKeyDictionary()  # engines, attention before
+
+
+def install(model: Any) -> None:
+    """Switch a model to paged attention. No mask function is registered under our name: masks stay None."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, paged)
+    engines, before = _INSTALLED.get(model, (0, model.config._attn_implementation))
+    _INSTALLED[model] = engines + 1, before
+    model.set_attn_implementation(NAME)
+
+
+def uninstall(model: Any) -> None:
+    """Give a model the attention back that it had before its first engine, when its last one ends."""
+    engines, before = _INSTALLED[model]
+    if engines > 1:
+        _INSTALLED[model] = engines - 1, before
+    else:
+        del _INSTALLED[model]
+        model.set_attn_implementation(before)
 
 
 def paged(
@@ -69,50 +125,47 @@ def paged(
     step = STEP.get()
     if step is None or attention_mask is not None:
         raise RuntimeError("kvtier attention runs only inside an Engine step, without a mask")
-    group, layer = step.spec.group_of[module.layer_idx]
-    shape = step.spec.groups[group]
-    k, v = layer_views(step.pools[group], layer, shape.num_kv_heads, step.block_size, shape.head_dim, shape.value_dim)
-    write_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), k, v, step.lease.slots[group])
+    pages = step.layers[module.layer_idx]
+    write_kv(key[0].transpose(0, 1), value[0].transpose(0, 1), pages.k, pages.v, step.slots(pages))
     q = query[0].transpose(0, 1)
     scale = scaling if scaling is not None else q.shape[-1] ** -0.5
-    if module.layer_idx < len(step.spec.layers) - 1:
-        out = _attend(step, group, layer, q, k, v, None, scale, softcap, s_aux)
+    if step.reads_all or module.layer_idx < len(step.layers) - 1:
+        out = _attend(step, pages, q, scale, softcap, s_aux, last_rows=False)
     else:
-        out = q.new_zeros(*q.shape[:2], shape.value_dim)
+        out = q.new_zeros(*q.shape[:2], pages.v.shape[3])
         if step.read_spans:
             rows = step.rows.to(q.device)
-            out[rows] = _attend(step, group, layer, q[rows], k, v, step.read_spans, scale, softcap, s_aux)
+            out[rows] = _attend(step, pages, q[rows], scale, softcap, s_aux, last_rows=True).to(q.dtype)
     return out[None].to(query.dtype).contiguous(), None
 
 
 def _attend(
     step: Step,
-    group: int,
-    layer: int,
+    pages: LayerPages,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    last_rows_of: list[int] | None,
     scale: float,
     softcap: float | None,
     s_aux: Tensor | None,
+    *,
+    last_rows: bool,
 ) -> Tensor:
     """Resident pages in one pass, staged slices one by one, merged by LSE; sink logits at the very end."""
-    held, shape = step.lease.groups[group], step.spec.groups[group]
-    tables, lens, cu_q = held.tables, held.kv_lens, step.cu_q
-    if last_rows_of is not None:  # one row each, the last of its span
-        tables, lens = tables[last_rows_of], lens[last_rows_of]
-        cu_q = np.arange(len(last_rows_of) + 1, dtype=np.int32)
+    held, shape = step.lease.groups[pages.group], step.spec.groups[pages.group]
+    plan = step.plan(pages, last_rows=last_rows)
     kind: dict[str, Any] = dict(scale=scale, softcap=softcap, out_dtype=torch.float32)
-    out, lse = paged_attention(q, k, v, tables, lens, cu_q, window=shape.window, **kind)
+    out, lse = paged_attention(q, pages.k, pages.v, (), (), (), window=shape.window, plan=plan, **kind)
     if held.stream is not None:
-        for staged in step.lease.stream(group, layer):
-            rows = step.row_views(group, staged.rows)
-            sk, sv = layer_views(rows, 0, shape.num_kv_heads, step.block_size, shape.head_dim, shape.value_dim)
-            out, lse = merge_states(out, lse, *block_attention(q, sk, sv, **kind))
+        for staged in step.lease.stream(pages.group, pages.layer):
+            k, v = slice_views(shape, typed(staged.rows, step.dtype), step.block_size)
+            out, lse = merge_states(out, lse, *block_attention(q, k, v, **kind))
     if s_aux is not None:
         out = apply_sink_logits(out, lse, s_aux)
     return out
+
+
+def slice_views(shape: LayerSpec, rows: Tensor, block_size: int, layer: int = 0) -> tuple[Tensor, Tensor]:
+    """K and V of one layer in rows of typed elements: whole blocks, or (layer 0) slices of one layer each."""
+    return layer_views(rows, layer, shape.num_kv_heads, block_size, shape.head_dim, shape.value_dim)
 
 
 def typed(rows: Any, dtype: torch.dtype) -> Tensor:
@@ -121,5 +174,10 @@ def typed(rows: Any, dtype: torch.dtype) -> Tensor:
     return tensor.view(dtype)
 
 
-def pools_of(pager: Pager, dtype: torch.dtype) -> list[Tensor]:
-    return [typed(pager.device_rows(group), dtype) for group in range(len(pager.layouts))]
+def layers_of(pager: Pager, spec: ModelSpec, dtype: torch.dtype) -> list[LayerPages]:
+    """For each attention layer of the model its views of the device pool; the pool never moves."""
+    pools = [typed(pager.device_rows(group), dtype) for group in range(len(pager.layouts))]
+    return [
+        LayerPages(group, layer, *slice_views(spec.groups[group], pools[group], pager.block_size, layer))
+        for group, layer in spec.group_of
+    ]

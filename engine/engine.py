@@ -7,44 +7,33 @@ an answer. Invariant: before a forward, a sequence has at least one token that i
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import layer_views, write_kv
+from ..kernels import write_kv
 from ..pager.config import PagerConfig
 from ..pager.lease import Span
-from ..pager.ledger import RequestLedger
-from ..pager.pager import Pager
-from ..tiers.errors import BlockMissError, ConfigError, TierFullError
+from ..pager.pager import Pager, stored_block_size
+from ..tiers.errors import BlockMissError, ConfigError, TierFullError, TierUnavailableError
 from . import attention
-from .attention import STEP, Step, pools_of, typed
+from .attention import STEP, Step, layers_of
 from .hf import ModelSpec, discover, fingerprint
-from .sampling import Output, Sampler, SamplingParams, Usage, margin
+from .loading import load_checkpoint
+from .request import Request, phase
+from .sampling import Output, Sampler, SamplingParams, margin
 from .session import Session
 
 Progress = Callable[[int, int], None]
+OnToken = Callable[[Request, int], None]
+Work = list[tuple[Request, int]]
 MAX_BATCH_TOKENS = 2048
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE, SMALLEST_BLOCK_SIZE = 256, 64, 16
 MIN_PAGES_WANTED = 32  # a smaller device tier gets smaller blocks
-
-
-@dataclass(slots=True)
-class Request:
-    """One sequence being generated."""
-
-    seq: int
-    params: SamplingParams
-    sampler: Sampler
-    ledger: RequestLedger
-    usage: Usage
-    output: Output = field(default_factory=Output)
-    is_done: bool = False
+SPARE_MISSES = 16  # lost blocks per request beyond two for each of its blocks, before the disk is given up on
 
 
 class Engine:
@@ -55,10 +44,13 @@ class Engine:
         self.progress: Progress | None = None
         self._device = next(model.parameters()).device
         self._dtype = next(model.parameters()).dtype
-        self._pools = pools_of(pager, self._dtype)
+        self._layers = layers_of(pager, spec, self._dtype)
+        self._sessions: dict[str, Session] = {}
         self._budget = min(max_batch_tokens, pager.max_span_tokens())
         if self._budget < 1:
             raise ConfigError("device_bytes: the device tier is too small for a single step; give it more")
+        attention.install(model)
+        self._is_closed = False
 
     @classmethod
     def from_model(
@@ -72,14 +64,13 @@ class Engine:
     ) -> Engine:
         """Put a loaded Hugging Face decoder over a new pager.
 
+        `block_size` is that of the store at config.nvme_path where there is one, else chosen from device and size.
         Raises: UnsupportedModelError, ConfigError; nothing is written before all checks have passed.
         """
         config.validate()
         spec = discover(model)
-        layouts = spec.layouts(block_size or _default_block_size(model, spec, config))
-        pager = Pager.open(layouts, config, model_fingerprint=fingerprint(model))
-        attention.register()
-        model.set_attn_implementation(attention.NAME)
+        size = block_size or stored_block_size(config.nvme_path) or _default_block_size(model, spec, config)
+        pager = Pager.open(spec.layouts(size), config, model_fingerprint=fingerprint(model))
         try:
             return cls(model, spec, pager, tokenizer, max_batch_tokens)
         except BaseException:
@@ -87,37 +78,60 @@ class Engine:
             raise
 
     @classmethod
-    def from_pretrained(cls, path: str, config: PagerConfig, **options: Any) -> Engine:
-        """Load a local checkpoint and its tokenizer. Raises ConfigError when there is none at that path."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+    def from_pretrained(
+        cls, path: str, config: PagerConfig, *, dtype: str = "auto", device: str | None = None, **options: Any
+    ) -> Engine:
+        """Load a local checkpoint, and its tokenizer where it has one. `options` are those of from_model.
 
-        try:
-            model = AutoModelForCausalLM.from_pretrained(path, local_files_only=True).eval()
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model path {path!r} cannot be loaded: {error}") from error
+        Raises: ConfigError when there is no checkpoint at that path or the dtype is unknown; otherwise as from_model.
+        """
+        config.validate()
+        model, tokenizer = load_checkpoint(path, dtype, device)
         return cls.from_model(model, config, tokenizer, **options)
 
     # ------------------------------------------------------------------ generating
-    def generate(self, prompts: Sequence[Sequence[int]], params: SamplingParams | None = None) -> list[Output]:
-        """Generate for all prompts together; params.n outputs for each, in order. Prefixes are reused from the cache."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams | None = None, *, namespace: str = "default"
+    ) -> list[Output]:
+        """Generate for all prompts together; params.n outputs for each, in order. Prefixes are reused from the cache.
+
+        The n outputs of a prompt compute it once: the others are forks of it.
+        """
         params = params or SamplingParams()
         for prompt in prompts:
             self.check_length(len(prompt) + params.max_tokens)
-        requests: list[Request] = []
+        firsts: list[Request] = []
         try:
             for prompt in prompts:
-                for index in range(params.n):
-                    requests.append(self._begin(list(prompt), params, index))
-            self.run(requests)
+                firsts.append(self._begin(list(prompt), params, namespace))
+            self.run(firsts)
         finally:
-            for request in requests:
-                self.pager.finish(request.seq)
-        return [request.output for request in requests]
+            for request in (r for first in firsts for r in (first, *first.twins)):
+                if request.seq >= 0:
+                    self.pager.finish(request.seq)
+        return [request.output for first in firsts for request in (first, *first.twins)]
 
     def session(self, session_id: str, namespace: str = "default") -> Session:
-        """A conversation by id: resumed when it was parked, new otherwise."""
-        return Session.open(self, session_id, namespace)
+        """A conversation by id: the running one, else the parked one resumed, else a new one.
+
+        Raises ConfigError when the id belongs to another namespace.
+        """
+        known = self._sessions.get(session_id)
+        if known is not None and known.is_open:
+            if known.namespace != namespace:
+                raise ConfigError(f"session {session_id!r} is open in namespace {known.namespace!r}, not {namespace!r}")
+            return known.resume()
+        self._sessions[session_id] = session = Session.open(self, session_id, namespace)
+        return session
+
+    def has_session(self, session_id: str) -> bool:
+        """Whether the id is taken, by an open session or a parked one."""
+        known = self._sessions.get(session_id)
+        return (known is not None and known.is_open) or session_id in self.pager.sessions()
+
+    def add_session(self, session: Session) -> None:
+        """Know a session that was made by forking."""
+        self._sessions[session.id] = session
 
     def check_length(self, num_tokens: int) -> None:
         """Raises ConfigError for a context that all tiers together cannot hold."""
@@ -130,48 +144,43 @@ class Engine:
         if num_tokens < 1:
             raise ConfigError("a prompt needs at least one token")
 
-    def _begin(self, prompt: list[int], params: SamplingParams, index: int) -> Request:
-        ledger = RequestLedger(time.perf_counter)
-        with ledger.phase("match"):
-            seq = self.pager.begin()
+    def _begin(self, prompt: list[int], params: SamplingParams, namespace: str) -> Request:
+        seq = self.pager.begin(namespace)
+        request = Request(seq, params, Sampler(params), len(prompt), 0)
+        with request.ledger.phase("match"):
             match = self.pager.attach(seq, prompt[:-1])
             self.pager.append(seq, prompt[match.tokens :])
-        usage = Usage(
-            prompt_tokens=len(prompt),
-            cached_tokens=match.tokens,
-            device_tokens=match.device_tokens,
-            host_tokens=match.host_tokens,
-            disk_tokens=match.nvme_tokens,
-            recomputed_tokens=match.ghost_tokens,
-        )
-        return Request(seq, params, Sampler(params, index), ledger, usage)
+        request.found(match)
+        request.known_tokens = match.tokens + match.ghost_tokens
+        request.twins = [Request(-1, params, Sampler(params, i), len(prompt), 0) for i in range(1, params.n)]
+        return request
 
     def continue_request(self, seq: int, num_new: int, params: SamplingParams) -> Request:
         """A request over a sequence that exists already and has new tokens appended (a session's turn)."""
-        ledger = RequestLedger(time.perf_counter)
-        computed, total = self.pager.num_computed(seq), len(self.pager.token_ids(seq))
-        usage = Usage(
-            prompt_tokens=total, cached_tokens=computed, recomputed_tokens=max(0, total - num_new - 1 - computed)
-        )
-        return Request(seq, params, Sampler(params), ledger, usage)
+        total = self.pager.num_tokens(seq)
+        request = Request(seq, params, Sampler(params), total, max(0, total - num_new - 1))
+        request.found(self.pager.residency(seq))
+        return request
 
     @torch.inference_mode()
-    def run(self, requests: Iterable[Request], on_token: Callable[[Request, int], None] | None = None) -> None:
-        """Step until every request is done."""
+    def run(self, requests: Iterable[Request], on_token: OnToken | None = None) -> None:
+        """Step until every request is done. Raises TierUnavailableError when blocks are lost again and again."""
         running = [r for r in requests if not r.is_done]
-        lost = self.pager.counters.get("lost_tokens")
         while running:
             work = self._plan(running)
-            self._step_shrinking(work, on_token)
-            if (now := self.pager.counters.get("lost_tokens")) != lost:
-                work[0][0].usage.recomputed_tokens += int(now - lost)
-                lost = now
+            busy = {id(request) for request, _ in work}
+            with phase((r for r in running if id(r) not in busy), "queued"):
+                self._step_shrinking(work, on_token)
+            if self.progress is not None:
+                totals = [(self.pager.num_computed(r.seq), self.pager.num_tokens(r.seq)) for r in running]
+                self.progress(sum(done for done, _ in totals), sum(total for _, total in totals))
+            running += [twin for r in running for twin in r.twins if twin.seq >= 0 and twin not in running]
             running = [r for r in running if not r.is_done]
 
-    def _plan(self, running: list[Request]) -> list[tuple[Request, int]]:
+    def _plan(self, running: list[Request]) -> Work:
         """Decodes first, then prompt chunks in order, within the budget."""
         left, work = self._budget, []
-        remaining = {id(r): len(self.pager.token_ids(r.seq)) - self.pager.num_computed(r.seq) for r in running}
+        remaining = {id(r): self.pager.num_tokens(r.seq) - self.pager.num_computed(r.seq) for r in running}
         for request in sorted(running, key=lambda r: remaining[id(r)] > 1):
             if left <= 0:
                 break
@@ -181,13 +190,14 @@ class Engine:
                 left -= take
         return work
 
-    def _step_shrinking(self, work: list[tuple[Request, int]], on_token: Callable[[Request, int], None] | None) -> None:
+    def _step_shrinking(self, work: Work, on_token: OnToken | None) -> None:
         """Run one step over as much of the work as the device tier can hold."""
         while True:
             try:
                 self._step(work, on_token)
                 return
-            except BlockMissError:
+            except BlockMissError as error:
+                self._count_miss(next(r for r, _ in work if r.seq == error.seq), error)
                 return  # the pager has cut the sequence; the next plan computes what is missing
             except TierFullError:
                 if len(work) > 1:
@@ -197,30 +207,36 @@ class Engine:
                 else:
                     raise
 
-    def _step(self, work: list[tuple[Request, int]], on_token: Callable[[Request, int], None] | None) -> None:
-        spans = []
-        for request, count in work:
-            start = self.pager.num_computed(request.seq)
-            spans.append(Span(request.seq, start, start + count))
-        ids = [self.pager.token_ids(span.seq) for span in spans]
-        reading = [i for i, span in enumerate(spans) if span.end == len(ids[i])]
-        ledger = work[0][0].ledger
-        with ledger.phase("wait_for_blocks"):
+    def _count_miss(self, request: Request, error: BlockMissError) -> None:
+        request.num_misses += 1
+        limit = SPARE_MISSES + 2 * self.pager.num_tokens(request.seq) // self.pager.block_size
+        if request.num_misses > limit:
+            raise TierUnavailableError(
+                f"sequence {request.seq} lost a block {request.num_misses} times; the store keeps losing what is "
+                "written to it: check the disk under nvme_path"
+            ) from error
+
+    def _step(self, work: Work, on_token: OnToken | None) -> None:
+        starts = [self.pager.num_computed(request.seq) for request, _ in work]
+        spans = [Span(r.seq, start, start + count) for (r, count), start in zip(work, starts, strict=True)]
+        reading = [i for i, span in enumerate(spans) if span.end == self.pager.num_tokens(span.seq)]
+        requests = [request for request, _ in work]
+        with phase(requests, "wait_for_blocks"):
             lease = self.pager.lease(spans)
         with lease:
-            with ledger.phase("decode" if spans[0].end - spans[0].start == 1 else "prefill"):
-                logits = self._forward(lease, spans, ids, reading)
+            with phase(requests, "decode" if all(count == 1 for _, count in work) else "prefill"):
+                logits = self._forward(lease, spans, reading)
             lease.commit()
-        if self.progress is not None and len(spans) == 1:
-            self.progress(spans[0].end, len(ids[0]))
+        for request, span in zip(requests, spans, strict=True):
+            request.computed(span.start, span.end)
         for row, index in enumerate(reading):
-            self._take_token(work[index][0], logits[row], on_token)
+            self._take_token(requests[index], logits[row], on_token)
 
-    def _forward(self, lease: Any, spans: list[Span], ids: list[list[int]], reading: list[int]) -> Tensor:
+    def _forward(self, lease: Any, spans: list[Span], reading: list[int]) -> Tensor:
         """Logits [len(reading), vocab] of the last row of the spans in `reading`."""
-        tokens = torch.tensor([t for i, s in enumerate(spans) for t in ids[i][s.start : s.end]])[None]
+        tokens = torch.tensor([t for s in spans for t in self.pager.token_ids(s.seq, s.start, s.end)])[None]
         positions = torch.cat([torch.arange(s.start, s.end) for s in spans])[None]
-        step = Step(lease, self.spec, self._pools, self.pager.block_size, reading, self._row_view)
+        step = Step(lease, self.spec, self._layers, self.pager.block_size, self._dtype, reading)
         keep = step.rows if reading else torch.tensor([0])
         token = STEP.set(step)
         try:
@@ -236,28 +252,22 @@ class Engine:
             STEP.reset(token)
         return out.logits[0]
 
-    def _row_view(self, group: int, rows: Any) -> Tensor:
-        return typed(rows, self._dtype)
-
-    def _take_token(self, request: Request, logits: Tensor, on_token: Callable[[Request, int], None] | None) -> None:
-        request.ledger.first_token()
-        params, out = request.params, request.output
-        if params.max_tokens > 0:
-            token = request.sampler.choose(logits)
-            if params.top2_margin:
-                out.margins.append(margin(logits))
-            out.token_ids.append(token)
-            self.pager.append(request.seq, [token])
-            if on_token is not None:
-                on_token(request, token)
-            if token in params.stop_token_ids:
-                out.finish_reason = "stop"
-                request.is_done = True
-        request.is_done |= len(out.token_ids) >= params.max_tokens
-        if request.is_done:
-            request.usage.completion_tokens = len(out.token_ids)
-            request.usage.ttft_s = request.ledger.ttft_s or 0.0
-            out.usage, out.ledger = request.usage, request.ledger.to_dict()
+    def _take_token(self, request: Request, logits: Tensor, on_token: OnToken | None) -> None:
+        """Sample from logits [vocab] for the request, and at its first token for its twins."""
+        first = [twin for twin in request.twins if twin.seq < 0]
+        for twin in first:
+            twin.seq, twin.known_tokens = self.pager.fork(request.seq), request.known_tokens
+        for one in (request, *first):
+            one.ledger.first_token()
+            if one.params.max_tokens > 0:
+                token = one.sampler.choose(logits)
+                if one.params.top2_margin:
+                    one.output.margins.append(margin(logits))
+                self.pager.append(one.seq, [token])
+                one.take(token)
+                if on_token is not None:
+                    on_token(one, token)
+            one.end_if_full()
 
     # ------------------------------------------------------------------ prebuilt caches
     @torch.inference_mode()
@@ -270,26 +280,20 @@ class Engine:
         while (start := self.pager.num_computed(seq)) < total:
             end = min(total, start + self._budget)
             with self.pager.lease([Span(seq, start, end)]) as lease:
-                for index, (group, layer) in enumerate(self.spec.group_of):
-                    shape = self.spec.groups[group]
-                    k, v = layer_views(
-                        self._pools[group],
-                        layer,
-                        shape.num_kv_heads,
-                        self.pager.block_size,
-                        shape.head_dim,
-                        shape.value_dim,
-                    )
-                    new_k, new_v = (t[:, start:end].transpose(0, 1) for t in cache[index])
-                    write_kv(new_k, new_v, k, v, lease.slots[group])
+                for pages, (k, v) in zip(self._layers, cache, strict=True):
+                    new_k, new_v = (t[:, start:end].transpose(0, 1) for t in (k, v))
+                    write_kv(new_k, new_v, pages.k, pages.v, lease.slots[pages.group])
                 lease.commit()
             if self.progress is not None:
                 self.progress(end, total)
 
     # ------------------------------------------------------------------ end
     def close(self) -> None:
-        """End the pager. Parked sessions stay in its store."""
-        self.pager.close()
+        """End the pager and give the model its own attention back. Parked sessions stay in the store."""
+        if not self._is_closed:
+            self._is_closed = True
+            attention.uninstall(self.model)
+            self.pager.close()
 
     def __enter__(self) -> Engine:
         return self

@@ -90,6 +90,8 @@ def discover(model: Any) -> ModelSpec:
         ids = torch.tensor([[1, 2]], device=device)
         with torch.inference_mode():
             model(input_ids=ids, position_ids=torch.tensor([[0, 1]], device=device), use_cache=False)
+    except TypeError as error:
+        raise _unsupported(model, f"it cannot be called as a decoder ({error})") from error
     finally:
         model.set_attn_implementation(before)
     return _spec(model, seen)
@@ -145,6 +147,8 @@ def _rope_types(parameters: Any) -> list[str]:
 def _refuse_by_call(model: Any, module: Any, attention_mask: Any, kwargs: dict[str, Any]) -> None:
     if attention_mask is not None:
         raise _unsupported(model, f"layer {module.layer_idx} builds its own attention mask")
+    if kwargs.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        raise _unsupported(model, f"layer {module.layer_idx} attends to tokens behind it (it is not causal)")
     known = _HARMLESS | {"scaling", "sliding_window", "softcap", "s_aux"}
     for name, value in kwargs.items():
         if name not in known and value is not None and value is not False:

@@ -6,11 +6,13 @@ computed twice, and a resumed session goes on exactly as if it had never stopped
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from ..tiers.errors import ConfigError
 from .sampling import Output, SamplingParams
+from .template import render_turn
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -23,6 +25,7 @@ class Session:
         self.id, self.namespace = session_id, namespace
         self._engine = engine
         self._seq = seq
+        self.is_open = True
 
     @classmethod
     def open(cls, engine: Engine, session_id: str, namespace: str) -> Session:
@@ -34,14 +37,16 @@ class Session:
 
     @property
     def seq(self) -> int:
-        """The pager's sequence. Raises ConfigError while the session is parked."""
+        """The pager's sequence. Raises ConfigError while the session is parked, and after it was closed."""
+        if not self.is_open:
+            raise ConfigError(f"session {self.id!r} was closed; open it again with engine.session({self.id!r})")
         if self._seq is None:
             raise ConfigError(f"session {self.id!r} is parked; call resume() first")
         return self._seq
 
     @property
     def is_parked(self) -> bool:
-        return self._seq is None
+        return self.is_open and self._seq is None
 
     @property
     def token_ids(self) -> list[int]:
@@ -63,13 +68,13 @@ class Session:
             raise ConfigError("n: a session answers once per turn; fork it for more")
         new = self._encode(message)
         engine = self._engine
-        known = engine.pager.token_ids(self.seq)
-        engine.check_length(len(known) + len(new) + params.max_tokens)
-        if not new and engine.pager.num_computed(self.seq) == len(known):
+        known = engine.pager.num_tokens(self.seq)
+        engine.check_length(known + len(new) + params.max_tokens)
+        if not new and self.num_computed == known:
             raise ConfigError("send: the message is empty, there is nothing to compute")
         if not known and len(new) > 1:
             engine.pager.attach(self.seq, new[:-1])
-            engine.pager.append(self.seq, new[engine.pager.num_computed(self.seq) :])
+            engine.pager.append(self.seq, new[self.num_computed :])
         else:
             engine.pager.append(self.seq, new)
         request = engine.continue_request(self.seq, len(new), params)
@@ -90,17 +95,23 @@ class Session:
         self._seq = None
 
     def resume(self) -> Session:
-        """Bring a parked session back."""
-        if self._seq is None:
+        """Bring a parked session back; does nothing for a running one. Raises ConfigError after close()."""
+        if self.is_parked:
             self._seq, _ = self._engine.pager.resume(self.id, self.namespace)
+        assert self.seq >= 0
         return self
 
     def fork(self, n: int = 1) -> list[Session]:
-        """n sessions over the same blocks, named <id>/1, <id>/2, ...; a block is copied when one of them writes to it."""
-        return [
-            Session(self._engine, f"{self.id}/{i + 1}", self.namespace, self._engine.pager.fork(self.seq))
-            for i in range(n)
-        ]
+        """n sessions over the same blocks, named <id>/1, <id>/2, ... where those are free; whoever writes first copies."""
+        return [self._fork_as(name) for name, _ in zip(self._free_names(), range(n))]
+
+    def _free_names(self) -> Iterator[str]:
+        return (name for i in count(1) if not self._engine.has_session(name := f"{self.id}/{i}"))
+
+    def _fork_as(self, name: str) -> Session:
+        child = Session(self._engine, name, self.namespace, self._engine.pager.fork(self.seq))
+        self._engine.add_session(child)
+        return child
 
     def rollback(self, num_tokens: int) -> None:
         """Forget everything past the first num_tokens tokens."""
@@ -111,13 +122,11 @@ class Session:
         if self._seq is not None:
             self._engine.pager.finish(self._seq)
             self._seq = None
+        self.is_open = False
 
     def _encode(self, message: str | Sequence[int]) -> list[int]:
         if not isinstance(message, str):
             return [int(token) for token in message]
         if self._engine.tokenizer is None:
             raise ConfigError("send: text needs a tokenizer; pass token ids, or give the engine a tokenizer")
-        ids = self._engine.tokenizer(message, add_special_tokens=not self._engine.pager.token_ids(self.seq))[
-            "input_ids"
-        ]
-        return [int(token) for token in ids]
+        return render_turn(self._engine.tokenizer, message, self.token_ids)

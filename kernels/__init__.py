@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .dispatch import SlotPlan as SlotPlan
     from .dispatch import StepPlan as StepPlan
     from .dispatch import apply_sink_logits as apply_sink_logits
     from .dispatch import block_attention as block_attention
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
     from .dispatch import paged_attention as paged_attention
     from .dispatch import paged_decode as paged_decode
     from .dispatch import paged_prefill as paged_prefill
+    from .dispatch import plan_slots as plan_slots
     from .dispatch import plan_step as plan_step
     from .dispatch import scatter_rows as scatter_rows
     from .dispatch import write_kv as write_kv
     from .views import layer_views as layer_views
 
 _HOME = {
+    "SlotPlan": "dispatch",
     "StepPlan": "dispatch",
     "apply_sink_logits": "dispatch",
     "block_attention": "dispatch",
@@ -38,6 +41,7 @@ _HOME = {
     "paged_attention": "dispatch",
     "paged_decode": "dispatch",
     "paged_prefill": "dispatch",
+    "plan_slots": "dispatch",
     "plan_step": "dispatch",
     "scatter_rows": "dispatch",
     "write_kv": "dispatch",

@@ -7,12 +7,15 @@ slots are read.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu_inplace import attend_in_place, is_in_place
+from .cpu_inplace import Reading, attend_in_place, is_in_place, plan_reading
 from .cpu_layer import PagedLayer, Partial
+from .plan import SlotPlan, StepPlan
 
 MAX_QUERY_TILE = 4096  # rows of one sequence handled at once; bounds the float32 accumulators
 WINDOW_QUERY_TILE = 512  # likewise under a window, where a tile masks as many keys at the window's edge as it has rows
@@ -22,9 +25,7 @@ def paged_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    table: np.ndarray,
-    kv_lens: np.ndarray,
-    cu_q: np.ndarray,
+    plan: StepPlan,
     *,
     scale: float,
     window: int | None,
@@ -33,56 +34,63 @@ def paged_attention(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """Attend a packed batch; arguments are checked by the caller."""
+    layer, group = PagedLayer(k, v, scale, softcap), q.shape[1] // k.shape[1]
+    key = ("cpu", k.shape[1:], v.shape[3], k.dtype, group, window, sinks, layer.use_flash)
+    singles = plan.remember(key, lambda: _plan_singles(layer, plan, group, window, sinks))
+    if singles is not None and singles.is_all:
+        return _decode(layer, q, singles, out_dtype)
     out = torch.empty(q.shape[0], q.shape[1], v.shape[3], dtype=out_dtype)
     lse = torch.empty(q.shape[:2])
-    layer, group = PagedLayer(k, v, scale, softcap), q.shape[1] // k.shape[1]
-    starts, q_lens = cu_q[:-1].tolist(), np.diff(cu_q)
+    if singles is not None:
+        parts, part_lse = _decode(layer, q.index_select(0, singles.rows), singles, out_dtype)
+        out.index_copy_(0, singles.rows, parts)
+        lse.index_copy_(0, singles.rows, part_lse)
+    starts, q_lens = plan.cu_q[:-1].tolist(), plan.q_lens.tolist()
     tile = MAX_QUERY_TILE if window is None else min(WINDOW_QUERY_TILE, window)
-    singles = np.flatnonzero(q_lens == 1) if is_in_place(layer, group) else np.empty(0, np.int64)
-    if len(singles):
-        _decode(layer, q, table, kv_lens, cu_q[:-1][singles], singles, window, sinks, out, lse)
-        q_lens[singles] = 0
-    for s in np.flatnonzero(q_lens).tolist():
-        stop = starts[s] + int(q_lens[s])
+    for s, rows in enumerate(q_lens):
+        if rows == 0 or (rows == 1 and singles is not None):
+            continue
+        stop = starts[s] + rows
         for a in range(starts[s], stop, tile):
             b = min(a + tile, stop)
             partial = Partial(k.shape[1], group, b - a, v.shape[3])
-            _attend_span(layer, layer.fold(q[a:b]), table[s], int(kv_lens[s]) - (stop - a), window, sinks, partial)
+            position = int(plan.kv_lens[s]) - (stop - a)
+            _attend_span(layer, layer.fold(q[a:b]), plan.table[s], position, window, sinks, partial)
             partial.store(out[a:b], lse[a:b])
     return out, lse
 
 
-def _decode(
-    layer: PagedLayer,
-    q: Tensor,
-    table: np.ndarray,
-    kv_lens: np.ndarray,
-    rows: np.ndarray,
-    sequences: np.ndarray,
-    window: int | None,
-    sinks: int,
-    out: Tensor,
-    lse: Tensor,
-) -> None:
-    """Attend the single rows of several sequences in place, and write them to out and lse."""
+@dataclass(frozen=True, slots=True)
+class Singles:
+    """The sequences of a step with one query row each, and how their pages are read."""
+
+    rows: Tensor
+    is_all: bool
+    reading: Reading
+
+
+def _plan_singles(layer: PagedLayer, plan: StepPlan, group: int, window: int | None, sinks: int) -> Singles | None:
+    """None when there are no single rows, or when they are better served by a copy."""
+    sequences = np.flatnonzero(plan.q_lens == 1)
+    if not len(sequences) or not is_in_place(layer, group):
+        return None
     ranges = []
     for i, s in enumerate(sequences.tolist()):
-        end = int(kv_lens[s])
+        end = int(plan.kv_lens[s])
         lowest = 0 if window is None else max(0, end - window)
         if min(sinks, lowest):
-            ranges.append((i, table[s], 0, min(sinks, lowest)))
-        ranges.append((i, table[s], lowest, end))
-    is_all = len(rows) == len(q)
-    at = torch.from_numpy(rows)
-    picked = (q if is_all else q.index_select(0, at)).to(layer.k.dtype)
-    heads, group = layer.heads, q.shape[1] // layer.heads
-    parts, part_lse = attend_in_place(layer, picked.reshape(len(rows), heads, group, -1), ranges)
-    if is_all:
-        out.view(parts.shape).copy_(parts)
-        lse.view(part_lse.shape).copy_(part_lse)
-    else:
-        out.index_copy_(0, at, parts.flatten(1, 2).to(out.dtype))
-        lse.index_copy_(0, at, part_lse.flatten(1, 2))
+            ranges.append((i, plan.table[s], 0, min(sinks, lowest)))
+        ranges.append((i, plan.table[s], lowest, end))
+    rows = torch.from_numpy(np.ascontiguousarray(plan.cu_q[:-1][sequences]))
+    return Singles(rows, len(rows) == plan.num_tokens, plan_reading(layer, len(rows), ranges))
+
+
+def _decode(layer: PagedLayer, q: Tensor, singles: Singles, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Attend one row [n, Hq, D] of each of these sequences in place."""
+    rows, query_heads, _ = q.shape
+    grouped = q.to(layer.k.dtype).reshape(rows, layer.heads, query_heads // layer.heads, -1)
+    out, lse = attend_in_place(layer, grouped, singles.reading)
+    return out.to(out_dtype).reshape(rows, query_heads, -1), lse.reshape(rows, query_heads)
 
 
 def _attend_span(
@@ -123,7 +131,8 @@ def _attend_all(
     if not spans:
         return
     if is_in_place(layer, q.shape[1] * q.shape[2]):
-        out, lse = attend_in_place(layer, q.flatten(1, 2)[None], [(0, pages, start, end) for start, end in spans])
+        reading = plan_reading(layer, 1, [(0, pages, start, end) for start, end in spans])
+        out, lse = attend_in_place(layer, q.flatten(1, 2)[None], reading)
         partial.add(slice(0, layer.heads), out[0].unflatten(1, q.shape[1:3]), lse[0].unflatten(1, q.shape[1:3]))
         return
     for start, end in spans:
@@ -168,26 +177,37 @@ def merge_many(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return total.to(outs.dtype), lse
 
 
-def write_kv(k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, slots: np.ndarray) -> None:
+def write_kv(k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, plan: SlotPlan) -> None:
     """Write tokens to their slots, one copy per stretch of neighbouring slots in a page."""
-    block = k.shape[2]
-    if not len(slots):
-        return
-    # A stretch ends where the slot does not follow its neighbour or where a page begins.
-    starts = np.flatnonzero(np.r_[True, (np.diff(slots) != 1) | (slots[1:] % block == 0)])
-    if len(starts) * 4 > len(slots):  # mostly single tokens (decodes): one scatter
-        kept = torch.from_numpy(np.flatnonzero(slots >= 0))
-        at = torch.from_numpy(slots)[kept]
-        pages, offsets = at // block, at % block
+    stretches = plan.remember("stretches", lambda: _plan_stretches(plan.slots, k.shape[2]))
+    if stretches is None:  # mostly single tokens (decodes): one scatter
+        kept, pages, offsets = plan.remember("scatter", lambda: _plan_scatter(plan.slots, k.shape[2]))
         k[pages, :, offsets] = k_new[kept].to(k.dtype)
         v[pages, :, offsets] = v_new[kept].to(v.dtype)
         return
-    for a, b in zip(starts.tolist(), [*starts[1:].tolist(), len(slots)]):
-        slot = int(slots[a])
-        if slot >= 0:
-            page, offset = divmod(slot, block)
-            k[page, :, offset : offset + b - a] = k_new[a:b].transpose(0, 1)
-            v[page, :, offset : offset + b - a] = v_new[a:b].transpose(0, 1)
+    for page, offset, start, count in stretches:
+        for new, target in ((k_new, k), (v_new, v)):
+            place = target.select(0, page).narrow(1, offset, count)
+            place.copy_(new.narrow(0, start, count).transpose(0, 1))
+
+
+def _plan_stretches(slots: np.ndarray, block: int) -> list[tuple[int, int, int, int]] | None:
+    """Page, offset, first token and count of each stretch; None when a scatter is cheaper."""
+    if not len(slots):
+        return []
+    # A stretch ends where the slot does not follow its neighbour or where a page begins.
+    starts = np.flatnonzero(np.r_[True, (np.diff(slots) != 1) | (slots[1:] % block == 0)])
+    if len(starts) > 4 and len(starts) * 4 > len(slots):
+        return None
+    ends = [*starts[1:].tolist(), len(slots)]
+    stretches = [(int(slots[a]), a, b - a) for a, b in zip(starts.tolist(), ends)]
+    return [(*divmod(slot, block), a, count) for slot, a, count in stretches if slot >= 0]
+
+
+def _plan_scatter(slots: np.ndarray, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    kept = torch.from_numpy(np.flatnonzero(slots >= 0))
+    at = torch.from_numpy(slots)[kept]
+    return kept, at // block, at % block
 
 
 def copy_rows(source: Tensor, target: Tensor, source_ids: np.ndarray | None, target_ids: np.ndarray | None) -> None:

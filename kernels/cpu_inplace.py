@@ -8,6 +8,7 @@ call each. Guards: a page is taken whole only when the whole of it is asked for;
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -33,36 +34,95 @@ def is_in_place(layer: PagedLayer, rows: int) -> bool:
     return layer.use_flash and has_one_width and rows * 2 <= layer.block  # a page's result is smaller than the page
 
 
-def attend_in_place(layer: PagedLayer, q: Tensor, ranges: list[Range]) -> tuple[Tensor, Tensor]:
-    """Attend q [n, H, R, D] to ranges of positions, all visible to the rows they name; every row n needs a key.
+@dataclass(frozen=True, slots=True)
+class View:
+    """Token slots [a, b) of `count` neighbouring pages, for one query row or one per page."""
 
-    Shapes: out [n, H, R, D] and lse [n, H, R], float32.
-    """
-    parts = _Parts(layer, q)
-    pages, owners = _take_ends(parts, ranges)
+    page: int
+    count: int
+    owner: int | Tensor
+    a: int
+    b: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How pages are read for some query rows: the same for every layer of a step, so worked out once."""
+
+    views: tuple[View, ...]
+    gathers: tuple[tuple[np.ndarray, int], ...]  # whole pages to copy together, and their query row
+    num_queries: int
+    merges_early: bool  # many partial results: those of one view are merged while they are in the cache
+    owners: Tensor  # query row of each partial result, in the order in which they are made
+
+
+def plan_reading(layer: PagedLayer, num_queries: int, ranges: list[Range]) -> Reading:
+    """Decide how to read ranges of positions, all visible to the rows they name; every row needs a key."""
+    views: list[View] = []
+    gathers: list[tuple[np.ndarray, int]] = []
+    pages, owners = _plan_ends(views, layer.block, ranges)
     if len(pages):
         # Keys may be taken in any order: in page order, shuffled pages and sequences side by side share runs.
         order = np.argsort(pages, kind="stable")
         if np.count_nonzero(np.diff(pages[order]) != 1) < np.count_nonzero(np.diff(pages) != 1):
             pages, owners = pages[order], owners[order]
-        _take_pages(parts, pages, owners)
-    return parts.merge()
+        _plan_pages(views, gathers, layer, pages, owners)
+    made: list[int] = []
+    for view in views:
+        made.extend([view.owner] if isinstance(view.owner, int) else view.owner.tolist())
+    for taken, owner in gathers:
+        made.extend([owner] * layer.num_pieces(len(taken)))
+    merges_early = num_queries > 1 or sum(view.count for view in views) > MAX_RUN_PAGES
+    return Reading(tuple(views), tuple(gathers), num_queries, merges_early, torch.tensor(made))
 
 
-def _take_ends(parts: _Parts, ranges: list[Range]) -> tuple[np.ndarray, np.ndarray]:
-    """Attend to the pages that ranges touch only in part; return the whole pages and which query each is for."""
-    block = parts.layer.block
+def attend_in_place(layer: PagedLayer, q: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+    """Attend q [n, H, R, D] to what the reading names.
+
+    Shapes: out [n, H, R, D] and lse [n, H, R], float32.
+    """
+    each = q.split(1)  # [1, H, R, D] per query; indexing a tensor costs as much as a small call
+    parts = [_attend_view(layer, q, each, view, reading.merges_early) for view in reading.views]
+    for pages, owner in reading.gathers:
+        for keys, values in layer.staged(pages):
+            parts.append(attend_pages(each[owner], keys[None], values[None], scale=layer.scale))
+    if len(parts) == 1:
+        out, lse = parts[0][0].float(), parts[0][1]
+    else:
+        out, lse = torch.cat([out for out, _ in parts]).float(), torch.cat([lse for _, lse in parts])
+    if reading.num_queries == 1:
+        return _merge_pages(out, lse) if len(out) > 1 else (out, lse)
+    return _merge_by_owner(out, lse, reading)
+
+
+def _attend_view(
+    layer: PagedLayer, q: Tensor, each: tuple[Tensor, ...], view: View, merges_early: bool
+) -> tuple[Tensor, Tensor]:
+    k, v = layer.k.narrow(0, view.page, view.count), layer.v.narrow(0, view.page, view.count)
+    if view.b - view.a < layer.block:
+        k, v = k.narrow(2, view.a, view.b - view.a), v.narrow(2, view.a, view.b - view.a)
+    if not isinstance(view.owner, int):
+        return attend_pages(q.index_select(0, view.owner), k, v, scale=layer.scale)
+    mine = each[view.owner]
+    if view.count == 1:
+        return attend_pages(mine, k, v, scale=layer.scale)
+    out, lse = attend_pages(mine.expand(view.count, -1, -1, -1), k, v, scale=layer.scale)
+    return _merge_pages(out, lse) if merges_early else (out, lse)
+
+
+def _plan_ends(views: list[View], block: int, ranges: list[Range]) -> tuple[np.ndarray, np.ndarray]:
+    """Views of the pages that ranges touch only in part; return the whole pages and which query each is for."""
     whole: list[np.ndarray] = []
     owners: list[int] = []
     for owner, pages, start, end in ranges:
         first, last = -(-start // block), end // block  # the whole blocks
         if first > last:  # both ends lie in one block
-            parts.view(int(pages[last]), 1, owner, start - last * block, end - last * block)
+            views.append(View(int(pages[last]), 1, owner, start - last * block, end - last * block))
             continue
         if start < first * block:
-            parts.view(int(pages[first - 1]), 1, owner, start - (first - 1) * block, block)
+            views.append(View(int(pages[first - 1]), 1, owner, start - (first - 1) * block, block))
         if end > last * block:
-            parts.view(int(pages[last]), 1, owner, 0, end - last * block)
+            views.append(View(int(pages[last]), 1, owner, 0, end - last * block))
         if first < last:
             whole.append(pages[first:last])
             owners.append(owner)
@@ -71,36 +131,42 @@ def _take_ends(parts: _Parts, ranges: list[Range]) -> tuple[np.ndarray, np.ndarr
     return np.concatenate(whole), np.repeat(owners, [len(pages) for pages in whole])
 
 
-def _take_pages(parts: _Parts, pages: np.ndarray, owners: np.ndarray) -> None:
-    """Attend to whole pages, in runs where they neighbour each other."""
-    layer = parts.layer
+def _plan_pages(
+    views: list[View],
+    gathers: list[tuple[np.ndarray, int]],
+    layer: PagedLayer,
+    pages: np.ndarray,
+    owners: np.ndarray,
+) -> None:
+    """Read whole pages in runs where they neighbour each other, and gather those in short runs where that is cheaper."""
     page_bytes = layer.heads * layer.block * (layer.key_width + layer.value_width) * layer.k.dtype.itemsize
     page_us, copy_us = PAGE_HEAD_US * layer.heads, page_bytes / GATHERED_BYTES_PER_US
     short: list[tuple[int, int]] = []
     for a, b in _runs(pages):
         if CALL_US + (b - a) * page_us <= (b - a) * copy_us:
-            _take_run(parts, pages, owners, a, b)
+            _plan_run(views, layer.block, pages, owners, a, b)
         else:
             short.append((a, b))
     num_short = sum(b - a for a, b in short)
-    gathers = len(np.unique(np.concatenate([owners[a:b] for a, b in short]))) if short else 0
-    gather_us = gathers * (GATHER_US + GATHER_HEAD_US * layer.heads) + num_short * copy_us
+    num_gathers = len(np.unique(np.concatenate([owners[a:b] for a, b in short]))) if short else 0
+    gather_us = num_gathers * (GATHER_US + GATHER_HEAD_US * layer.heads) + num_short * copy_us
     if gather_us < len(short) * CALL_US + num_short * page_us:
         at = np.concatenate([np.arange(a, b) for a, b in short])
         for owner in np.unique(owners[at]).tolist():
-            parts.gather(pages[at[owners[at] == owner]], owner)
+            gathers.append((pages[at[owners[at] == owner]], owner))
     else:
         for a, b in short:
-            _take_run(parts, pages, owners, a, b)
+            _plan_run(views, layer.block, pages, owners, a, b)
 
 
-def _take_run(parts: _Parts, pages: np.ndarray, owners: np.ndarray, a: int, b: int) -> None:
-    """Attend to one run, cut so that its partial results stay in the cache."""
+def _plan_run(views: list[View], block: int, pages: np.ndarray, owners: np.ndarray, a: int, b: int) -> None:
+    """Views of one run, cut so that their partial results stay in the cache."""
     for start in range(a, b, MAX_RUN_PAGES):
         end = min(start + MAX_RUN_PAGES, b)
         mine = owners[start:end]
-        owner = int(mine[0]) if end - start == 1 or (mine == mine[0]).all() else mine
-        parts.view(int(pages[start]), end - start, owner, 0, parts.layer.block)
+        is_one = end - start == 1 or bool((mine == mine[0]).all())
+        owner = int(mine[0]) if is_one else torch.from_numpy(np.ascontiguousarray(mine))
+        views.append(View(int(pages[start]), end - start, owner, 0, block))
 
 
 def _runs(pages: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -109,55 +175,15 @@ def _runs(pages: np.ndarray) -> Iterator[tuple[int, int]]:
     return pairwise(edges)
 
 
-class _Parts:
-    """Partial results of several queries: out [p, H, R, D] and lse [p, H, R], each with the query it belongs to."""
-
-    def __init__(self, layer: PagedLayer, q: Tensor) -> None:
-        self.layer, self.q = layer, q
-        self.each = q.split(1)  # [1, H, R, D] per query; indexing a tensor costs as much as a small call
-        self.outs: list[Tensor] = []
-        self.lses: list[Tensor] = []
-        self.owners: list[int] = []
-
-    def view(self, page: int, count: int, owner: int | np.ndarray, a: int, b: int) -> None:
-        """Attend to token slots [a, b) of neighbouring pages."""
-        k, v = self.layer.k.narrow(0, page, count), self.layer.v.narrow(0, page, count)
-        if b - a < self.layer.block:
-            k, v = k.narrow(2, a, b - a), v.narrow(2, a, b - a)
-        if isinstance(owner, int):
-            q = self.each[owner]
-            if count == 1:
-                out, lse = attend_pages(q, k, v, scale=self.layer.scale)
-            else:
-                out, lse = _merge_pages(*attend_pages(q.expand(count, -1, -1, -1), k, v, scale=self.layer.scale))
-            self.owners.append(owner)
-        else:
-            q = self.q.index_select(0, torch.from_numpy(owner))
-            out, lse = attend_pages(q, k, v, scale=self.layer.scale)
-            self.owners.extend(owner.tolist())
-        self.outs.append(out)
-        self.lses.append(lse)
-
-    def gather(self, pages: np.ndarray, owner: int) -> None:
-        """Attend to whole pages through the staging buffer."""
-        for keys, values in self.layer.staged(pages):
-            out, lse = attend_pages(self.each[owner], keys[None], values[None], scale=self.layer.scale)
-            self.outs.append(out)
-            self.lses.append(lse)
-            self.owners.append(owner)
-
-    def merge(self) -> tuple[Tensor, Tensor]:
-        """Merge the partial results of each query."""
-        out, lse, count = torch.cat(self.outs).float(), torch.cat(self.lses), len(self.each)
-        if count == 1:
-            return _merge_pages(out, lse) if len(out) > 1 else (out, lse)
-        owners = torch.tensor(self.owners)
-        top = torch.full((count, *lse.shape[1:]), float("-inf"))
-        top.scatter_reduce_(0, owners[:, None, None].expand(lse.shape), lse, "amax")
-        weights = torch.exp(lse - top[owners])
-        total = torch.zeros(top.shape).index_add_(0, owners, weights)
-        merged = torch.zeros(count, *out.shape[1:]).index_add_(0, owners, out.mul_(weights[..., None]))
-        return merged.div_(total[..., None]), total.log_().add_(top)
+def _merge_by_owner(out: Tensor, lse: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
+    """Merge partial results [p, H, R, D] of several queries; uses `out` as scratch."""
+    count, owners = reading.num_queries, reading.owners
+    top = torch.full((count, *lse.shape[1:]), float("-inf"))
+    top.scatter_reduce_(0, owners[:, None, None].expand(lse.shape), lse, "amax")
+    weights = torch.exp(lse - top[owners])
+    total = torch.zeros(top.shape).index_add_(0, owners, weights)
+    merged = torch.zeros(count, *out.shape[1:]).index_add_(0, owners, out.mul_(weights[..., None]))
+    return merged.div_(total[..., None]), total.log_().add_(top)
 
 
 def _merge_pages(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -124,6 +124,10 @@ class PagedLayer:
             ids = torch.from_numpy(pages[a : a + step])
             yield self._stage(ids, every, 0, len(ids) * self.block)
 
+    def num_pieces(self, num_pages: int) -> int:
+        """How many pieces `staged` yields for that many pages."""
+        return -(-num_pages // self._capacity(slice(0, self.heads)))
+
     def _capacity(self, heads: slice) -> int:
         """Return how many blocks of these heads fit the staging buffer, at least one."""
         block_bytes = self.block * (self.key_width + self.value_width) * self.k.dtype.itemsize

@@ -17,16 +17,16 @@ from .checks import (
     IntArray,
     check_cache,
     check_rows,
-    check_slots,
     check_states,
     check_unique,
     check_window,
     is_debug,
     to_host,
 )
-from .plan import StepPlan
+from .plan import SlotPlan, StepPlan
 
 __all__ = [
+    "SlotPlan",
     "StepPlan",
     "apply_sink_logits",
     "block_attention",
@@ -37,6 +37,7 @@ __all__ = [
     "paged_attention",
     "paged_decode",
     "paged_prefill",
+    "plan_slots",
     "plan_step",
     "scatter_rows",
     "write_kv",
@@ -49,6 +50,11 @@ def plan_step(k: Tensor, block_table: IntArray, kv_lens: IntArray, cu_q: IntArra
     Cost: on a GPU without a plan, each layer checks and copies the tables again.
     """
     return StepPlan(block_table, kv_lens, cu_q, block_size=k.shape[2], num_pages=k.shape[0])
+
+
+def plan_slots(k: Tensor, slots: IntArray, num_tokens: int) -> SlotPlan:
+    """Check a step's slot mapping once, to be passed to write_kv of every layer of the same group."""
+    return SlotPlan(slots, num_tokens=num_tokens, num_slots=k.shape[0] * k.shape[2])
 
 
 @torch.no_grad()
@@ -89,7 +95,7 @@ def paged_attention(
         from . import triton_attention
 
         return triton_attention.paged_attention(q, k, v, plan, **kind)
-    return cpu.paged_attention(q, k, v, plan.table, plan.kv_lens, plan.cu_q, **kind)
+    return cpu.paged_attention(q, k, v, plan, **kind)
 
 
 @torch.no_grad()
@@ -166,7 +172,7 @@ def paged_prefill(
         from . import triton_attention
 
         return triton_attention.paged_prefill(q, k, v, plan, **kind)
-    return cpu.paged_attention(q, k, v, plan.table, plan.kv_lens, plan.cu_q, **kind)
+    return cpu.paged_attention(q, k, v, plan, **kind)
 
 
 @torch.no_grad()
@@ -242,10 +248,10 @@ def apply_sink_logits(out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def write_kv(k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, slots: IntArray) -> None:
+def write_kv(k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, slots: IntArray | SlotPlan) -> None:
     """Write the K and V of new tokens to their slots, where slot = page * block + offset and -1 writes nothing.
 
-    Shapes: k_new [T, Hkv, D]; v_new [T, Hkv, Dv]; k, v as paged_attention; slots [T].
+    Shapes: k_new [T, Hkv, D]; v_new [T, Hkv, Dv]; k, v as paged_attention; slots [T], or what plan_slots made of them.
     Raises: ValueError for shapes that do not fit and slots outside the pool; under KVTIER_DEBUG=1 also for a slot
             named twice. (On a GPU, slots that lie there are looked at only under KVTIER_DEBUG=1.)
     """
@@ -255,15 +261,19 @@ def write_kv(k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, slots: IntArray
         )
     if len(k_new) != len(v_new):
         raise ValueError(f"{len(k_new)} keys but {len(v_new)} values")
-    is_remote = isinstance(slots, Tensor) and slots.is_cuda
-    if not is_remote or is_debug():
-        check_slots(to_host(slots), len(k_new), k.shape[0] * k.shape[2])
+    if not isinstance(slots, SlotPlan):
+        slots = plan_slots(k, slots, len(k_new))
+    elif slots.num_tokens != len(k_new) or slots.num_slots > k.shape[0] * k.shape[2]:
+        raise ValueError(
+            f"the plan covers {slots.num_tokens} tokens and {slots.num_slots} slots, got {len(k_new)} tokens and "
+            f"{k.shape[0] * k.shape[2]} slots"
+        )
     if k.is_cuda:
         from . import triton_cache
 
-        triton_cache.write_kv(k_new, v_new, k, v, torch.as_tensor(slots, dtype=torch.int64, device=k.device))
+        triton_cache.write_kv(k_new, v_new, k, v, slots.on(k.device))
     else:
-        cpu.write_kv(k_new, v_new, k, v, to_host(slots))
+        cpu.write_kv(k_new, v_new, k, v, slots)
 
 
 @torch.no_grad()

@@ -1,29 +1,48 @@
-"""The plan of a step: which rows belong to which sequence and pages, checked once and used by every layer.
+"""The plans of a step: which rows belong to which pages and slots, checked once and used by every layer.
 
-Block tables arrive from the pager as host arrays, and every layer of a step reads the same ones. A plan checks them,
-and on a GPU keeps what the kernels need on the device, so that a step costs one set of copies and not one per layer.
+Block tables and slots arrive from the pager as host arrays, and every layer of a step uses the same ones. A plan checks
+them and keeps what follows from them: on a GPU the copies on the device, on a CPU which pages are read together. So a
+step pays for that once and not once per layer.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import IntArray, check_spans, check_table, is_debug, to_host
+from .checks import IntArray, check_slots, check_spans, check_table, is_debug, to_host
+
+T = TypeVar("T")
 
 
-class StepPlan:
+class _Memory:
+    """What follows from a plan, worked out when first asked for."""
+
+    def __init__(self) -> None:
+        self._known: dict[Hashable, Any] = {}
+
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
+        """make() at the first call for this key; the same answer from then on."""
+        if key not in self._known:
+            self._known[key] = make()
+        return cast(T, self._known[key])
+
+
+class StepPlan(_Memory):
     """Block table, lengths and row bounds of one step on the host, and on the device what was asked for there."""
 
     def __init__(
         self, block_table: IntArray, kv_lens: IntArray, cu_q: IntArray, *, block_size: int, num_pages: int
     ) -> None:
+        super().__init__()
         self.kv_lens, self.cu_q = to_host(kv_lens), to_host(cu_q)
         self.block_size, self.num_pages = block_size, num_pages
         self.num_tokens = int(self.cu_q[-1]) if len(self.cu_q) else 0
         self._given_table = block_table
-        self._on_device: dict[tuple[torch.device, str], Tensor] = {}
         check_spans(self.num_tokens, self.kv_lens, self.cu_q)
         is_remote = isinstance(block_table, Tensor) and block_table.is_cuda
         if is_remote and not is_debug():  # looking at its entries would wait for the device
@@ -46,7 +65,24 @@ class StepPlan:
 
     def on(self, device: torch.device, name: str, values: np.ndarray) -> Tensor:
         """Return integers as int32 on the device, copied at the first call for this name."""
-        key = (device, name)
-        if key not in self._on_device:
-            self._on_device[key] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32)).to(device)
-        return self._on_device[key]
+        return self.remember(
+            (device, name), lambda: torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32)).to(device)
+        )
+
+
+class SlotPlan(_Memory):
+    """Slot mapping of one step: slot = page * block + offset per new token, -1 writes nothing."""
+
+    def __init__(self, slots: IntArray, *, num_tokens: int, num_slots: int) -> None:
+        super().__init__()
+        self.num_tokens, self.num_slots = num_tokens, num_slots
+        self._given = slots
+        is_remote = isinstance(slots, Tensor) and slots.is_cuda
+        if is_remote and not is_debug():  # looking at its entries would wait for the device
+            return
+        self.slots = to_host(slots)
+        check_slots(self.slots, num_tokens, num_slots)
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the slots as int64 on the device, copied at the first call."""
+        return self.remember(device, lambda: torch.as_tensor(self._given, dtype=torch.int64, device=device))

@@ -8,6 +8,7 @@ interface. A cache of ours may answer "miss" at any time; it never answers wrong
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -30,7 +31,7 @@ from .leasing import LeaseFiller
 from .page_table import dropped_from_window, num_blocks_of
 from .parking import Parking
 from .prefetching import Prefetcher
-from .prefix import Match, adopt, next_cached_block, peek, rewind
+from .prefix import Match, adopt, next_cached_block, peek, residency, rewind
 from .rules import ALL_RULES, Rules
 from .sessions import ParkedSession
 from .sizing import plan_sizes, split_blocks
@@ -159,8 +160,12 @@ class Pager:
         with self._core.lock:
             self._core.sequence(seq).token_ids.extend(token_ids)
 
-    def token_ids(self, seq: int) -> list[int]:
-        return list(self._core.sequence(seq).token_ids)
+    def token_ids(self, seq: int, start: int = 0, end: int | None = None) -> list[int]:
+        """The known tokens [start, end) of a sequence, computed or not."""
+        return self._core.sequence(seq).token_ids[start:end]
+
+    def num_tokens(self, seq: int) -> int:
+        return len(self._core.sequence(seq).token_ids)
 
     def num_computed(self, seq: int) -> int:
         return self._core.sequence(seq).num_computed
@@ -169,6 +174,11 @@ class Pager:
         """The longest usable cached prefix of a prompt, by tier. Changes nothing, counts nothing."""
         with self._core.locked():
             return peek(self._core, namespace, list(token_ids))
+
+    def residency(self, seq: int) -> Match:
+        """The computed tokens of a sequence, by the slowest tier that its next step reads them from."""
+        with self._core.locked():
+            return residency(self._core, self._core.sequence(seq))
 
     def attach(self, seq: int, token_ids: Sequence[int]) -> Match:
         """An empty sequence takes over the longest cached prefix of these tokens. Append the rest afterwards.
@@ -516,6 +526,16 @@ class Pager:
             self._wake.clear()
             with self._core.lock:
                 self._core.advance()
+
+
+def stored_block_size(nvme_path: str | os.PathLike[str] | None) -> int | None:
+    """Tokens per block of the store at that path, or None where there is no store. Raises ConfigError when unreadable."""
+    from ..tiers.nvme.identity import STORE_FILE, read_identity
+
+    if nvme_path is None or not (Path(nvme_path) / STORE_FILE).exists():
+        return None
+    layouts = read_identity(Path(nvme_path)).get("layouts")
+    return KVLayout.from_dict(layouts[0]).block_size if layouts else None
 
 
 def _size(value: int | str) -> int:

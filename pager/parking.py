@@ -15,7 +15,7 @@ from ..tiers.errors import Busy, ConfigError, TierFullError, TierUnavailableErro
 from .core import Core
 from .group import BlockGroup
 from .page_table import BlockTable, Sequence
-from .prefix import adopt
+from .prefix import adopt, residency
 from .sessions import ParkedSession, SessionEntry, check_session_id
 from .states import IntArray, PageState
 
@@ -196,13 +196,9 @@ class Parking:
 
     def _count_hits(self, seq: Sequence) -> None:
         """A resumed token is a hit for the tier that holds it now."""
-        core, size = self._core, self._core.block_size
-        group, table = core.groups[0], seq.tables[0].ids
-        held = table[table >= 0]
-        device, host = group.directory.in_device(held), group.directory.in_host(held)
-        counts = {"device": device.sum(), "host": (host & ~device).sum(), "nvme": (~host & ~device).sum()}
-        for tier, blocks in counts.items():
-            core.counters.add("hit_tokens", min(int(blocks) * size, seq.num_computed), tier=tier)
+        now = residency(self._core, seq)
+        for tier in ("device", "host", "nvme"):
+            self._core.counters.add("hit_tokens", getattr(now, f"{tier}_tokens"), tier=tier)
 
 
 def _recover_blocks(group: BlockGroup, slots: IntArray, stamps: Any) -> None:

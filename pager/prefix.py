@@ -76,7 +76,7 @@ def adopt(core: Core, seq: Sequence, limit_tokens: int, *, count: bool = True) -
     end, found = match_keys(core, seq.keys[: limit_tokens // size], first)
     if end == first:
         return Match(0, ghost_tokens=_ghosts(core, seq.keys[first : limit_tokens // size]))
-    tiers = _tiers_of(core, found)
+    tiers = _blocks_by_tier(core, found)
     for group, table, blocks in zip(core.groups, seq.tables, found, strict=True):
         kept = blocks.copy()
         low = lowest_visible(group.layout, end * size) // size - first
@@ -142,21 +142,33 @@ def peek(core: Core, namespace: str, token_ids: list[int]) -> Match:
     core.chain(namespace).extend(keys, token_ids)
     end, found = match_keys(core, keys)
     size = core.block_size
-    device, host, nvme = _tiers_of(core, found)
+    device, host, nvme = _blocks_by_tier(core, found)
     return Match(end * size, device * size, host * size, nvme * size, _ghosts(core, keys[end:]))
 
 
-def _tiers_of(core: Core, found: list[IntArray]) -> tuple[int, int, int]:
-    """Blocks by the slowest tier that any group needs for them (windowed groups may not need theirs at all)."""
-    if not len(found[0]):
-        return 0, 0, 0
+def residency(core: Core, seq: Sequence) -> Match:
+    """Where the computed tokens of a sequence are now, each by the slowest tier that its next step would read."""
+    size = core.block_size
+    tiers = _tier_of_each(core, [table.ids for table in seq.tables])
+    tokens = np.clip(seq.num_computed - np.arange(len(tiers)) * size, 0, size)
+    device, host, nvme = (int(tokens[tiers == tier].sum()) for tier in range(3))
+    return Match(seq.num_computed, device, host, nvme)
+
+
+def _blocks_by_tier(core: Core, found: list[IntArray]) -> tuple[int, int, int]:
+    tiers = _tier_of_each(core, found)
+    return int((tiers == 0).sum()), int((tiers == 1).sum()), int((tiers == 2).sum())
+
+
+def _tier_of_each(core: Core, found: list[IntArray]) -> IntArray:
+    """Per block 0 device, 1 host, 2 nvme: the slowest that any group needs (windowed groups may not need theirs)."""
     slowest = np.zeros(len(found[0]), np.int64)
     for group, blocks in zip(core.groups, found, strict=True):
         safe, held = np.maximum(blocks, 0), blocks >= 0
         d = group.directory
         tier = np.where(d.in_device(safe), 0, np.where(d.in_host(safe), 1, 2))
         slowest = np.where(held, np.maximum(slowest, tier), slowest)
-    return int((slowest == 0).sum()), int((slowest == 1).sum()), int((slowest == 2).sum())
+    return slowest
 
 
 def _ghosts(core: Core, keys: list[bytes]) -> int:

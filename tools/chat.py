@@ -4,63 +4,111 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from kvtier import Engine, PagerConfig, SamplingParams, Session
 
-from ..tiers.errors import ConfigError
+from ..engine.loading import load_checkpoint
+from ..tiers.errors import ConfigError, KvTierError
+from ..tiers.layout import format_bytes
 
-_HELP = "/park  /resume  /rollback N  /stats  /quit"
+_HELP = "/fork  /rollback N  /park  /resume  /stats  /help  /quit"
 
 
 def run_chat(arguments: argparse.Namespace) -> int:
+    """Returns 0 at the end of input. Raises ConfigError for a checkpoint or settings that cannot be used."""
     config = PagerConfig(
         device_bytes=arguments.device_bytes, host_bytes=arguments.host_bytes, nvme_path=arguments.store
     )
-    with Engine.from_pretrained(arguments.model, config) as engine:
-        session = engine.session(arguments.session)
-        print(f"session {session.id!r}: {len(session.token_ids)} tokens known. {_HELP}", file=sys.stderr)
-        end = engine.tokenizer.eos_token_id
-        params = SamplingParams(max_tokens=arguments.max_tokens, stop_token_ids=() if end is None else (end,))
-        for line in sys.stdin:
-            text = line.rstrip("\n")
-            if text == "/quit":
-                break
-            if text.startswith("/"):
-                _command(engine, session, text)
-            elif text:
-                _turn(engine, session, text, params)
-        if not session.is_parked and session.token_ids:
-            session.park()
+    params = dict(
+        max_tokens=arguments.max_tokens,
+        temperature=arguments.temperature,
+        top_p=arguments.top_p,
+        seed=arguments.seed,
+    )
+    SamplingParams(**params)  # refuse bad values before anything is loaded
+    config.validate()
+    model, tokenizer = load_checkpoint(arguments.model, arguments.dtype)
+    if tokenizer is None:
+        raise ConfigError(f"--model {arguments.model!r} has no tokenizer; chat needs one saved beside the weights")
+    with Engine.from_model(model, config, tokenizer) as engine:
+        end = tokenizer.eos_token_id
+        _Chat(engine, arguments.session, SamplingParams(**params, stop_token_ids=() if end is None else (end,))).run()
     return 0
 
 
-def _turn(engine: Engine, session: Session, text: str, params: SamplingParams) -> None:
-    session.resume()
-    shown: list[int] = []
+class _Chat:
+    """The conversation at the terminal; commands start with a slash."""
 
-    def show(token: int) -> None:
-        before = engine.tokenizer.decode(shown)
-        shown.append(token)
-        print(engine.tokenizer.decode(shown)[len(before) :], end="", flush=True)
+    def __init__(self, engine: Engine, session_id: str, params: SamplingParams) -> None:
+        self._engine, self._params = engine, params
+        self._session: Session = engine.session(session_id)
 
-    usage = session.send(text, params, on_token=show).usage
-    print()
-    print(f"[{usage.cached_tokens} cached, first token after {usage.ttft_s:.2f} s]", file=sys.stderr)
+    def run(self) -> None:
+        _say(f"session {self._session.id!r}: {len(self._session.token_ids)} tokens known. {_HELP}")
+        for line in _lines():
+            if line == "/quit":
+                break
+            try:
+                if line.startswith("/"):
+                    self._command(*line.split())
+                elif line:
+                    self._turn(line)
+            except KvTierError as error:  # a turn that cannot be is no reason to lose the session
+                _say(f"error: {error}")
+        if not self._session.is_parked and self._session.token_ids:
+            self._session.park()
 
+    def _turn(self, text: str) -> None:
+        from transformers import TextStreamer
 
-def _command(engine: Engine, session: Session, text: str) -> None:
-    verb, *rest = text.split()
-    try:
-        if verb == "/park":
+        engine, session = self._engine, self._session.resume()
+        streamer: Any = TextStreamer(engine.tokenizer, skip_special_tokens=True)
+        usage = session.send(text, self._params, on_token=lambda token: streamer.put(_tensor(token))).usage
+        streamer.end()
+        _say(
+            f"[{usage.cached_tokens} tokens cached: {usage.device_tokens} on device, {usage.host_tokens} on host, "
+            f"{usage.disk_tokens} on disk; {usage.completion_tokens} new; first token after {usage.ttft_s:.2f} s]"
+        )
+
+    def _command(self, verb: str, *rest: str) -> None:
+        session = self._session
+        if verb == "/park" and not rest:
             session.park()
-        elif verb == "/resume":
+            _say(f"session {session.id!r} is parked")
+        elif verb == "/resume" and not rest:
             session.resume()
-        elif verb == "/rollback" and rest and rest[0].isdigit():
+        elif verb == "/fork" and not rest:
+            (self._session,) = session.resume().fork()
+            _say(f"now in session {self._session.id!r}; {session.id!r} is parked as it was")
+            session.park()
+        elif verb == "/rollback" and len(rest) == 1 and rest[0].isdigit():
             session.rollback(int(rest[0]))
-        elif verb == "/stats":
-            for name, tier in engine.pager.status()["tiers"].items():
-                print(f"{name}: {tier['used_bytes']:,} of {tier['capacity_bytes']:,} bytes", file=sys.stderr)
+            _say(f"{len(session.token_ids)} tokens known")
+        elif verb == "/stats" and not rest:
+            for name, tier in self._engine.pager.status()["tiers"].items():
+                _say(f"{name}: {format_bytes(tier['used_bytes'])} of {format_bytes(tier['capacity_bytes'])}")
         else:
-            print(f"unknown command {verb!r}; {_HELP}", file=sys.stderr)
-    except ConfigError as error:
-        print(f"{verb}: {error}", file=sys.stderr)
+            _say(("" if verb == "/help" else f"unknown command {' '.join([verb, *rest])!r}; ") + _HELP)
+
+
+def _lines() -> Iterator[str]:
+    """Lines of standard input, with a prompt where a person types them."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        yield line.strip()
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _tensor(token: int) -> Any:
+    import torch
+
+    return torch.tensor([token])

@@ -1,12 +1,20 @@
-"""The `kvtier` command: demo, chat, doctor. Exit codes: 0 done, 1 wrong answers, 2 refused with one clear line."""
+"""The `kvtier` command: demo, chat, bench, doctor. Exit codes: 0 done, 1 wrong answers, 2 refused with one clear line."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 
 from ..tiers.errors import KvTierError
+
+BENCHES = {
+    "decode": "a decode step of an HF model over pages, against transformers' own caches",
+    "metadata": "what the pager's books cost per block of a long prompt",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,8 +54,20 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--store", metavar="PATH", help="directory of the Zarr store (default: none, nothing survives)")
     chat.add_argument("--device-bytes", default="256MiB", metavar="SIZE")
     chat.add_argument("--host-bytes", default="1GiB", metavar="SIZE")
-    chat.add_argument("--max-tokens", type=int, default=128, metavar="N")
+    chat.add_argument("--max-tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    chat.add_argument("--top-p", type=float, default=1.0)
+    chat.add_argument("--seed", type=int)
+    chat.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto)")
     chat.set_defaults(run=_chat)
+    bench = commands.add_parser("bench", help="measure, each figure beside a limit or a peer from the same run")
+    names = bench.add_subparsers(required=True, metavar="NAME")
+    for name, what in BENCHES.items():
+        one = names.add_parser(name, help=what)
+        import_module(f"{__package__}.bench.{name}").add_arguments(one)
+        one.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+        one.add_argument("--out", metavar="FILE", help="also keep the JSON object in this file")
+        one.set_defaults(run=_bench, bench=name)
     doctor = commands.add_parser("doctor", help="what this machine has, and what each missing thing costs")
     doctor.add_argument("--path", default=".", metavar="PATH", help="where a store would be")
     doctor.add_argument("--json", action="store_true")
@@ -65,6 +85,20 @@ def _chat(arguments: argparse.Namespace) -> int:
     from .chat import run_chat
 
     return run_chat(arguments)
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from .bench import harness
+
+    rows = import_module(f"{__package__}.bench.{arguments.bench}").run(arguments)
+    result = harness.report(arguments.bench, rows)
+    if arguments.out:
+        harness.save(result, Path(arguments.out))
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        harness.show(result)
+    return 0
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
