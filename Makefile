@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH := $(shell grep '^torch==' constraints.txt)
 export PYTHONSAFEPATH := 1
 
-.PHONY: demo test soak lint format clean setup
+.PHONY: demo test bench soak lint format clean setup
 .DEFAULT_GOAL := test
 
 setup: $(VENV)/.ready
@@ -22,6 +22,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest -q
+
+bench: setup
+	$(BIN)/kvtier bench metadata --out benchmarks/results/metadata-cpu.json
+	$(BIN)/kvtier bench decode --out benchmarks/results/decode-cpu.json
 
 soak: setup
 	$(BIN)/python -m pytest -q -m soak

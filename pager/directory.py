@@ -6,6 +6,8 @@ an index into these arrays; an id is reused only after its block has left every 
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import numpy as np
 import numpy.typing as npt
 
@@ -32,6 +34,7 @@ class Directory:
         self.depth = np.zeros(_FIRST_SIZE, np.int64)
         self.pinned_until = np.zeros(_FIRST_SIZE, np.float64)
         self.is_live = np.zeros(_FIRST_SIZE, bool)
+        self.is_named = np.zeros(_FIRST_SIZE, bool)
         self.key: list[bytes | None] = [None] * _FIRST_SIZE
         self.parent: list[bytes | None] = [None] * _FIRST_SIZE
         self.by_key: dict[bytes, int] = {}
@@ -42,7 +45,9 @@ class Directory:
         """New live blocks in no tier, with no reference and no key."""
         while len(self._free) < len(depth):
             self._grow()
-        blocks = np.array([self._free.pop() for _ in range(len(depth))], np.int64)
+        first = len(self._free) - len(depth)
+        blocks = np.array(self._free[first:][::-1], np.int64)
+        del self._free[first:]
         self.page[blocks] = self.host_slot[blocks] = self.nvme_slot[blocks] = NOWHERE
         self.nvme_valid[blocks] = False
         self.nvme_holds[blocks] = 0
@@ -62,33 +67,37 @@ class Directory:
             return False
         self.by_key[key] = block
         self.key[block] = key
+        self.is_named[block] = True
         self.parent[block] = parent
         self.tokens[block] = tokens
         return True
 
-    def forget(self, block: int) -> None:
-        """The block has left every tier and every table: its id may be reused."""
-        if self.refs[block] or self.page[block] >= 0 or self.host_slot[block] >= 0 or self.nvme_slot[block] >= 0:
+    def forget(self, blocks: IntArray) -> None:
+        """These blocks have left every tier and every table: their ids may be reused."""
+        somewhere = (self.page[blocks] >= 0) | (self.host_slot[blocks] >= 0) | (self.nvme_slot[blocks] >= 0)
+        if somewhere.any() or self.refs[blocks].any():
+            block = int(blocks[np.argmax(somewhere | (self.refs[blocks] != 0))])
             raise InvariantError(
                 f"block {block}: forgotten with refs={self.refs[block]} page={self.page[block]} "
                 f"host={self.host_slot[block]} nvme={self.nvme_slot[block]}"
             )
-        self.unbind(block)
-        self.is_live[block] = False
-        self._free.append(block)
+        for block in blocks[self.is_named[blocks]].tolist():
+            self.unbind(block)
+        self.is_live[blocks] = False
+        self._free.extend(blocks.tolist())
 
     def unbind(self, block: int) -> None:
         key = self.key[block]
         if key is not None:
             del self.by_key[key]
             self.key[block] = None
+            self.is_named[block] = False
             self.parent[block] = None
 
     # ------------------------------------------------------------------ questions
     def find(self, keys: list[bytes]) -> IntArray:
         """Block ids by key, NOWHERE where unknown."""
-        get = self.by_key.get
-        return np.fromiter((get(key, NOWHERE) for key in keys), np.int64, len(keys))
+        return np.fromiter(map(self.by_key.get, keys, repeat(NOWHERE)), np.int64, len(keys))
 
     def in_device(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
         return self.pages.readable(self.page[blocks])
@@ -115,7 +124,17 @@ class Directory:
         new = 2 * old
         for name, fill in (("page", NOWHERE), ("host_slot", NOWHERE), ("nvme_slot", NOWHERE)):
             setattr(self, name, _extended(getattr(self, name), new, fill))
-        for name in ("nvme_valid", "nvme_holds", "refs", "version", "tokens", "depth", "pinned_until", "is_live"):
+        for name in (
+            "nvme_valid",
+            "nvme_holds",
+            "refs",
+            "version",
+            "tokens",
+            "depth",
+            "pinned_until",
+            "is_live",
+            "is_named",
+        ):
             setattr(self, name, _extended(getattr(self, name), new, 0))
         self.key.extend([None] * old)
         self.parent.extend([None] * old)

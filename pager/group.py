@@ -105,55 +105,55 @@ class BlockGroup:
     def discard_dead(self, blocks: IntArray) -> None:
         """Remove blocks that nobody refers to and nothing names; those in flight or pinned follow when they settle."""
         d = self.directory
-        for block in blocks.tolist():  # rare: tails, duplicates, rolled-back blocks
-            if not d.is_live[block] or d.refs[block] or d.key[block] is not None:
-                continue
-            if not self._settled(block):
-                continue
-            self._leave_device(block)
-            self._leave_host(block)
-            self._leave_nvme(block)
-            d.forget(block)
-
-    def _settled(self, block: int) -> bool:
-        d = self.directory
-        page, slot = int(d.page[block]), int(d.host_slot[block])
-        copying = page >= 0 and (self.pages.copies[page] > 0 or self.pages.pins[page] > 0)
-        if copying and not self.rules.holds(Rule.COPY_IN_FLIGHT_IS_NOT_FREE) and not self.pages.pins[page]:
-            self._tear_out(block, page)  # a test took rule 5 out
-            return False
-        held = slot >= 0 and (self.host.holds[slot] > 0 or self.host.state[slot] == SlotState.STAGING)
-        return not copying and not held and not (d.nvme_slot[block] >= 0 and not d.nvme_valid[block])
-
-    def _tear_out(self, block: int, page: int) -> None:
-        self.pages.state[page] = PageState.FREE
-        self.pages.block[page] = NOWHERE
-        self.pages.copies[page] = 0
-        self.pages.num_free += 1
-        self.directory.page[block] = NOWHERE
-
-    def _leave_device(self, block: int) -> None:
-        page = int(self.directory.page[block])
-        if page < 0:
+        dead = np.unique(blocks[d.is_live[blocks] & (d.refs[blocks] == 0) & ~d.is_named[blocks]])
+        dead = dead[self._settled(dead)]
+        if not len(dead):
             return
-        pages = np.array([page])
-        if self.pages.state[page] == PageState.RESIDENT:
-            self.pages.step(pages, PageState.EVICTING)
+        self._leave_device(dead)
+        self._leave_host(dead)
+        self._leave_nvme(dead)
+        d.forget(dead)
+
+    def _settled(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether no copy of these blocks is in flight or pinned."""
+        d = self.directory
+        pages, slots = np.maximum(d.page[blocks], 0), np.maximum(d.host_slot[blocks], 0)
+        paged, hosted = d.page[blocks] >= 0, d.host_slot[blocks] >= 0
+        copying = paged & ((self.pages.copies[pages] > 0) | (self.pages.pins[pages] > 0))
+        if not self.rules.holds(Rule.COPY_IN_FLIGHT_IS_NOT_FREE):
+            self._tear_out(blocks[copying & (self.pages.pins[pages] == 0)])  # a test took rule 5 out
+        held = np.zeros(len(blocks), bool)
+        if len(self.host):
+            held = hosted & ((self.host.holds[slots] > 0) | (self.host.state[slots] == SlotState.STAGING))
+        return ~copying & ~held & ~((d.nvme_slot[blocks] >= 0) & ~d.nvme_valid[blocks])
+
+    def _tear_out(self, blocks: IntArray) -> None:
+        pages = self.directory.page[blocks]
+        self.pages.state[pages] = PageState.FREE
+        self.pages.block[pages] = NOWHERE
+        self.pages.copies[pages] = 0
+        self.pages.num_free += len(pages)
+        self.directory.page[blocks] = NOWHERE
+
+    def _leave_device(self, blocks: IntArray) -> None:
+        paged = blocks[self.directory.page[blocks] >= 0]
+        pages = self.directory.page[paged]
+        self.pages.step(pages[self.pages.state[pages] == PageState.RESIDENT], PageState.EVICTING)
         self.pages.step(pages, PageState.FREE)
-        self.directory.page[block] = NOWHERE
+        self.directory.page[paged] = NOWHERE
 
-    def _leave_host(self, block: int) -> None:
-        slot = int(self.directory.host_slot[block])
-        if slot >= 0:
-            self.host.drop(np.array([slot]))
-            self.directory.host_slot[block] = NOWHERE
+    def _leave_host(self, blocks: IntArray) -> None:
+        hosted = blocks[self.directory.host_slot[blocks] >= 0]
+        if len(hosted):
+            self.host.drop(self.directory.host_slot[hosted])
+            self.directory.host_slot[hosted] = NOWHERE
 
-    def _leave_nvme(self, block: int) -> None:
-        slot = int(self.directory.nvme_slot[block])
-        if slot >= 0 and self.nvme is not None:
-            self.nvme.free(self.index, np.array([slot]))
-            self.directory.nvme_slot[block] = NOWHERE
-            self.directory.nvme_valid[block] = False
+    def _leave_nvme(self, blocks: IntArray) -> None:
+        stored = blocks[self.directory.nvme_slot[blocks] >= 0]
+        if len(stored) and self.nvme is not None:
+            self.nvme.free(self.index, self.directory.nvme_slot[stored])
+            self.directory.nvme_slot[stored] = NOWHERE
+            self.directory.nvme_valid[stored] = False
 
     # ------------------------------------------------------------------ device pages
     def take_pages(self, n: int) -> IntArray | None:
@@ -224,9 +224,9 @@ class BlockGroup:
             return  # finish() compares versions (rule 4)
         slot = int(d.host_slot[block])
         if slot >= 0 and self.host.holds[slot] == 0:
-            self._leave_host(block)
+            self._leave_host(np.array([block]))
         if d.nvme_valid[block]:
-            self._leave_nvme(block)
+            self._leave_nvme(np.array([block]))
         if self.pages.state[page[0]] == PageState.RESIDENT:
             self.pages.step(page, PageState.DIRTY)
 
@@ -497,7 +497,7 @@ class BlockGroup:
         stale = move.blocks[~current]
         for block in stale[d.in_host(stale)].tolist():
             if self.host.holds[d.host_slot[block]] == 0:
-                self._leave_host(block)
+                self._leave_host(np.array([block]))
 
     def lose_nvme_copies(self, blocks: IntArray) -> None:
         """A checksum, key or generation did not match: the copy is gone, counted, and never served."""
