@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "tiers": set(),
     "pager": {"tiers"},
     "engine": {"pager", "tiers", "kernels"},
-    "tools": {"pager", "tiers", "engine"},
+    "tools": {"pager", "tiers", "engine", "kernels"},
 }
 FORBIDDEN = {"pickle", "dill", "marshal"}
 HARDWARE = {"cupy"}
