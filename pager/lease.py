@@ -86,11 +86,14 @@ class Lease:
         return self._pager.stream_layer(self, group, stream, layer)
 
     def commit(self) -> None:
-        """The K/V of all new tokens are submitted for writing: they count as computed from here on."""
+        """The K/V of all new tokens are submitted for writing: they count as computed from here on.
+
+        Raises: BlockMissError when a streamed slice turns out not to have arrived; release the lease and compute again.
+        """
         if self._is_released or self._is_committed:
             raise RuntimeError("lease: commit after release, or twice")
-        self._is_committed = True
         self._pager.commit_lease(self)
+        self._is_committed = True
 
     def release(self) -> None:
         """Unpin. Without a commit before it, the new tokens do not count as computed."""

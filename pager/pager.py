@@ -288,6 +288,15 @@ class Pager:
     def commit_lease(self, lease: Lease) -> None:
         """See Lease.commit."""
         core = self._core
+        if any(held.stream is not None and held.stream.copy_failed() for held in lease.groups):
+            core.counters.add("failed_copies", 1, direction="host_to_device", reason="stream")
+            seq, valid = lease.spans[0].seq, lease.spans[0].start
+            raise BlockMissError(
+                f"sequence {seq}: a copy into the staging ring failed; release the lease and compute again from token "
+                f"{valid}",
+                seq=seq,
+                num_valid=valid,
+            )
         with core.lock:
             event = core.backend.compute.record()
             for group, held in zip(core.groups, lease.groups, strict=True):

@@ -3,7 +3,8 @@
 A streamed step sees its whole context without promoting it: for layer after layer, chunks of slices are copied from
 host slots (or read from nvme into bounce rows, then copied) into the ring while earlier chunks are being computed on.
 The ring runs ahead across layers, because the order is known. Guards rule 12: a ring slot is refilled only after the
-event of its last reader, a bounce slot only after the copy out of it.
+event of its last reader, a bounce slot only after the copy out of it. A copy that fails may show only after it was
+computed on, so a streamed step counts only when all of them are known to be good (`copy_failed`, at commit).
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from ..tiers.errors import TierUnavailableError
 from ..tiers.streams import Backend, Event
 from .group import BlockGroup
 from .rules import Rule
@@ -79,6 +79,7 @@ class SliceStream:
         self._base = 0  # chunk numbers go on across seeks, so that ring slots stay in turn
         self._next_issue = 0
         self._first_layer = 0
+        self._unchecked: list[Event] = []  # copies into the ring that may still turn out to have failed
         self._is_closed = False
 
     def layer(self, layer: int) -> Iterator[Staged]:
@@ -89,6 +90,12 @@ class SliceStream:
         for number in range(self._base + first, self._base + first + self._chunks_per_layer):
             yield self._take(number)
             self._ring.reader[number % RING_SLOTS] = self._backend.compute.record()
+
+    def copy_failed(self) -> bool:
+        """Wait for every copy that was computed on, and say whether one failed: then what was computed means nothing."""
+        for event in self._unchecked:
+            event.wait()
+        return any(event.error is not None for event in self._unchecked)
 
     def close(self) -> None:
         """Wait for copies under way and let go of every slot."""
@@ -127,8 +134,6 @@ class SliceStream:
         filled = self._ring.filled[slot]
         assert filled is not None
         self._backend.compute.wait(filled)
-        if filled.error is not None:
-            raise TierUnavailableError(f"copy into the staging ring failed: {filled.error}") from filled.error
         start = slot * self._ring.chunk_slices
         rows = self._ring.rows[start : start + len(chunk.blocks)]
         return Staged(rows, len(chunk.blocks), chunk.blocks)
@@ -182,7 +187,10 @@ class SliceStream:
         self._mark_filled(chunk)
 
     def _mark_filled(self, chunk: _Chunk) -> None:
-        self._ring.filled[chunk.position % RING_SLOTS] = self._backend.promote.record()
+        filled = self._backend.promote.record()
+        self._ring.filled[chunk.position % RING_SLOTS] = filled
+        self._unchecked = [event for event in self._unchecked if not event.is_done() or event.error is not None]
+        self._unchecked.append(filled)
         chunk.is_copied = True
 
     def _count(self, chunk: _Chunk, num_from_host: int) -> None:

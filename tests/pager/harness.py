@@ -33,7 +33,7 @@ def values(token_ids: list[int]) -> np.ndarray:
 
 
 class Rig:
-    """A pager and an engine that checks what it reads. `wrong` lists every mismatch."""
+    """A pager and an engine that checks what it reads. `wrong` lists every mismatch in a step that counted."""
 
     def __init__(
         self,
@@ -65,8 +65,13 @@ class Rig:
             backend=self.backend,
             rules=rules,
         )
-        self.wrong: list[str] = []
+        self._counted: list[list[str]] = []  # mismatches of each step that was committed; kernels may still add to them
+        self._found: list[str] = []  # those of the step being computed
         self.expected: dict[int, np.ndarray] = {}
+
+    @property
+    def wrong(self) -> list[str]:
+        return [mismatch for step in self._counted for mismatch in step]
 
     # ------------------------------------------------------------------ the engine's verbs
     def start(self, token_ids: list[int]) -> int:
@@ -89,6 +94,7 @@ class Rig:
             with self.pager.lease(spans, **options) as lease:
                 self.compute(lease)
                 lease.commit()
+                self._counted.append(self._found)
         except BlockMissError:
             return 0
         return sum(n for _, n in work)
@@ -99,6 +105,7 @@ class Rig:
 
     # ------------------------------------------------------------------ the kernels
     def compute(self, lease: Lease) -> None:
+        self._found = []
         for g, layout in enumerate(self.layouts):
             for layer in range(layout.num_layers):
                 staged = [self._read_staged(lease, g, layer, chunk) for chunk in lease.stream(g, layer)]
@@ -123,9 +130,12 @@ class Rig:
             positions = self.positions(lease, g, i, skipped)
             assert len(positions) == length
 
-            def kernel(pages=pages, wanted=wanted, positions=positions, span=span, length=length) -> None:
+            def kernel(
+                pages=pages, wanted=wanted, positions=positions, span=span, length=length, found=self._found
+            ) -> None:
                 seen = rows[pages].transpose(0, 2, 1, 3).reshape(-1, 2, 4)[:length]
-                self.compare(seen, wanted[positions] + layer, f"seq {span.seq} {self.layouts[g].name} layer {layer}")
+                where = f"seq {span.seq} {self.layouts[g].name} layer {layer}"
+                compare(seen, wanted[positions] + layer, where, found)
 
             self.backend.compute.run(kernel)
 
@@ -135,12 +145,11 @@ class Rig:
         logical = np.array([int(np.flatnonzero(table == block)[0]) for block in staged.blocks])
         wanted, rows, count = values(self.pager.token_ids(span.seq)), staged.rows, staged.count
 
-        def kernel() -> None:
+        def kernel(found=self._found) -> None:
             seen = rows[:count].view(np.float32).reshape(count, 2, BLOCK, layout.head_dim)
             positions = (logical[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
-            self.compare(
-                seen.transpose(0, 2, 1, 3).reshape(-1, 2, 4), wanted[positions] + layer, f"staged layer {layer}"
-            )
+            seen = seen.transpose(0, 2, 1, 3).reshape(-1, 2, 4)
+            compare(seen, wanted[positions] + layer, f"staged layer {layer}", found)
 
         self.backend.compute.run(kernel)
         return logical
@@ -159,11 +168,6 @@ class Rig:
         pool = self.pager.device_rows(g).view(np.float32)
         return pool.reshape(len(pool), layout.num_layers, 2, BLOCK, layout.head_dim)[:, layer]
 
-    def compare(self, seen: np.ndarray, wanted: np.ndarray, where: str) -> None:
-        if not (seen == wanted[:, None, None]).all():
-            bad = int(np.flatnonzero((seen != wanted[:, None, None]).any((1, 2)))[0])
-            self.wrong.append(f"{where}: token row {bad} reads {seen[bad, 0, 0]}, wanted {wanted[bad]}")
-
     def settle(self) -> None:
         """Let everything queued run."""
         self.backend.compute.synchronize(10.0)
@@ -172,6 +176,14 @@ class Rig:
     def close(self) -> None:
         self.settle()
         self.pager.close()
+
+
+def compare(seen: np.ndarray, wanted: np.ndarray, where: str, found: list[str]) -> None:
+    """Note the first token row [2, head_dim] that does not hold its value."""
+    is_wrong = (seen != wanted[:, None, None]).any((1, 2))
+    if is_wrong.any():
+        bad = int(np.flatnonzero(is_wrong)[0])
+        found.append(f"{where}: token row {bad} reads {seen[bad, 0, 0]}, wanted {wanted[bad]}")
 
 
 __all__ = ["BLOCK", "LAYOUT", "WINDOWED", "Rig", "TierFullError", "values"]

@@ -259,3 +259,19 @@ def test_real_threads_do_the_same(tmp_path):
     rig.pager.check_integrity()
     assert rig.wrong == []
     rig.close()
+
+
+def test_a_streamed_step_whose_copy_failed_does_not_count():
+    rig = Rig(0, pages=6, host=30, staging=1)
+    seq = rig.start(ids(40))
+    rig.prefill(seq)
+    assert rig.pager.counters.get("moved_slices", reason="stream") > 0
+    rig.settle()
+    rig.pager.append(seq, [1])
+    rig.backend.fail_next("promote", OSError(5, "a copy failed"))
+    assert rig.step([(seq, 1)]) == 0 and rig.pager.num_computed(seq) == 40
+    assert rig.prefill(seq) == 1
+    rig.settle()
+    assert rig.wrong == []
+    rig.pager.check_integrity()
+    rig.close()
