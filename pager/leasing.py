@@ -89,6 +89,8 @@ class LeaseFiller:
             for need in needs:
                 distance = (num_blocks_of(need.seq.num_computed, core.block_size) - 1 - need.context) * core.block_size
                 group.touch(need.context_ids, distance)
+            if group.index == 0:
+                self._count_reads(group, needs)
         self._bring_in(lease, held, group, resident, deadline_s)
         for need in needs:
             self._add_writable(held, group, need, deadline_s)
@@ -109,6 +111,16 @@ class LeaseFiller:
             self._lost(seq, int(context[np.argmin(valid)]))
         num_new = num_blocks_of(span.end, size) - num_existing
         return _Need(seq, context, ids, span.start % size != 0, num_new, num_existing)
+
+    def _count_reads(self, group: BlockGroup, needs: list[_Need]) -> None:
+        """Context that this step reads, in blocks, by the tier that holds it now (of the first layer group)."""
+        count, d = self._core.counters.add, group.directory
+        for need in needs:
+            device, host = d.in_device(need.context_ids), d.in_host(need.context_ids)
+            num_device, num_host = int(device.sum()), int((host & ~device).sum())
+            count("read_blocks", num_device, tier="device")
+            count("read_blocks", num_host, tier="host")
+            count("read_blocks", len(need.context_ids) - num_device - num_host, tier="nvme")
 
     def _lost(self, seq: Sequence, logical: int) -> None:
         """A block of this sequence is gone: count only what lies before it, and say so."""

@@ -290,12 +290,12 @@ class Pager:
         core = self._core
         if any(held.stream is not None and held.stream.copy_failed() for held in lease.groups):
             core.counters.add("failed_copies", 1, direction="host_to_device", reason="stream")
-            seq, valid = lease.spans[0].seq, lease.spans[0].start
+            only = lease.spans[0]
             raise BlockMissError(
-                f"sequence {seq}: a copy into the staging ring failed; release the lease and compute again from token "
-                f"{valid}",
-                seq=seq,
-                num_valid=valid,
+                f"sequence {only.seq}: a copy into the staging ring failed; release the lease and compute again from "
+                f"token {only.start}",
+                seq=only.seq,
+                num_valid=only.start,
             )
         with core.lock:
             event = core.backend.compute.record()

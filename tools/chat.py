@@ -19,7 +19,10 @@ _HELP = "/fork  /rollback N  /park  /resume  /stats  /help  /quit"
 def run_chat(arguments: argparse.Namespace) -> int:
     """Returns 0 at the end of input. Raises ConfigError for a checkpoint or settings that cannot be used."""
     config = PagerConfig(
-        device_bytes=arguments.device_bytes, host_bytes=arguments.host_bytes, nvme_path=arguments.store
+        device_bytes=arguments.device_bytes,
+        host_bytes=arguments.host_bytes,
+        nvme_path=arguments.store,
+        nvme_bytes=arguments.nvme_bytes,
     )
     params = dict(
         max_tokens=arguments.max_tokens,

@@ -38,6 +38,8 @@ def test_the_demo_answers_everything_before_and_after_its_restart(capsys):
         (["--store", "/proc/nowhere/x"], "cannot be written"),
         (["--device-bytes", "many"], "--device-bytes='many'"),
         (["--needles", 0], "--needles 0"),
+        (["--nvme-bytes", "512KiB"], "longer than all tiers together"),
+        (["--nvme-bytes", "1KiB"], "nvme_bytes=1024 holds no block"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(capsys, argv, message):
