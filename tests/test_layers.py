@@ -20,6 +20,7 @@ MAY_IMPORT = {
 }
 FORBIDDEN = {"pickle", "dill", "marshal"}
 HARDWARE = {"cupy"}
+CUDA_FILES = {"cuda.py", "gpu.py", "gpu_check.py"}  # the backend, and what measures it
 
 
 def imports(path: Path, folder: str) -> set[str]:
@@ -44,6 +45,8 @@ def test_imports_run_one_way(folder):
         ours = {name.split(".")[1] for name in names if name.startswith("kvtier.")}
         assert ours - {folder} <= MAY_IMPORT[folder], f"{path}: {ours}"
         assert not {name.split(".")[0] for name in names} & FORBIDDEN, path
+        if path.name not in CUDA_FILES:
+            assert "torch.cuda" not in path.read_text(), path
         if path.name != "cuda.py":
             assert not {name.split(".")[0] for name in names} & HARDWARE, path
 

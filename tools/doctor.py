@@ -11,8 +11,10 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ..tiers.backends import cuda_missing
 from ..tiers.errors import ConfigError
 from ..tiers.layout import format_bytes
 
@@ -31,7 +33,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
     if not path.is_dir():
         raise ConfigError(f"--path {str(path)!r} is not a directory")
-    checks: list[Callable[[], Finding]] = [_cuda, _cupy, _triton, _memlock, _memory, lambda: _disk(path)]
+    checks: list[Callable[[], Finding]] = [_torch, _cuda, _cupy, _triton, _memlock, _memory, lambda: _disk(path)]
     findings = [check() for check in checks] + [_direct_io(path)]
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings]))
@@ -45,25 +47,35 @@ def run_doctor(arguments: argparse.Namespace) -> int:
 
 
 def _cuda() -> Finding:
-    if importlib.util.find_spec("torch") is None:
-        return Finding("torch", False, "not installed", "no engine; install kvtier[hf]")
-    import torch
+    missing = cuda_missing()
+    if missing is None:
+        return Finding("CUDA", True, "torch and CuPy both see a device")
+    return Finding("CUDA", False, missing, "the device tier is capped CPU memory, and host memory is not pinned")
 
-    if torch.cuda.is_available():
-        return Finding("CUDA", True, torch.cuda.get_device_name(0))
-    return Finding("CUDA", False, f"torch {torch.__version__} sees no device", "the device tier is capped CPU memory")
+
+def _torch() -> Finding:
+    found = importlib.util.find_spec("torch") is not None
+    return Finding("torch", found, _version("torch"), "" if found else "no engine; install kvtier[hf]")
 
 
 def _cupy() -> Finding:
     found = importlib.util.find_spec("cupy") is not None
-    return Finding(
-        "CuPy", found, "installed" if found else "not installed", "" if found else "host memory is not pinned"
-    )
+    return Finding("CuPy", found, _version("cupy"), "" if found else "host memory is not pinned; install kvtier[cuda]")
 
 
 def _triton() -> Finding:
     found = importlib.util.find_spec("triton") is not None
-    return Finding("Triton", found, "installed" if found else "not installed", "" if found else "no GPU kernels")
+    return Finding("Triton", found, _version("triton"), "" if found else "no GPU kernels")
+
+
+def _version(package: str) -> str:
+    """Of an installed package, by its import name; CuPy is distributed under several names."""
+    for name in (package, f"{package}-cuda13x", f"{package}-cuda12x"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return "installed" if importlib.util.find_spec(package) is not None else "not installed"
 
 
 def _memlock() -> Finding:

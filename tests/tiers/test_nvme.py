@@ -201,6 +201,12 @@ def test_refusals_name_the_cause_and_touch_nothing(tmp_path, backend):
         open_tier(tmp_path / "s", backend, StoreIdentity("other", IDENTITY.layouts))
     with pytest.raises(StoreMismatchError, match="layouts"):
         open_tier(tmp_path / "s", backend, StoreIdentity("model", (LAYOUT,)), [10])
+    file = tmp_path / "s" / "store.json"
+    file.write_text(file.read_text().replace('"format": 1', '"format": 99'))
+    before = sorted(p.name for p in (tmp_path / "s").rglob("*"))
+    with pytest.raises(StoreMismatchError, match="format=99"):
+        open_tier(tmp_path / "s", backend)
+    assert sorted(p.name for p in (tmp_path / "s").rglob("*")) == before
 
 
 def test_the_directory_is_private_and_names_are_ours(tmp_path, backend):
