@@ -30,6 +30,7 @@ class PagerConfig:
     host_bytes: Size = 0
     nvme_path: str | os.PathLike[str] | None = None
     nvme_bytes: Size | None = None  # None: as much as the disk gives
+    durability: str = "batch"  # none, batch (group commit every 64 MiB or 0.1 s) or always
     policy: str = "lru"
     window: int | None = None  # tokens, for policy "sliding_window"
     sinks: int = 4  # tokens, for policy "sliding_window"

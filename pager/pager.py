@@ -564,7 +564,8 @@ def _open_nvme(layouts: tuple[KVLayout, ...], config: PagerConfig, backend: Back
         raise ConfigError(
             f"nvme_bytes={budget} holds no block of {sum(g.block_bytes for g in layouts)} bytes; give more"
         )
-    return NvmeTier.open(config.nvme_path, StoreIdentity(fingerprint, layouts), num_slots=slots, backend=backend)
+    identity = StoreIdentity(fingerprint, layouts)
+    return NvmeTier.open(config.nvme_path, identity, num_slots=slots, backend=backend, durability=config.durability)
 
 
 def _free_disk(path: Path) -> int:

@@ -62,7 +62,7 @@ def fetch_status(target: str, timeout_s: float = 2.0) -> dict[str, Any]:
                 return _ask(live, timeout_s)
             except TierUnavailableError:
                 pass  # left behind by a pager that died; the store itself can still be read
-        from ..tiers.nvme.store import read_store_status
+        from ..tiers.nvme.status import read_store_status
 
         return {"version": VERSION, "source": "store", "store": read_store_status(path)}
     raise ConfigError(f"{path}: neither a socket of a pager nor the directory of a store")

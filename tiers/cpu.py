@@ -17,7 +17,7 @@ import numpy.typing as npt
 from .errors import QueueFullError, TierUnavailableError
 from .streams import DONE, POISON, Event, IntArray, Progress, Rows, aligned_rows, copy_rows_now
 
-READ_WORKERS, WRITE_WORKERS = 4, 2
+READ_WORKERS, WRITE_WORKERS = 8, 8  # requests in flight on the disk; threads that wait cost no core
 QUEUE_LIMIT = 1 << 16  # operations waiting in one queue
 _LOOK_S = 0.2  # how often a worker that waits for another looks whether it should end
 

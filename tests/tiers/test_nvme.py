@@ -12,7 +12,8 @@ from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.errors import ConfigError, StoreLockedError, StoreMismatchError, TierFullError
 from kvtier.tiers.layout import KVLayout
 from kvtier.tiers.nvme.layout import Geometry
-from kvtier.tiers.nvme.store import STAMP, NvmeTier, StoreIdentity, read_store_status
+from kvtier.tiers.nvme.status import read_store_status
+from kvtier.tiers.nvme.store import STAMP, NvmeTier, StoreIdentity
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_size=16, dtype="float32")
 BF16 = KVLayout(num_layers=2, num_kv_heads=1, head_dim=8, block_size=16, dtype="bfloat16", window=32, name="window")
@@ -126,6 +127,7 @@ def test_whatever_is_wrong_on_disk_is_not_ok_and_never_an_exception(tmp_path, ba
     tier = open_tier(tmp_path / "s", backend)
     slots, rows = store(tier, 4)
     geometry = Geometry.of(LAYOUT)
+    tier.close()
     path = next((tmp_path / "s" / "blocks.zarr" / "g0").glob("c.0*"))
     raw = bytearray(path.read_bytes())
     start = 4096 + geometry.stride
@@ -140,8 +142,9 @@ def test_whatever_is_wrong_on_disk_is_not_ok_and_never_an_exception(tmp_path, ba
     path.unlink()
     if where != "gone":
         path.write_bytes(raw)
+    tier = open_tier(tmp_path / "s", backend)
     ok, seen = load(tier, slots)
-    expected = {"truncated": [True, False, False, False], "gone": [False] * 4}.get(where, [True, False, True, True])
+    expected = {"truncated": [False] * 4, "gone": [False] * 4}.get(where, [True, False, True, True])
     assert ok.tolist() == expected
     assert np.array_equal(seen[ok], rows[ok])
     tier.close()

@@ -19,7 +19,8 @@ from .layout import Geometry
 
 FORMAT = 1
 STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR = "store.json", "LOCK", "manifest.log", "blocks.zarr"
-_OURS = {STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR, "status.sock", "manifest.new", "store.json.new"}
+PROBE_FILE = "probe.tmp"  # written and removed at open, to see what the file system takes
+_OURS = {STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR, "status.sock", "manifest.new", "store.json.new", PROBE_FILE}
 _DIM_NAMES = ("slot", "layer", "kv", "head", "token", "dim")
 
 

@@ -80,13 +80,18 @@ class Geometry:
         raw = entries.tobytes()
         return (raw + crc32c.crc32c(raw).to_bytes(4, "little")).ljust(PAGE_BYTES, b"\0")
 
-    def tail(self, block: npt.NDArray[np.uint8], trailer: Trailer) -> bytes:
-        """Everything behind the block's bytes."""
+    def read_index(self, page: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_] | None:
+        """Which slots an index page lists, or None when it is not a page that we would write."""
+        listed = page[: 16 * self.slots_per_segment].view("<u8")[1::2] != np.uint64(EMPTY)
+        return listed if page.tobytes() == self.index_page(listed) else None
+
+    def tail(self, block: npt.NDArray[np.uint8], trailer: Trailer, *, with_crc: bool = True) -> bytes:
+        """Everything behind the block's bytes. Without its crc (for measuring) stock readers refuse the block."""
         head = _HEAD.pack(
             MAGIC, trailer.key, trailer.generation, trailer.checksum, trailer.tokens, len(trailer.layer_sums)
         )
         body = head + np.ascontiguousarray(trailer.layer_sums, "<u8").tobytes()
-        crc = crc32c.crc32c(block.data).to_bytes(CRC_BYTES, "little")
+        crc = (crc32c.crc32c(block.data) if with_crc else 0).to_bytes(CRC_BYTES, "little")
         return (crc + body + _SEAL.pack(xxhash.xxh3_64_intdigest(body))).ljust(self.tail_bytes, b"\0")
 
     def read_tail(self, tail: bytes) -> Trailer | None:

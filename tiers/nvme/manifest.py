@@ -1,7 +1,8 @@
-"""Manifest: an append-only file of framed msgpack records that says which slots hold what, and the parked sessions.
+"""Manifest: an append-only journal of framed msgpack records that says which slots hold what, and the parked sessions.
 
-A frame is u32 length, u32 crc32c, body. Replay stops at the first frame that is not whole: what a crash tore off was
-never acknowledged. Opening rewrites the file compactly (temporary file, fsync, rename), so it never grows for ever.
+A frame is u32 length, u32 crc32c, body; block records hold arrays, so that a million of them replay in a fraction of a
+second. Replay stops at the first frame that is not whole and the file is cut there: what a crash tore off was never
+acknowledged. When half of a large journal is history it is rewritten as a snapshot (temporary file, fsync, rename).
 """
 
 from __future__ import annotations
@@ -18,65 +19,95 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
+from .files import SystemCalls
+
 STAMP = np.dtype([("key", "V32"), ("generation", "<u8"), ("checksum", "<u8"), ("tokens", "<u4")])
 _FRAME = struct.Struct("<II")
 _MAX_FRAME_BYTES = 64 << 20
-_BATCH = 4096  # slots per record when the file is rewritten
+_BATCH = 4096  # slots per record of a snapshot
+SNAPSHOT_BYTES = 16 << 20  # a smaller journal is never rewritten
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class GroupListing:
+    """Stamps by slot of one layer group; a stamp counts where `listed`."""
+
+    stamps: npt.NDArray[Any] = field(default_factory=lambda: np.zeros(0, STAMP))
+    listed: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+
+    def reach(self, size: int) -> None:
+        if size > len(self.stamps):
+            size = max(size, 2 * len(self.stamps), 64)
+            self.stamps = np.concatenate([self.stamps, np.zeros(size - len(self.stamps), STAMP)])
+            self.listed = np.concatenate([self.listed, np.zeros(size - len(self.listed), bool)])
+
+    def put(self, slots: IntArray, stamps: npt.NDArray[Any]) -> None:
+        if len(slots):
+            self.reach(int(slots.max()) + 1)
+            self.stamps[slots] = stamps
+            self.listed[slots] = True
+
+    def drop(self, slots: IntArray) -> None:
+        self.listed[slots[slots < len(self.listed)]] = False
+
+    def slots(self) -> IntArray:
+        return np.flatnonzero(self.listed)
 
 
 @dataclass(slots=True)
 class Listing:
-    """What a manifest lists: stamps by slot, per layer group; and session records."""
+    """What a manifest lists: stamps by slot, per layer group; session records; and slots changed since a commit."""
 
-    blocks: list[dict[int, npt.NDArray[Any]]] = field(default_factory=list)
+    groups: list[GroupListing] = field(default_factory=list)
     sessions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    uncommitted: list[tuple[int, IntArray]] = field(default_factory=list)
 
     def apply(self, record: dict[str, Any]) -> None:
         kind = record["op"]
-        if kind == "put":
-            stamps = np.frombuffer(record["stamps"], STAMP)
-            for slot, stamp in zip(np.frombuffer(record["slots"], "<i8").tolist(), stamps, strict=True):
-                self.group(record["group"])[slot] = stamp
-        elif kind == "drop":
-            for slot in np.frombuffer(record["slots"], "<i8").tolist():
-                self.group(record["group"]).pop(slot, None)
+        if kind in ("put", "drop"):
+            group, slots = int(record["group"]), np.frombuffer(record["slots"], "<i8")
+            if kind == "put":
+                self.group(group).put(slots, np.frombuffer(record["stamps"], STAMP))
+            else:
+                self.group(group).drop(slots)
+            self.uncommitted.append((group, slots))
         elif kind == "session":
             self.sessions[record["id"]] = record["record"]
         elif kind == "forget":
             self.sessions.pop(record["id"], None)
+        elif kind == "commit":
+            self.uncommitted.clear()
 
-    def group(self, index: int) -> dict[int, npt.NDArray[Any]]:
-        while len(self.blocks) <= index:
-            self.blocks.append({})
-        return self.blocks[index]
+    def group(self, index: int) -> GroupListing:
+        while len(self.groups) <= index:
+            self.groups.append(GroupListing())
+        return self.groups[index]
 
 
 class Manifest:
-    """The open file; one writer, who holds the store's lock."""
+    """The open journal; one writer, who holds the store's lock. `listing` is what it says, kept up to date."""
 
-    def __init__(self, path: Path, fd: int, listing: Listing) -> None:
-        self._path, self._fd, self.listing = path, fd, listing
+    def __init__(self, path: Path, fd: int, listing: Listing, size: int, calls: SystemCalls) -> None:
+        self._path, self._fd, self.listing, self._size, self._calls = path, fd, listing, size, calls
 
     @classmethod
-    def open(cls, path: Path) -> Manifest:
-        """Replay, then rewrite compactly."""
-        listing = replay(path)
-        temporary = path.with_suffix(".new")
-        with open(temporary, "wb") as file:
-            for record in _compact(listing):
-                file.write(_frame(record))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o600)
-        temporary.replace(path)
-        _sync_directory(path.parent)
-        return cls(path, os.open(path, os.O_WRONLY | os.O_APPEND), listing)
+    def open(cls, path: Path, calls: SystemCalls | None = None) -> Manifest:
+        """Replay, and cut off what is not whole. Raises OSError."""
+        calls = calls or SystemCalls()
+        is_new = not path.exists()
+        listing, size = _replay(b"" if is_new else path.read_bytes())
+        fd = calls.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.ftruncate(fd, size)
+        if is_new:
+            _sync_directory(path.parent)
+        return cls(path, fd, listing, size, calls)
 
-    def put(self, group: int, slots: npt.NDArray[np.int64], stamps: npt.NDArray[Any]) -> None:
-        self._append({"op": "put", "group": group, "slots": _slots(slots), "stamps": stamps.tobytes()})
+    def put(self, group: int, slots: IntArray, stamps: npt.NDArray[Any]) -> None:
+        self._append({"op": "put", "group": group, "slots": _packed(slots), "stamps": stamps.tobytes()})
 
-    def drop(self, group: int, slots: npt.NDArray[np.int64]) -> None:
-        self._append({"op": "drop", "group": group, "slots": _slots(slots)})
+    def drop(self, group: int, slots: IntArray) -> None:
+        self._append({"op": "drop", "group": group, "slots": _packed(slots)})
 
     def put_session(self, session_id: str, record: dict[str, Any]) -> None:
         self._append({"op": "session", "id": session_id, "record": record})
@@ -84,38 +115,75 @@ class Manifest:
     def drop_session(self, session_id: str) -> None:
         self._append({"op": "forget", "id": session_id})
 
+    def commit(self) -> None:
+        """Everything recorded so far is in the index pages too."""
+        self._append({"op": "commit"})
+
     def sync(self) -> None:
-        os.fdatasync(self._fd)
+        """What was recorded survives a power loss once this returns."""
+        self._calls.fdatasync(self._fd)
+
+    def shrink(self) -> bool:
+        """Rewrite the journal as a snapshot where at least half of a large one is history. True when it did."""
+        live = sum(int(group.listed.sum()) for group in self.listing.groups) * (STAMP.itemsize + 8)
+        if self._size < SNAPSHOT_BYTES or self._size < 2 * live:
+            return False
+        temporary = self._path.with_suffix(".new")
+        with open(temporary, "wb") as file:
+            for record in _snapshot(self.listing):
+                file.write(_frame(record))
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        temporary.chmod(0o600)
+        temporary.replace(self._path)
+        _sync_directory(self._path.parent)
+        fd = self._calls.open(self._path, os.O_WRONLY | os.O_APPEND)
+        self._calls.close(self._fd)
+        self._fd, self._size = fd, size
+        return True
 
     def close(self) -> None:
-        os.close(self._fd)
+        self._calls.close(self._fd)
 
     def _append(self, record: dict[str, Any]) -> None:
-        frame = memoryview(_frame(record))
-        while frame:
-            frame = frame[os.write(self._fd, frame) :]
-        if record["op"] in ("session", "forget"):
-            self.listing.apply(record)
+        """Write one frame whole, or cut the file back to where it was. Raises OSError; nothing is listed then."""
+        frame = _frame(record)
+        left = memoryview(frame)
+        try:
+            while left:
+                left = left[self._calls.append(self._fd, left) :]
+        except OSError:
+            os.ftruncate(self._fd, self._size)
+            raise
+        self._size += len(frame)
+        self.listing.apply(record)
 
 
 def replay(path: Path) -> Listing:
     """What the file lists, up to its first torn frame; empty when there is no file."""
-    listing = Listing()
-    if path.exists():
-        for record in _frames(path.read_bytes()):
-            listing.apply(record)
-    return listing
+    return _replay(path.read_bytes() if path.exists() else b"")[0]
 
 
-def _frames(raw: bytes) -> Iterator[dict[str, Any]]:
-    position = 0
+def _replay(raw: bytes) -> tuple[Listing, int]:
+    """The listing, and how many bytes of whole frames there are."""
+    listing, position = Listing(), 0
+    for body, end in _frames(raw):
+        listing.apply(msgpack.unpackb(body, raw=False))
+        position = end
+    return listing, position
+
+
+def _frames(raw: bytes) -> Iterator[tuple[memoryview, int]]:
+    view, position = memoryview(raw), 0
     while position + _FRAME.size <= len(raw):
         length, crc = _FRAME.unpack_from(raw, position)
-        body = raw[position + _FRAME.size : position + _FRAME.size + length]
-        if length > _MAX_FRAME_BYTES or len(body) < length or crc32c.crc32c(body) != crc:
+        end = position + _FRAME.size + length
+        body = view[position + _FRAME.size : end]
+        if not length or length > _MAX_FRAME_BYTES or len(body) < length or crc32c.crc32c(body) != crc:
             return
-        yield msgpack.unpackb(body, raw=False)
-        position += _FRAME.size + length
+        yield body, end
+        position = end
 
 
 def _frame(record: dict[str, Any]) -> bytes:
@@ -123,18 +191,19 @@ def _frame(record: dict[str, Any]) -> bytes:
     return _FRAME.pack(len(body), crc32c.crc32c(body)) + body
 
 
-def _compact(listing: Listing) -> Iterator[dict[str, Any]]:
-    for group, stamps in enumerate(listing.blocks):
-        slots = sorted(stamps)
+def _snapshot(listing: Listing) -> Iterator[dict[str, Any]]:
+    for index, group in enumerate(listing.groups):
+        slots = group.slots()
         for i in range(0, len(slots), _BATCH):
             part = slots[i : i + _BATCH]
-            packed = b"".join(stamps[slot].tobytes() for slot in part)
-            yield {"op": "put", "group": group, "slots": _slots(np.array(part)), "stamps": packed}
+            yield {"op": "put", "group": index, "slots": _packed(part), "stamps": group.stamps[part].tobytes()}
     for session_id, record in listing.sessions.items():
         yield {"op": "session", "id": session_id, "record": record}
+    if not listing.uncommitted:
+        yield {"op": "commit"}
 
 
-def _slots(slots: npt.NDArray[np.int64]) -> bytes:
+def _packed(slots: IntArray) -> bytes:
     return np.ascontiguousarray(slots, "<i8").tobytes()
 
 

@@ -2,12 +2,11 @@
 
 A block is listed only after its bytes are written; a block is served only when its trailer names the key and generation
 that the manifest lists and its bytes match the checksum. Whatever fails that is `ok=False` in the ticket, never an
-exception and never served.
+exception and never served. Order of durability: data and index pages, then the journal that lists them (commit.py).
 """
 
 from __future__ import annotations
 
-import heapq
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -16,17 +15,18 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
-from ..checksum import block_sum, layer_sums
-from ..errors import TierFullError, TierUnavailableError
-from ..streams import Backend, Event, IntArray, Rows
-from .identity import MANIFEST_FILE, StoreIdentity, claim, grow_arrays, make_arrays, read_identity, segment_path
-from .layout import Geometry, Trailer
-from .manifest import STAMP, Manifest, replay
+from ..errors import ConfigError, TierUnavailableError
+from ..streams import AllDone, Backend, IntArray, Rows
+from .blocks import BlockIo
+from .commit import Committer, Durability, check_durability
+from .files import Segment, SegmentFiles, SystemCalls
+from .identity import MANIFEST_FILE, StoreIdentity, claim, grow_arrays, make_arrays
+from .layout import Geometry
+from .manifest import STAMP, Manifest
+from .slots import Run, SlotBook, plan_runs, segments_of
 
-__all__ = ["STAMP", "IoTicket", "NvmeTier", "StoreIdentity", "read_store_status"]
-_PIECE_SLOTS = 8  # slots per job: enough jobs for all workers, few enough to cost nothing
+__all__ = ["STAMP", "IoTicket", "NvmeTier", "StoreIdentity"]
 
 
 class IoTicket:
@@ -38,56 +38,36 @@ class IoTicket:
         self.event: AllDone = AllDone([])
 
 
-class AllDone:
-    """Done when all of these are."""
-
-    def __init__(self, events: list[Event]) -> None:
-        self._events = events
-
-    @property
-    def error(self) -> BaseException | None:
-        return next((event.error for event in self._events if event.error is not None), None)
-
-    def is_done(self) -> bool:
-        return all(event.is_done() for event in self._events)
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        return all(event.wait(timeout_s) for event in self._events)
-
-
-class _Group:
-    """Slots of one layer group: what is listed, what is free."""
-
-    def __init__(self, num_slots: int, geometry: Geometry) -> None:
-        self.num_slots, self.geometry = num_slots, geometry
-        self.stamps = np.zeros(0, STAMP)
-        self.listed = np.zeros(0, bool)
-        self.returned: list[int] = []  # a heap: the lowest free slot first
-        self.fresh = 0  # slots from here on were never used
-        self.num_used = 0
-
-    def reach(self, slot: int) -> None:
-        if slot >= len(self.stamps):
-            size = max(slot + 1, 2 * len(self.stamps), 64)
-            self.stamps = np.concatenate([self.stamps, np.zeros(size - len(self.stamps), STAMP)])
-            self.listed = np.concatenate([self.listed, np.zeros(size - len(self.listed), bool)])
-
-
 class NvmeTier:
     """Open with `NvmeTier.open`."""
 
     def __init__(
-        self, path: Path, identity: StoreIdentity, num_slots: list[int], backend: Backend, lock_fd: int
+        self,
+        path: Path,
+        identity: StoreIdentity,
+        num_slots: list[int],
+        backend: Backend,
+        lock_fd: int,
+        durability: Durability,
+        calls: SystemCalls,
+        with_checksums: bool,
     ) -> None:
         self._path, self._identity, self._backend, self._lock_fd = path, identity, backend, lock_fd
-        self._groups = [_Group(n, Geometry.of(g)) for n, g in zip(num_slots, identity.layouts, strict=True)]
-        self._manifest = Manifest.open(path / MANIFEST_FILE)
-        self._lock = threading.Lock()
-        self._generation = 1
-        self._unsynced: set[Path] = set()
-        self._made: set[Path] = set()
-        self.corrupt_blocks = self.bytes_written = self.bytes_read = 0
-        self._recovered = [self._take_over(i) for i in range(len(self._groups))]
+        self._durability = durability
+        self._manifest = Manifest.open(path / MANIFEST_FILE, calls)
+        listing = self._manifest.listing
+        geometries = [Geometry.of(layout) for layout in identity.layouts]
+        self._books = [SlotBook(n, g, listing.group(i)) for i, (n, g) in enumerate(zip(num_slots, geometries))]
+        self._files = SegmentFiles(path, identity.layouts, calls)
+        self._io = BlockIo(self._files, identity.layouts, with_checksums=with_checksums)
+        self._lock = threading.Lock()  # of the books and the journal; never held during a sync
+        self._commit_lock = threading.Lock()  # one commit at a time
+        self._generation = 1 + max((int(b.listing.stamps["generation"].max(initial=0)) for b in self._books), default=0)
+        self._unsynced: set[Segment] = set()  # written since the last commit
+        self._stale_index: set[Segment] = set()  # their index pages say something else than the journal
+        self.corrupt_blocks = self.failed_syncs = 0
+        self._committer = Committer(self._commit_quietly) if self._commits_by_itself() else None
+        self._recover(listing.uncommitted)
 
     @classmethod
     def open(
@@ -97,61 +77,50 @@ class NvmeTier:
         *,
         num_slots: Sequence[int],
         backend: Backend,
+        durability: str = "batch",
+        calls: SystemCalls | None = None,
+        with_checksums: bool = True,
     ) -> NvmeTier:
         """Create or reopen a store with room for num_slots[g] blocks of each layer group.
 
+        `durability` is none, batch or always (commit.py). `calls` and `with_checksums` are for tests and measurements.
         Raises: ConfigError, StoreMismatchError, StoreLockedError; the directory is then as it was.
         """
-        where = Path(path)
+        where, chosen = Path(path), check_durability(durability)
         fd, is_new = claim(where, identity)
         try:
             (make_arrays if is_new else grow_arrays)(where, identity, list(num_slots))
-            return cls(where, identity, list(num_slots), backend, fd)
+            return cls(where, identity, list(num_slots), backend, fd, chosen, calls or SystemCalls(), with_checksums)
+        except OSError as error:
+            os.close(fd)
+            raise ConfigError(f"nvme_path={str(where)!r} cannot be used: {error}") from error
         except BaseException:
             os.close(fd)
             raise
 
     # ------------------------------------------------------------------ slots
     def num_slots(self, group: int) -> int:
-        return self._groups[group].num_slots
+        return self._books[group].num_slots
 
     def free_slots(self, group: int) -> int:
-        held = self._groups[group]
-        return max(0, held.num_slots - held.num_used)
+        return self._books[group].num_free
 
     def allocate(self, group: int, n: int) -> IntArray:
-        """n slots, the lowest free ones. Raises TierFullError and changes nothing when there are fewer."""
-        held = self._groups[group]
+        """n slots, neighbours where possible. Raises TierFullError and changes nothing when there are fewer."""
         with self._lock:
-            if n > held.num_slots - held.num_used:
-                raise TierFullError(
-                    f"nvme tier full: {held.num_used} of {held.num_slots} slots of group {group} used, {n} more wanted; "
-                    "raise nvme_bytes or forget sessions",
-                    retry_after_s=0.1,
-                )
-            slots = [heapq.heappop(held.returned) for _ in range(min(n, len(held.returned)))]
-            fresh = n - len(slots)
-            slots += range(held.fresh, held.fresh + fresh)
-            held.fresh += fresh
-            held.num_used += n
-            if slots:
-                held.reach(max(slots))
-        return np.array(slots, np.int64)
+            return self._books[group].allocate(n, group)
 
     def free(self, group: int, slots: IntArray) -> None:
-        """Give slots back; their records and index entries go first."""
+        """Give slots back; they are taken out of the journal first, out of the index pages with the next commit."""
         if not len(slots):
             return
-        held = self._groups[group]
+        book = self._books[group]
         with self._lock:
-            listed = slots[held.listed[slots]]
-            held.listed[slots] = False
-            for slot in slots.tolist():
-                heapq.heappush(held.returned, slot)
-            held.num_used -= len(slots)
+            listed = slots[book.listing.listed[slots]]
             if len(listed):
-                self._manifest.drop(group, listed)
-                self._write_index(group, listed)
+                self._record_drop(group, listed)
+            book.free(slots)
+        self._io.forget(group, slots)
 
     def quarantine(self, group: int, slots: IntArray) -> None:
         """These slots hold something else than they should: count them and take them out of the listing."""
@@ -160,11 +129,15 @@ class NvmeTier:
 
     def stamps(self, group: int, slots: IntArray) -> npt.NDArray[Any]:
         """What the manifest says of these slots."""
-        return self._groups[group].stamps[slots]
+        return self._books[group].listing.stamps[slots]
 
     def recovered(self) -> list[tuple[IntArray, npt.NDArray[Any]]]:
-        """Slots and stamps per group that the manifest listed at open."""
-        return self._recovered
+        """Slots and stamps per group that the manifest lists."""
+        found = []
+        for book in self._books:
+            slots = book.listing.slots()
+            found.append((slots, book.listing.stamps[slots]))
+        return found
 
     # ------------------------------------------------------------------ blocks
     def write(
@@ -181,262 +154,218 @@ class NvmeTier:
         with self._lock:
             stamps["generation"] = np.arange(self._generation, self._generation + len(slots))
             self._generation += len(slots)
-        pieces = _pieces(len(slots))
-        left = [len(pieces)]
+        runs = list(plan_runs(self._books[group].geometry, slots))
+        left = [len(runs)]
 
-        def job(piece: range) -> None:
-            for i in piece:
-                ticket.ok[i] = self._write_one(group, int(slots[i]), source[source_rows[i]], stamps[i : i + 1])
+        def job(run: Run) -> None:
+            part = slice(run.start, run.start + run.count)
+            ticket.ok[part] = self._io.write(group, run, source, source_rows[part], stamps[part])
             with self._lock:
                 left[0] -= 1
-                if left[0] == 0:
-                    ticket.checksums[:] = stamps["checksum"]
-                    self._publish(group, slots[ticket.ok], stamps[ticket.ok])
+                is_last = left[0] == 0
+            if is_last:
+                ticket.checksums[:] = stamps["checksum"]
+                self._publish(group, slots, stamps, ticket)
 
-        ticket.event = AllDone([self._backend.write_io.submit(_bound(job, piece)) for piece in pieces])
+        ticket.event = AllDone([self._backend.write_io.submit(_bound(job, run)) for run in runs])
         return ticket
 
     def read(
         self, group: int, slots: IntArray, target: Rows, target_rows: IntArray, stamps: npt.NDArray[Any]
     ) -> IoTicket:
         """Read blocks into target rows. A slot that fails any check is ok=False and its row means nothing."""
-        return self._read(len(slots), lambda i: self._read_one(group, int(slots[i]), target[target_rows[i]], stamps[i]))
+        ticket = IoTicket(len(slots))
+
+        def job(run: Run) -> None:
+            part = slice(run.start, run.start + run.count)
+            ticket.ok[part] = self._io.read(group, run, target, target_rows[part], stamps[part])
+
+        runs = plan_runs(self._books[group].geometry, slots)
+        ticket.event = AllDone([self._backend.read_io.submit(_bound(job, run)) for run in runs])
+        return ticket
 
     def read_layer(
         self, group: int, slots: IntArray, layer: int, target: Rows, target_rows: IntArray, stamps: npt.NDArray[Any]
     ) -> IoTicket:
         """Read one layer's slice of each block, proven by the trailer's layer sums."""
-        return self._read(
-            len(slots), lambda i: self._read_slice(group, int(slots[i]), layer, target[target_rows[i]], stamps[i])
-        )
+        ticket = IoTicket(len(slots))
+        size = self._identity.layouts[group].layer_bytes
+        step = max(1, _SLICE_JOB_BYTES // size)
 
-    def _read(self, n: int, read_one: Callable[[int], bool]) -> IoTicket:
-        ticket = IoTicket(n)
+        def job(first: int) -> None:
+            for i in range(first, min(first + step, len(slots))):
+                ticket.ok[i] = self._io.read_slice(group, int(slots[i]), layer, target[target_rows[i]], stamps[i])
 
-        def job(piece: range) -> None:
-            for i in piece:
-                ticket.ok[i] = read_one(i)
-
-        ticket.event = AllDone([self._backend.read_io.submit(_bound(job, piece)) for piece in _pieces(n)])
+        firsts = range(0, len(slots), step)
+        ticket.event = AllDone([self._backend.read_io.submit(_bound(job, first)) for first in firsts])
         return ticket
 
     # ------------------------------------------------------------------ sessions and durability
     def put_session(self, session_id: str, record: dict[str, Any]) -> None:
+        """Raises TierUnavailableError when the journal takes no more."""
         with self._lock:
-            self._manifest.put_session(session_id, record)
+            self._journal(lambda: self._manifest.put_session(session_id, record))
 
     def drop_session(self, session_id: str) -> None:
         with self._lock:
-            self._manifest.drop_session(session_id)
+            self._journal(lambda: self._manifest.drop_session(session_id))
 
     def sessions(self) -> dict[str, dict[str, Any]]:
         with self._lock:
             return dict(self._manifest.listing.sessions)
 
     def flush(self, timeout_s: float | None = None) -> None:
-        """What is listed survives a power loss once this returns: data first, then the manifest."""
-        with self._lock:
-            paths, self._unsynced = self._unsynced, set()
-        try:
-            for path in paths:
-                _sync_file(path)
-            self._manifest.sync()
-        except OSError as error:
-            raise TierUnavailableError(
-                f"store {self._path}: {error.strerror}; what was written may not last"
-            ) from error
+        """What is listed survives a power loss once this returns (`none`: a crash of the process only).
+
+        Raises: TierUnavailableError when the disk refused; blocks whose bytes are in doubt are no longer listed.
+        """
+        if self._durability != "none":
+            self._commit()
 
     def status(self) -> dict[str, Any]:
         return {
             "path": str(self._path),
-            "used_slots": [g.num_used for g in self._groups],
-            "num_slots": [g.num_slots for g in self._groups],
+            "used_slots": [book.num_used for book in self._books],
+            "num_slots": [book.num_slots for book in self._books],
             "corrupt_blocks": self.corrupt_blocks,
-            "bytes_written": self.bytes_written,
-            "bytes_read": self.bytes_read,
+            "bytes_written": self._io.bytes_written,
+            "bytes_read": self._io.bytes_read,
+            "failed_syncs": self.failed_syncs,
+            "durability": self._durability,
+            "direct_io": self._files.is_direct,
             "sessions": len(self._manifest.listing.sessions),
         }
 
     def close(self) -> None:
-        """Flush and let go of the lock."""
+        """Commit and let go of the lock."""
         if self._lock_fd < 0:
             return
-        self.flush()
+        if self._committer is not None:
+            self._committer.close()
+        self._commit_quietly()
+        self._files.close()
         self._manifest.close()
         os.close(self._lock_fd)
         self._lock_fd = -1
 
-    # ------------------------------------------------------------------ one slot
-    def _write_one(self, group: int, slot: int, row: npt.NDArray[np.uint8], stamp: npt.NDArray[Any]) -> bool:
-        geometry, layout = self._groups[group].geometry, self._identity.layouts[group]
-        sums = layer_sums(layout, row)
-        stamp["checksum"] = block_sum(sums)
-        trailer = Trailer(
-            stamp["key"][0].tobytes(),
-            int(stamp["generation"][0]),
-            int(stamp["checksum"][0]),
-            int(stamp["tokens"][0]),
-            sums,
-        )
-        segment, offset = geometry.place(slot)
-        try:
-            fd = os.open(self._segment(group, segment), os.O_RDWR)
-            try:
-                written = os.pwritev(fd, [row.data, geometry.tail(row, trailer)], offset)
-            finally:
-                os.close(fd)
-        except OSError:
-            return False
-        self.bytes_written += written
-        return written == geometry.stride
-
-    def _read_one(self, group: int, slot: int, row: npt.NDArray[np.uint8], stamp: Any) -> bool:
-        geometry = self._groups[group].geometry
-        tail = bytearray(geometry.tail_bytes)
-        if not self._pread(group, slot, 0, [row, tail]):
-            return False
-        trailer = geometry.read_tail(bytes(tail))
-        if trailer is None or not _same(trailer, stamp):
-            return False
-        return bool(np.array_equal(layer_sums(self._identity.layouts[group], row), trailer.layer_sums))
-
-    def _read_slice(self, group: int, slot: int, layer: int, row: npt.NDArray[np.uint8], stamp: Any) -> bool:
-        geometry, size = self._groups[group].geometry, self._identity.layouts[group].layer_bytes
-        tail = bytearray(geometry.tail_bytes)
-        if not self._pread(group, slot, geometry.block_bytes, [tail]):
-            return False
-        trailer = geometry.read_tail(bytes(tail))
-        if trailer is None or not _same(trailer, stamp) or not self._pread(group, slot, layer * size, [row]):
-            return False
-        return xxhash.xxh3_64_intdigest(row.data) == int(trailer.layer_sums[layer])
-
-    def _pread(self, group: int, slot: int, start: int, buffers: list[Any]) -> bool:
-        segment, offset = self._groups[group].geometry.place(slot)
-        wanted = sum(memoryview(b).nbytes for b in buffers)
-        try:
-            fd = os.open(segment_path(self._path, self._identity.layouts[group], group, segment), os.O_RDONLY)
-            try:
-                got = os.preadv(fd, buffers, offset + start)
-            finally:
-                os.close(fd)
-        except OSError:
-            return False
-        self.bytes_read += got
-        return got == wanted
-
-    # ------------------------------------------------------------------ segments and listing
-    def _segment(self, group: int, segment: int) -> Path:
-        """The file of a segment, preallocated with an empty index on first use."""
-        path = segment_path(self._path, self._identity.layouts[group], group, segment)
-        with self._lock:
-            if path in self._made or path.exists():
-                self._made.add(path)
-                return path
-            geometry = self._groups[group].geometry
-            fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-            try:
-                os.posix_fallocate(fd, 0, geometry.segment_bytes)
-                os.pwrite(fd, geometry.index_page(np.zeros(geometry.slots_per_segment, bool)), 0)
-            except OSError:
-                path.unlink(missing_ok=True)
-                raise
-            finally:
-                os.close(fd)
-            self._made.add(path)
-        return path
-
-    def _publish(self, group: int, slots: IntArray, stamps: npt.NDArray[Any]) -> None:
-        if not len(slots):
+    # ------------------------------------------------------------------ listing
+    def _publish(self, group: int, slots: IntArray, stamps: npt.NDArray[Any], ticket: IoTicket) -> None:
+        """List what was written whole; under `always`, make it durable before the call counts as done."""
+        good = ticket.ok.copy()
+        if not good.any():
             return
-        held = self._groups[group]
-        held.stamps[slots] = stamps
-        held.listed[slots] = True
-        self._manifest.put(group, slots, stamps)
-        self._write_index(group, slots)
+        segments = {(group, number) for number in segments_of(self._books[group].geometry, slots[good])}
+        try:
+            with self._lock:
+                self._manifest.put(group, slots[good], stamps[good])
+                self._unsynced |= segments
+                self._stale_index |= segments
+            if self._durability == "always":
+                self._commit()
+        except (OSError, TierUnavailableError):
+            ticket.ok[:] = False
+            return
+        if self._committer is not None:
+            self._committer.wrote(int(good.sum()) * self._books[group].geometry.stride)
 
-    def _write_index(self, group: int, slots: IntArray) -> None:
-        held, layout = self._groups[group], self._identity.layouts[group]
-        size = held.geometry.slots_per_segment
-        for segment in np.unique(slots // size).tolist():
-            path = segment_path(self._path, layout, group, segment)
-            held.reach((segment + 1) * size - 1)
-            page = held.geometry.index_page(held.listed[segment * size : (segment + 1) * size])
+    def _record_drop(self, group: int, slots: IntArray) -> None:
+        """Take slots out of the journal. A journal that refuses costs nothing: their blocks fail their checks later."""
+        try:
+            self._manifest.drop(group, slots)
+        except OSError:
+            self._books[group].listing.drop(slots)
+        geometry = self._books[group].geometry
+        self._stale_index |= {(group, number) for number in segments_of(geometry, slots)}
+
+    def _journal(self, record: Callable[[], None]) -> None:
+        try:
+            record()
+        except OSError as error:
+            raise TierUnavailableError(f"store {self._path}: the journal takes no more: {error.strerror}") from error
+
+    def _commits_by_itself(self) -> bool:
+        return self._durability == "batch" and self._backend.name != "simulated"
+
+    def _commit_quietly(self) -> None:
+        try:
+            self._commit()
+        except TierUnavailableError:
+            pass  # counted in failed_syncs; what is in doubt is no longer listed
+
+    def _commit(self) -> None:
+        """Index pages and data down, then the journal. Raises TierUnavailableError when anything refused."""
+        with self._commit_lock:
+            with self._lock:
+                stale, self._stale_index = self._stale_index, set()
+                unsynced, self._unsynced = self._unsynced | stale, set()
+                pages = {segment: self._listed(segment) for segment in stale}
+            refused = [segment for segment in sorted(unsynced) if not self._settle(segment, pages.get(segment))]
+            for segment in refused:
+                self._distrust(segment)
             try:
-                fd = os.open(path, os.O_RDWR)
-            except FileNotFoundError:  # somebody deleted it: its blocks fail their checks, a new file may be made
-                self._made.discard(path)
-                continue
-            try:
-                os.pwrite(fd, page, 0)
-            finally:
-                os.close(fd)
-            self._unsynced.add(path)
+                with self._lock:
+                    if unsynced and not self._stale_index:
+                        self._manifest.commit()
+                    if self._durability != "none":
+                        self._manifest.sync()
+                    if not self._manifest.listing.uncommitted:
+                        self._manifest.shrink()
+            except OSError as error:
+                self.failed_syncs += 1
+                raise TierUnavailableError(
+                    f"store {self._path}: {error.strerror}; what was written may not last"
+                ) from error
+            if refused:
+                raise TierUnavailableError(f"store {self._path}: {len(refused)} segments could not be made durable")
 
-    def _take_over(self, group: int) -> tuple[IntArray, npt.NDArray[Any]]:
-        held, found = self._groups[group], self._manifest.listing.group(group)
-        slots = np.array(sorted(found), np.int64)
-        stamps = np.array([found[slot] for slot in slots.tolist()], STAMP)
-        found.clear()  # from here on the arrays below are the truth
-        if len(slots):
-            held.reach(int(slots.max()))
-            held.stamps[slots] = stamps
-            held.listed[slots] = True
-            held.fresh = int(slots.max()) + 1
-            held.num_used = len(slots)
-            held.returned = np.setdiff1d(np.arange(held.fresh), slots).tolist()
-            self._generation = max(self._generation, int(stamps["generation"].max()) + 1)
-        return slots, stamps
+    def _settle(self, segment: Segment, listed: npt.NDArray[np.bool_] | None) -> bool:
+        """Write the index page and sync one segment. A failed sync is never repeated and trusted."""
+        try:
+            if listed is not None:
+                self._files.write_index(segment, listed)
+            if self._durability != "none":
+                self._files.sync(segment)
+        except FileNotFoundError:
+            return True  # somebody deleted it; its blocks fail their checks, and a new file may be made
+        except OSError:
+            self.failed_syncs += 1
+            return False
+        return True
 
+    def _distrust(self, segment: Segment) -> None:
+        """Nothing in this segment can be relied upon any more: its blocks are not listed, its file is opened anew."""
+        group, number = segment
+        size = self._books[group].geometry.slots_per_segment
+        with self._lock:
+            slots = number * size + np.flatnonzero(self._listed(segment))
+            if len(slots):
+                self.corrupt_blocks += len(slots)
+                self._record_drop(group, slots)
+        self._io.forget(group, slots)
+        self._files.forget(segment)
 
-def read_store_status(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """What a store at rest holds, without a lock and without writing. Raises ConfigError when it is none."""
-    where = Path(path)
-    identity = read_identity(where)
-    listing = replay(where / MANIFEST_FILE)
-    groups = []
-    for index, fields in enumerate(identity.get("layouts", [])):
-        from ..layout import KVLayout
+    def _listed(self, segment: Segment) -> npt.NDArray[np.bool_]:
+        group, number = segment
+        book = self._books[group]
+        size = book.geometry.slots_per_segment
+        book.listing.reach((number + 1) * size)
+        return book.listing.listed[number * size : (number + 1) * size].copy()
 
-        layout = KVLayout.from_dict(fields)
-        blocks = len(listing.group(index))
-        groups.append(
-            {"name": layout.name, "blocks": blocks, "bytes": blocks * layout.block_bytes, "dtype": layout.dtype}
-        )
-    return {
-        "path": str(where),
-        "format": identity.get("format"),
-        "model_fingerprint": str(identity.get("model_fingerprint", ""))[:16],
-        "groups": groups,
-        "sessions": len(listing.sessions),
-        "used_bytes": sum(group["bytes"] for group in groups),
-    }
-
-
-def _sync_file(path: Path) -> None:
-    try:
-        fd = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
-        return  # nothing of it is left to keep; its blocks fail their checks when read
-    try:
-        os.fdatasync(fd)
-    finally:
-        os.close(fd)
+    def _recover(self, uncommitted: list[tuple[int, IntArray]]) -> None:
+        """After a crash, index pages may lag behind the journal: write those anew that changed since the last commit."""
+        for group, slots in uncommitted:
+            if group < len(self._books) and len(slots):
+                numbers = segments_of(self._books[group].geometry, slots)
+                self._stale_index |= {(group, number) for number in numbers}
+        if self._stale_index:
+            self._commit_quietly()
 
 
-def _same(trailer: Trailer, stamp: Any) -> bool:
-    return (
-        trailer.key == stamp["key"].tobytes()
-        and trailer.generation == int(stamp["generation"])
-        and trailer.checksum == int(stamp["checksum"])
-    )
+_SLICE_JOB_BYTES = 1 << 20  # slices of small blocks share a job
 
 
-def _pieces(n: int) -> list[range]:
-    return [range(i, min(i + _PIECE_SLOTS, n)) for i in range(0, n, _PIECE_SLOTS)]
-
-
-def _bound(job: Callable[[range], None], piece: range) -> Callable[[], None]:
+def _bound(job: Callable[[Any], None], argument: Any) -> Callable[[], None]:
     def call() -> None:
-        job(piece)
+        job(argument)
 
     return call

@@ -1,0 +1,192 @@
+"""Blocks to and from segment files: one call to the kernel per run of slots, every byte checked on the way in.
+
+Aligned rows go straight between the slab and the disk; others through a worker's scratch buffer. What a read returns
+must carry the key and generation that the manifest lists and match the checksum, or it is not the block. Trailers that
+were proven once are remembered (bounded), so that reading a block layer by layer costs one call per slice.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from ..checksum import block_sum, layer_sums
+from ..layout import KVLayout
+from ..streams import IntArray, Rows
+from .files import Scratch, Segment, SegmentFiles, is_aligned
+from .layout import PAGE_BYTES, Geometry, Trailer
+from .slots import Run
+
+MAX_TRAILERS = 4096  # remembered
+Stamps = npt.NDArray[Any]
+
+
+class BlockIo:
+    """Moves blocks of all layer groups of one store. Called from many workers at once."""
+
+    def __init__(self, files: SegmentFiles, layouts: Sequence[KVLayout], *, with_checksums: bool = True) -> None:
+        self._files, self._layouts = files, layouts
+        self._geometries = [Geometry.of(layout) for layout in layouts]
+        self._with_checksums = with_checksums
+        self._scratch = Scratch()
+        self._lock = threading.Lock()
+        self._trailers: OrderedDict[tuple[int, int, int], npt.NDArray[np.uint64]] = OrderedDict()
+        self.bytes_read = self.bytes_written = 0
+
+    def write(self, group: int, run: Run, source: Rows, rows: IntArray, stamps: Stamps) -> bool:
+        """Write the run's blocks and fill in their checksums. False when not all bytes went down."""
+        geometry = self._geometries[group]
+        tails_at, direct = self._buffers(geometry, run, source, rows)
+        buffers: list[Any] = []
+        for i in range(run.count):
+            row, tail = source[rows[i]], tails_at[i]
+            tail[:] = np.frombuffer(self._tail(group, row, stamps[i : i + 1]), np.uint8)
+            if direct:
+                buffers += [row.data, tail.data]
+        if not direct:
+            buffers = [self._staged(geometry, run, source, rows).data]
+        wanted = run.count * geometry.stride
+        try:
+            with self._files.use((group, run.segment), create=True) as fd:
+                written = self._files.calls.pwritev(fd, buffers, run.offset)
+        except OSError:
+            return False
+        self.bytes_written += written
+        return written == wanted
+
+    def read(self, group: int, run: Run, target: Rows, rows: IntArray, stamps: Stamps) -> npt.NDArray[np.bool_]:
+        """Read the run's blocks into target rows; False for each that is not the block that its stamp names."""
+        geometry, ok = self._geometries[group], np.zeros(run.count, bool)
+        tails_at, direct = self._buffers(geometry, run, target, rows)
+        if direct:
+            buffers = [b for i in range(run.count) for b in (target[rows[i]].data, tails_at[i].data)]
+        else:
+            staged = self._scratch.take(run.count * geometry.stride)
+            buffers = [staged.data]
+        if not self._pread(group, run.segment, buffers, run.offset, run.count * geometry.stride):
+            return ok
+        for i in range(run.count):
+            row = target[rows[i]]
+            if not direct:
+                row[:] = staged.reshape(run.count, geometry.stride)[i, : geometry.block_bytes]
+            ok[i] = self._is_the_block(group, row, tails_at[i].tobytes(), stamps[i])
+        return ok
+
+    def read_slice(self, group: int, slot: int, layer: int, row: npt.NDArray[np.uint8], stamp: Any) -> bool:
+        """Read one layer of one block into row, proven by the trailer's sum of that layer."""
+        sums = self._trailer_sums(group, slot, stamp)
+        if sums is None:
+            return False
+        geometry, size = self._geometries[group], self._layouts[group].layer_bytes
+        segment, offset = geometry.place(slot)
+        start = layer * size
+        if is_aligned(row) and start % PAGE_BYTES == 0:
+            if not self._pread(group, segment, [row.data], offset + start, size):
+                return False
+        else:
+            first = start // PAGE_BYTES * PAGE_BYTES
+            wanted = -(-(start + size - first) // PAGE_BYTES) * PAGE_BYTES
+            around = self._scratch.take(wanted)
+            if not self._pread(group, segment, [around.data], offset + first, wanted):
+                return False
+            row[:] = around[start - first : start - first + size]
+        return xxhash.xxh3_64_intdigest(row.data) == int(sums[layer])
+
+    def forget(self, group: int, slots: IntArray) -> None:
+        """These slots hold other blocks from now on."""
+        with self._lock:
+            if self._trailers:
+                gone = set(slots.tolist())
+                for known in [k for k in self._trailers if k[0] == group and k[1] in gone]:
+                    del self._trailers[known]
+
+    # ------------------------------------------------------------------ inside
+    def _buffers(
+        self, geometry: Geometry, run: Run, memory: Rows, rows: IntArray
+    ) -> tuple[npt.NDArray[np.uint8], bool]:
+        """Where the tails of a run go, and whether the rows themselves can be handed to the kernel."""
+        direct = geometry.block_bytes % PAGE_BYTES == 0 and all(is_aligned(memory[row]) for row in rows.tolist())
+        if direct:
+            size = geometry.tail_bytes
+            return self._scratch.take(run.count * size).reshape(run.count, size), True
+        whole = self._scratch.take(run.count * geometry.stride).reshape(run.count, geometry.stride)
+        return whole[:, geometry.block_bytes :], False
+
+    def _staged(self, geometry: Geometry, run: Run, source: Rows, rows: IntArray) -> npt.NDArray[np.uint8]:
+        """Blocks copied next to the tails that are in the scratch buffer already."""
+        whole = self._scratch.take(run.count * geometry.stride)
+        whole.reshape(run.count, geometry.stride)[:, : geometry.block_bytes] = source[rows]
+        return whole
+
+    def _tail(self, group: int, row: npt.NDArray[np.uint8], stamp: Stamps) -> bytes:
+        """Everything behind a block; its checksum goes into the stamp."""
+        sums = layer_sums(self._layouts[group], row) if self._with_checksums else self._no_sums(group)
+        stamp["checksum"] = block_sum(sums)
+        trailer = Trailer(
+            stamp["key"][0].tobytes(),
+            int(stamp["generation"][0]),
+            int(stamp["checksum"][0]),
+            int(stamp["tokens"][0]),
+            sums,
+        )
+        return self._geometries[group].tail(row, trailer, with_crc=self._with_checksums)
+
+    def _no_sums(self, group: int) -> npt.NDArray[np.uint64]:
+        return np.zeros(self._layouts[group].num_layers, np.uint64)
+
+    def _is_the_block(self, group: int, row: npt.NDArray[np.uint8], tail: bytes, stamp: Any) -> bool:
+        trailer = self._geometries[group].read_tail(tail)
+        if trailer is None or not _same(trailer, stamp):
+            return False
+        if not self._with_checksums:
+            return True
+        return bool(np.array_equal(layer_sums(self._layouts[group], row), trailer.layer_sums))
+
+    def _trailer_sums(self, group: int, slot: int, stamp: Any) -> npt.NDArray[np.uint64] | None:
+        """Layer sums of the block that the stamp names, from memory or from its trailer; None when it is not there."""
+        key = (group, slot, int(stamp["generation"]))
+        with self._lock:
+            sums = self._trailers.get(key)
+            if sums is not None:
+                self._trailers.move_to_end(key)
+                return sums
+        geometry = self._geometries[group]
+        segment, offset = geometry.place(slot)
+        first = geometry.block_bytes // PAGE_BYTES * PAGE_BYTES
+        tail = self._scratch.take(geometry.stride - first)
+        if not self._pread(group, segment, [tail.data], offset + first, geometry.stride - first):
+            return None
+        trailer = geometry.read_tail(tail[geometry.block_bytes - first :].tobytes())
+        if trailer is None or not _same(trailer, stamp):
+            return None
+        with self._lock:
+            self._trailers[key] = trailer.layer_sums
+            while len(self._trailers) > MAX_TRAILERS:
+                self._trailers.popitem(last=False)
+        return trailer.layer_sums
+
+    def _pread(self, group: int, segment: int, buffers: list[Any], offset: int, wanted: int) -> bool:
+        try:
+            with self._files.use((group, segment)) as fd:
+                got = self._files.calls.preadv(fd, buffers, offset)
+        except OSError:
+            return False
+        self.bytes_read += got
+        return got == wanted
+
+
+def _same(trailer: Trailer, stamp: Any) -> bool:
+    return (
+        trailer.key == stamp["key"].tobytes()
+        and trailer.generation == int(stamp["generation"])
+        and trailer.checksum == int(stamp["checksum"])
+    )
+
+
+__all__ = ["BlockIo", "Segment"]

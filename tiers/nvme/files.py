@@ -1,0 +1,208 @@
+"""Segment files: open, preallocated, read and written past the page cache where the file system allows it.
+
+One seam (`SystemCalls`) lies between us and the kernel, so that tests can make any call fail. Buffers that the kernel
+reads into or writes from are page aligned; whoever has others goes through a worker's own scratch buffer. Guards: a
+file of another size or with an index that is not ours was rewritten by somebody else, and nothing in it is trusted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..layout import KVLayout
+from ..streams import aligned_rows
+from .identity import PROBE_FILE, segment_path
+from .layout import PAGE_BYTES, Geometry
+
+MAX_OPEN_FILES = 512
+DIRECT_MIN_BYTES = 256 << 10  # smaller blocks are many requests: the page cache then saves more than its copy costs
+Segment = tuple[int, int]  # layer group, number
+
+
+class SystemCalls:
+    """What we ask of the kernel. Each raises OSError."""
+
+    def open(self, path: Path, flags: int) -> int:
+        return os.open(path, flags, 0o600)
+
+    def close(self, fd: int) -> None:
+        os.close(fd)
+
+    def preadv(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
+        return os.preadv(fd, buffers, offset)
+
+    def pwritev(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
+        return os.pwritev(fd, buffers, offset)
+
+    def append(self, fd: int, frame: memoryview) -> int:
+        return os.write(fd, frame)
+
+    def fdatasync(self, fd: int) -> None:
+        os.fdatasync(fd)
+
+    def fallocate(self, fd: int, size: int) -> None:
+        os.posix_fallocate(fd, 0, size)
+
+
+class ForeignSegmentError(OSError):
+    """A segment that is not as we left it; its blocks are not to be trusted."""
+
+
+@dataclass(slots=True)
+class _Open:
+    fd: int
+    users: int = 0
+
+
+class SegmentFiles:
+    """The segments of one store. Descriptors are kept open, up to a limit, and shared by all workers."""
+
+    def __init__(self, root: Path, layouts: Sequence[KVLayout], calls: SystemCalls, *, direct: bool = True) -> None:
+        self._root, self._layouts, self.calls = root, layouts, calls
+        self._geometries = [Geometry.of(layout) for layout in layouts]
+        self._lock = threading.Lock()
+        self._open: OrderedDict[Segment, _Open] = OrderedDict()
+        self.is_direct = direct and _takes_direct(root, calls)
+
+    def path(self, segment: Segment) -> Path:
+        group, number = segment
+        return segment_path(self._root, self._layouts[group], group, number)
+
+    def bypasses_cache(self, group: int) -> bool:
+        """Whether blocks of this group go past the page cache."""
+        return self.is_direct and self._geometries[group].block_bytes >= DIRECT_MIN_BYTES
+
+    @contextmanager
+    def use(self, segment: Segment, *, create: bool = False, check_index: bool = True) -> Iterator[int]:
+        """A descriptor of the segment; made and preallocated first with `create`. Raises OSError."""
+        with self._lock:
+            held = self._open.get(segment)
+            if held is None:
+                held = self._open[segment] = _Open(self._open_file(segment, create, check_index))
+            self._open.move_to_end(segment)
+            held.users += 1
+            self._close_idle(MAX_OPEN_FILES)
+        try:
+            yield held.fd
+        finally:
+            with self._lock:
+                held.users -= 1
+
+    def write_index(self, segment: Segment, listed: npt.NDArray[np.bool_]) -> None:
+        """Say in the shard's index which of its slots hold blocks."""
+        page = aligned_rows(1, PAGE_BYTES)
+        page[0] = np.frombuffer(self._geometries[segment[0]].index_page(listed), np.uint8)
+        with self.use(segment, check_index=False) as fd:  # whatever was there, this is what it should say
+            if self.calls.pwritev(fd, [page[0].data], 0) != PAGE_BYTES:
+                raise OSError(errno.EIO, f"index of {self.path(segment).name} was written in part")
+
+    def sync(self, segment: Segment) -> None:
+        """What was written to the segment survives a power loss once this returns."""
+        with self.use(segment) as fd:
+            self.calls.fdatasync(fd)
+
+    def forget(self, segment: Segment) -> None:
+        """Close the segment's descriptor, so that the next use opens and checks the file again."""
+        with self._lock:
+            held = self._open.pop(segment, None)
+            if held is not None and not held.users:
+                self.calls.close(held.fd)
+
+    def close(self) -> None:
+        with self._lock:
+            self._close_idle(0)
+
+    # ------------------------------------------------------------------ inside
+    def _close_idle(self, limit: int) -> None:
+        for segment in list(self._open):
+            if len(self._open) <= limit:
+                return
+            if not self._open[segment].users:
+                self.calls.close(self._open.pop(segment).fd)
+
+    def _open_file(self, segment: Segment, create: bool, check_index: bool) -> int:
+        path, flags = self.path(segment), os.O_RDWR | (os.O_DIRECT if self.bypasses_cache(segment[0]) else 0)
+        try:
+            fd = self.calls.open(path, flags)
+        except FileNotFoundError:
+            if not create:
+                raise
+            return self._make(segment, path, flags)
+        try:
+            self._check(segment, fd, check_index)
+        except BaseException:
+            self.calls.close(fd)
+            raise
+        return fd
+
+    def _make(self, segment: Segment, path: Path, flags: int) -> int:
+        geometry = self._geometries[segment[0]]
+        fd = self.calls.open(path, flags | os.O_CREAT)
+        try:
+            self.calls.fallocate(fd, geometry.segment_bytes)
+            page = aligned_rows(1, PAGE_BYTES)
+            empty = geometry.index_page(np.zeros(geometry.slots_per_segment, bool))
+            page[0] = np.frombuffer(empty, np.uint8)
+            if self.calls.pwritev(fd, [page[0].data], 0) != PAGE_BYTES:
+                raise OSError(errno.EIO, f"{path.name} could not be made")
+        except BaseException:
+            self.calls.close(fd)
+            path.unlink(missing_ok=True)
+            raise
+        return fd
+
+    def _check(self, segment: Segment, fd: int, check_index: bool) -> None:
+        """Raises ForeignSegmentError when size or index show another writer's hand."""
+        geometry, page = self._geometries[segment[0]], aligned_rows(1, PAGE_BYTES)
+        if os.fstat(fd).st_size != geometry.segment_bytes:
+            raise ForeignSegmentError(errno.EINVAL, f"{self.path(segment).name} has another size than we gave it")
+        if not check_index:
+            return
+        if self.calls.preadv(fd, [page[0].data], 0) != PAGE_BYTES or geometry.read_index(page[0]) is None:
+            raise ForeignSegmentError(errno.EINVAL, f"{self.path(segment).name} has an index that we did not write")
+
+
+class Scratch(threading.local):
+    """Aligned memory of one worker thread, kept between calls."""
+
+    def __init__(self) -> None:
+        self._memory = aligned_rows(1, PAGE_BYTES)[0]
+
+    def take(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """That many bytes, page aligned; what was taken before is gone."""
+        if len(self._memory) < nbytes:
+            self._memory = aligned_rows(1, -(-nbytes // PAGE_BYTES) * PAGE_BYTES)[0]
+        return self._memory[:nbytes]
+
+
+def is_aligned(row: npt.NDArray[np.uint8]) -> bool:
+    """Whether the kernel can move these bytes past the page cache as they lie."""
+    return row.ctypes.data % PAGE_BYTES == 0 and row.nbytes % PAGE_BYTES == 0 and row.flags.c_contiguous
+
+
+def _takes_direct(root: Path, calls: SystemCalls) -> bool:
+    """Whether this file system takes O_DIRECT: write a page to a file of our own and remove it."""
+    path, page = root / PROBE_FILE, aligned_rows(1, PAGE_BYTES)
+    try:
+        fd = calls.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
+    except OSError:
+        path.unlink(missing_ok=True)
+        return False
+    try:
+        return calls.pwritev(fd, [page[0].data], 0) == PAGE_BYTES
+    except OSError:
+        return False
+    finally:
+        calls.close(fd)
+        path.unlink(missing_ok=True)
