@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..tiers.backends import get_backend
-from ..tiers.errors import BlockMissError, Busy, ConfigError, KvTierError
+from ..tiers.errors import BlockMissError, Busy, ConfigError
 from ..tiers.layout import KVLayout
 from ..tiers.streams import Backend
 from .accounting import Counters
@@ -86,15 +86,18 @@ class Pager:
         )
         owned = backend is None
         backend = backend or get_backend(config.backend)
+        nvme = None
         try:
             if config.require_pinned and not backend.pinned:
                 raise ConfigError("require_pinned=True, but this backend cannot pin host memory; see `kvtier doctor`")
             nvme = _open_nvme(layouts, config, backend, model_fingerprint)
-        except KvTierError:
+            pager = cls(Core(layouts, config, sizes, backend, nvme, model_fingerprint, rules, clock))
+        except BaseException:  # no memory for a tier, say: leave no lock, no thread
+            if nvme is not None:
+                nvme.close()
             if owned:
                 backend.close(5.0)
             raise
-        pager = cls(Core(layouts, config, sizes, backend, nvme, model_fingerprint, rules, clock))
         pager._parking.recover()
         pager._start()
         return pager

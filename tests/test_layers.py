@@ -20,7 +20,7 @@ MAY_IMPORT = {
 }
 FORBIDDEN = {"pickle", "dill", "marshal"}
 HARDWARE = {"cupy"}
-CUDA_FILES = {"cuda.py", "gpu.py", "gpu_check.py"}  # the backend, and what measures it
+CUDA_FILES = {"cuda.py"}
 
 
 def imports(path: Path, folder: str) -> set[str]:

@@ -1,315 +1,257 @@
-"""CUDA backend: torch streams and events, a pinned slab from CuPy, and three ways to submit one copy of many rows.
+"""CUDA backend: torch's streams and events, exact pinned slabs from CuPy, copies by the copy engines.
 
-The only module that imports CuPy or touches `torch.cuda`; `backends.get_backend` imports it where a device was found.
-Copies run on their own non-blocking streams, one per direction. One thread polls their events and says that something
-has ended: never a Python callback from a CUDA host function, which would hold the driver's lock while it waits for the
-interpreter's. Ladder of submission: `batch` (cuMemcpyBatchAsync, one call for up to 4,096 descriptors), `runs`
-(cudaMemcpyAsync per run of neighbouring rows, 2-D where rows are slices), `torch` (copy_ per run).
+The only module that names `torch.cuda` or CuPy; it is loaded once both are known to be installed. Guards the order of
+copies: each is queued on a stream of its own and done when the event recorded behind it says so. Completions are found
+by one thread that asks; the driver never calls Python, because such a callback waits for the GIL while it holds the driver.
 """
 
 from __future__ import annotations
 
-import ctypes
 import threading
 import time
+import warnings
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from .copies import Descriptors, Rows2D, Runs, plan_copies
+from .completions import Completions, Pending, PolledEvent, unavailable
+from .copy_paths import PROBE_ROW_BYTES, PROBE_ROWS, copy_by_calls, copy_by_tensors, copy_on_host, is_exact
+from .copy_plan import CopyPlan, plan_copy, row_space
 from .cpu import READ_WORKERS, WRITE_WORKERS, Workers
-from .errors import ConfigError
-from .streams import Event, IntArray, Progress, Rows, aligned_rows
+from .errors import ConfigError, TierUnavailableError
+from .memcpy_batch import LEGACY_STREAMS, MemcpyBatch, dotted, driver_too_old_for, driver_version
+from .streams import Event, IntArray, Progress, Rows
 
-COPY_PATHS = ("batch", "runs", "torch")
-BATCH_LIMIT = 4096  # descriptors per call; more were seen to fail
-BATCH_VERSION = 12080  # CUDA 12.8, whose ABI (nine arguments) the driver keeps under this number
-_STREAM_ORDER = 1  # CU_MEMCPY_SRC_ACCESS_ORDER_STREAM: the source is read in stream order, not at submission
-_POLL_S, _SLOWEST_POLL_S = 20e-6, 500e-6
-_MEMCPY_DEFAULT = 4  # cudaMemcpyDefault: the direction follows from the addresses
+CopyPath = Literal["batch", "runs", "torch"]
+COPY_PATHS: tuple[CopyPath, ...] = ("batch", "runs", "torch")  # best first
+_PAGE_BYTES = 4096
+_BY_ADDRESS = 4  # cudaMemcpyDefault: the direction follows from the addresses
+_PORTABLE = 1  # cudaHostAllocPortable: page-locked for every device
 
 
 def unavailable_reason() -> str | None:
-    """What stands in the way of this backend, or None. Never raises."""
-    if not torch.cuda.is_available():
-        return f"torch {torch.__version__} sees no CUDA device"
+    """What stands in the way of this backend, or None. Starts CUDA where there is a device; never raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about what is returned here
+        is_seen = torch.cuda.is_available()
+    if not is_seen:
+        if torch.version.cuda is None:
+            return f"torch {torch.__version__} is built without CUDA"
+        too_old = driver_too_old_for(torch.version.cuda, "torch") if driver_version() else None
+        return too_old or f"torch {torch.__version__} sees no CUDA device"
     try:
         import cupy
-
-        if cupy.cuda.runtime.getDeviceCount() < 1:
-            return "CuPy sees no CUDA device"
-    except Exception as error:  # CuPy raises its own errors for a missing or too old driver
-        return f"CuPy cannot be used: {error}"
-    return None
-
-
-class CudaEvent:
-    """An event of a CUDA stream."""
-
-    def __init__(self, event: Any) -> None:
-        self.event = event
-        self.error: BaseException | None = None
-
-    def is_done(self) -> bool:
-        try:
-            return bool(self.event.query())
-        except RuntimeError as error:  # an earlier copy or kernel failed: over, and its bytes mean nothing
-            self.error = error
-            return True
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        if timeout_s is None:
-            try:
-                self.event.synchronize()
-            except RuntimeError as error:
-                self.error = error
-            return True
-        deadline_s, pause_s = time.monotonic() + timeout_s, _POLL_S
-        while not self.is_done():
-            if time.monotonic() >= deadline_s:
-                return False
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _SLOWEST_POLL_S)
-        return True
+    except (ImportError, OSError) as error:
+        return f"CuPy cannot be imported: {' '.join(str(error).split()) or repr(error)}"
+    too_old = driver_too_old_for(dotted(int(cupy.cuda.runtime.runtimeGetVersion())), "CuPy")
+    if too_old or cupy.is_available():
+        return too_old
+    return f"CuPy {cupy.__version__} sees no CUDA device"
 
 
-class Watcher:
-    """One thread that polls the events of copies and tells the pager when one is over."""
+class CopyEngine:
+    """Queues a planned copy on a stream, by one of three paths; the best that works here is found once, at start.
 
-    def __init__(self, device: int, notify: Callable[[], None]) -> None:
-        self._device, self._notify = device, notify
-        self._changed = threading.Condition()
-        self._events: list[CudaEvent] = []
-        self._is_closing = False
-        self._thread = threading.Thread(target=self._run, name="kvtier-cuda-events", daemon=True)
-        self._thread.start()
+    batch: one driver call for thousands of descriptors. runs: one `memcpyAsync` per run of neighbours. torch: `copy_`.
+    """
 
-    def watch(self, event: CudaEvent) -> None:
-        with self._changed:
-            self._events.append(event)
-            self._changed.notify()
+    def __init__(self, device: torch.device, path: CopyPath | None) -> None:
+        import cupy
 
-    def close(self, timeout_s: float) -> None:
-        with self._changed:
-            self._is_closing = True
-            self._changed.notify()
-        self._thread.join(timeout_s)
-
-    def _run(self) -> None:
-        torch.cuda.set_device(self._device)
-        pause_s = _POLL_S
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._events or self._is_closing)
-                if self._is_closing:
-                    return
-                events = list(self._events)
-            over = [event for event in events if event.is_done()]
-            if over:
-                with self._changed:
-                    self._events = [event for event in self._events if event not in over]
-                self._notify()
-                pause_s = _POLL_S
-            else:
-                time.sleep(pause_s)
-                pause_s = min(2 * pause_s, _SLOWEST_POLL_S)
-
-
-class CudaStream:
-    """A copy stream, or (without a stream of its own) whatever stream the calling thread computes on."""
-
-    def __init__(self, name: str, copier: Copier, own: Any, watch: Callable[[CudaEvent], None] | None) -> None:
-        self.name = name
-        self._copier, self._own, self._watch = copier, own, watch
-
-    @property
-    def stream(self) -> Any:
-        return self._own if self._own is not None else torch.cuda.current_stream(self._copier.device)
-
-    def copy_rows(self, target: Rows, target_rows: IntArray, source: Rows, source_rows: IntArray) -> None:
-        self._copier.copy(self.stream, target, np.array(target_rows), source, np.array(source_rows))
-
-    def run(self, fn: Callable[[], None]) -> None:
-        with torch.cuda.stream(self.stream):
-            fn()
-
-    def wait(self, event: Event) -> None:
-        if isinstance(event, CudaEvent):
-            self.stream.wait_event(event.event)
-        else:
-            event.wait()
-
-    def record(self) -> CudaEvent:
-        event = CudaEvent(torch.cuda.Event(blocking=True))
-        event.event.record(self.stream)
-        if self._watch is not None:
-            self._watch(event)
-        return event
-
-    def synchronize(self, timeout_s: float | None = None) -> bool:
-        return self.record().wait(timeout_s)
-
-
-class Copier:
-    """Submits copies of rows. `path` is the best rung of the ladder that works here, or the one asked for."""
-
-    def __init__(self, device: int, path: str | None) -> None:
-        self.device = device
-        self._batch = _batch_function() if path in (None, "batch") else None
-        self.path = path or ("batch" if self._batch is not None and self._batch_works() else "runs")
-        if self.path == "batch" and self._batch is None:
-            raise ConfigError("copy_path='batch': this driver has no cuMemcpyBatchAsync (CUDA 12.8); use 'runs'")
-
-    def copy(self, stream: Any, target: Rows, t: IntArray, source: Rows, s: IntArray) -> None:
-        if not len(t):
-            return
-        with torch.cuda.device(self.device):
-            if self.path == "torch":
-                _copy_by_torch(stream, target, t, source, s)
+        self._device, self._runtime = device, cupy.cuda.runtime
+        self._batch: MemcpyBatch | None = None
+        self._bound = threading.local()
+        refusals = []
+        for self.path in COPY_PATHS if path is None else (path,):
+            if (reason := self._refusal()) is None:
                 return
-            into, out_of = Rows2D.of(target), Rows2D.of(source)
-            descriptors, runs = plan_copies(into, t, out_of, s)
-            if self.path == "batch" and stream.cuda_stream != 0:  # it refuses the legacy default stream
-                for part in descriptors.batches(BATCH_LIMIT):
-                    self._submit_batch(part, stream.cuda_stream)
+            refusals.append(f"copy_path={self.path!r}: {reason}")
+        raise ConfigError("no way to copy rows on this machine: " + "; ".join(refusals))
+
+    def copy(self, stream: torch.cuda.Stream, plan: CopyPlan, target: Rows, source: Rows) -> None:
+        """Raises RuntimeError (of the driver, CuPy or torch) when a copy cannot be queued; some may be queued then."""
+        if not len(plan.lengths) or not plan.target.row_bytes:
+            return
+        handle = stream.cuda_stream
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            if not plan.target.is_device and not plan.source.is_device:
+                stream.synchronize()  # no engine moves host to host; nothing of ours does so while serving
+                copy_on_host(plan, target, source)
+            elif self.path == "torch" or handle in LEGACY_STREAMS:
+                copy_by_tensors(plan, target, source)
+            elif self.path == "batch" and self._batch is not None:
+                self._bind_context()
+                self._batch.submit(plan.descriptors(), handle)
             else:
-                _copy_by_runs(stream.cuda_stream, into, out_of, descriptors, runs)
+                copy_by_calls(plan, self._runtime.memcpyAsync, self._runtime.memcpy2DAsync, _BY_ADDRESS, handle)
 
-    def _submit_batch(self, part: Descriptors, stream: int) -> None:
-        """Pointers of the arrays go straight to the driver; it reads them before it returns."""
-        assert self._batch is not None
-        attributes = _MemcpyAttributes(srcAccessOrder=_STREAM_ORDER)
-        first, failed = ctypes.c_size_t(0), ctypes.c_size_t(0)
-        pointers = [ctypes.c_void_p(a.ctypes.data) for a in (part.targets, part.sources, part.sizes)]
-        result = self._batch(
-            *pointers,
-            ctypes.c_size_t(len(part)),
-            ctypes.byref(attributes),
-            ctypes.byref(first),
-            ctypes.c_size_t(1),
-            ctypes.byref(failed),
-            ctypes.c_void_p(stream),
-        )
-        if result != 0:
-            raise RuntimeError(f"cuMemcpyBatchAsync of {len(part)} copies failed with CUDA error {result}")
+    def _bind_context(self) -> None:
+        """The driver call needs a context current in this thread; choosing the device through torch binds none."""
+        if not getattr(self._bound, "is_done", False):
+            self._runtime.setDevice(self._device.index)
+            self._runtime.free(0)  # any call of the runtime that needs a context binds it
+            self._bound.is_done = True
 
-    def _batch_works(self) -> bool:
-        """Copy a few rows to the device and back, and look at them."""
-        stream = torch.cuda.Stream(self.device)
-        there = torch.zeros(4, 64, dtype=torch.uint8, device=f"cuda:{self.device}")
-        source, back = pinned_rows(4, 64), pinned_rows(4, 64)
-        source[:] = np.arange(4)[:, None] + 1
-        torch.cuda.current_stream(self.device).synchronize()
+    def _refusal(self) -> str | None:
+        """Why this path does not work here, found by copying a few rows to the device and back with it."""
         try:
-            for target, source_rows in ((there, source), (back, there)):
-                same = np.array([3, 1])
-                part, _ = plan_copies(Rows2D.of(target), same, Rows2D.of(source_rows), same)
-                self._submit_batch(part, stream.cuda_stream)
-            stream.synchronize()
-        except RuntimeError:
-            return False
-        return bool((back[[3, 1]] == source[[3, 1]]).all())
+            if self.path == "batch":
+                self._batch = MemcpyBatch()
+            stream = torch.cuda.Stream(self._device)
+            source, back = (pinned_rows(PROBE_ROWS, PROBE_ROW_BYTES, self._device) for _ in range(2))
+            device = torch.zeros((PROBE_ROWS, PROBE_ROW_BYTES), dtype=torch.uint8, device=self._device)
+            torch.cuda.current_stream(self._device).synchronize()
+            copy = partial(self.copy, stream)
+            return None if is_exact(copy, source, device, back, stream.synchronize) else "copied bytes are wrong"
+        except RuntimeError as error:
+            return str(error)
 
 
-def _copy_by_runs(stream: int, target: Rows2D, source: Rows2D, descriptors: Descriptors, runs: Runs) -> None:
-    from cupy.cuda import runtime
-
-    if target.is_dense and source.is_dense:
-        for t, s, n in zip(
-            descriptors.targets.tolist(), descriptors.sources.tolist(), descriptors.sizes.tolist(), strict=True
-        ):
-            runtime.memcpyAsync(t, s, n, _MEMCPY_DEFAULT, stream)
-        return
-    for t, s, n in zip(runs.targets.tolist(), runs.sources.tolist(), runs.counts.tolist(), strict=True):
-        into, out_of = target.address + t * target.stride, source.address + s * source.stride
-        runtime.memcpy2DAsync(into, target.stride, out_of, source.stride, target.width, n, _MEMCPY_DEFAULT, stream)
-
-
-def _copy_by_torch(stream: Any, target: Rows, t: IntArray, source: Rows, s: IntArray) -> None:
-    into, out_of = _tensor(target), _tensor(source)
-    _, runs = plan_copies(Rows2D.of(target), t, Rows2D.of(source), s)
-    with torch.cuda.stream(stream):
-        for first, origin, n in zip(runs.targets.tolist(), runs.sources.tolist(), runs.counts.tolist(), strict=True):
-            into[first : first + n].copy_(out_of[origin : origin + n], non_blocking=True)
-
-
-def _tensor(rows: Rows) -> torch.Tensor:
-    return rows if isinstance(rows, torch.Tensor) else torch.from_numpy(rows)
-
-
-class _MemcpyAttributes(ctypes.Structure):
-    """CUmemcpyAttributes of cuda.h: access order, two location hints (type, id), flags."""
-
-    _fields_ = (
-        ("srcAccessOrder", ctypes.c_int),
-        ("srcLocHint", ctypes.c_int * 2),
-        ("dstLocHint", ctypes.c_int * 2),
-        ("flags", ctypes.c_uint),
-    )
-
-
-def _batch_function() -> Any:
-    """The driver's cuMemcpyBatchAsync, or None. Asked for by version, so that its arguments are those we pass."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-        address, status = ctypes.c_void_p(), ctypes.c_int()
-        result = driver.cuGetProcAddress_v2(
-            b"cuMemcpyBatchAsync",
-            ctypes.byref(address),
-            ctypes.c_int(BATCH_VERSION),
-            ctypes.c_uint64(0),
-            ctypes.byref(status),
-        )
-    except (OSError, AttributeError):
-        return None
-    if result != 0 or status.value != 0 or not address.value:
-        return None
-    pointer, size = ctypes.c_void_p, ctypes.c_size_t
-    return ctypes.CFUNCTYPE(ctypes.c_int, pointer, pointer, pointer, size, pointer, pointer, size, pointer, pointer)(
-        address.value
-    )
-
-
-def pinned_rows(rows: int, row_bytes: int) -> npt.NDArray[np.uint8]:
-    """Zeroed page-locked host rows of exactly that size (a caching allocator would round up to a power of two)."""
-    from cupy.cuda import PinnedMemory, PinnedMemoryPointer
+def pinned_rows(rows: int, row_bytes: int, device: torch.device) -> npt.NDArray[np.uint8]:
+    """Zeroed, page-locked, page-aligned host rows of exactly that size, from no pool. Raises ConfigError for too many."""
+    import cupy
 
     size = rows * row_bytes
     if size == 0:
-        return aligned_rows(rows, row_bytes)
-    memory = np.frombuffer(PinnedMemoryPointer(PinnedMemory(size), 0), np.uint8, size).reshape(rows, row_bytes)
-    memory[:] = 0
-    return memory
+        return np.empty((rows, row_bytes), np.uint8)
+    try:
+        with torch.cuda.device(device):
+            memory = cupy.cuda.PinnedMemoryPointer(cupy.cuda.PinnedMemory(size, _PORTABLE), 0)
+            if memory.ptr % _PAGE_BYTES:  # the driver hands out small pieces at finer steps
+                larger = cupy.cuda.PinnedMemory(size + _PAGE_BYTES - 1, _PORTABLE)
+                memory = cupy.cuda.PinnedMemoryPointer(larger, -larger.ptr % _PAGE_BYTES)
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        raise ConfigError(f"host_bytes: {size} bytes cannot be page-locked ({error}); lower host_bytes") from error
+    slab = np.frombuffer(memory, np.uint8, size).reshape(rows, row_bytes)
+    slab[:] = 0
+    return slab
+
+
+class _Stream:
+    """What both kinds of stream do the same way."""
+
+    name: str
+    _stream: Any
+
+    def wait(self, event: Event) -> None:
+        """On the device for an event of the device; the host waits for work of the host (disk)."""
+        if event.is_done():
+            return
+        if isinstance(event, PolledEvent):
+            self._stream.wait_event(event.native)
+        else:
+            event.wait()
+
+    def synchronize(self, timeout_s: float | None = None) -> bool:
+        return _recorded(self._stream).wait(timeout_s)
+
+
+class CopyStream(_Stream):
+    """A stream of its own for copies in one direction. A copy that fails marks the event recorded after it."""
+
+    def __init__(self, name: str, device: torch.device, engine: CopyEngine, completions: Completions) -> None:
+        self.name = name
+        self._stream = torch.cuda.Stream(device)
+        self._engine, self._completions = engine, completions
+        self._pending = Pending()
+        self._is_closed = False
+        completions.add_stream(name)
+
+    def copy_rows(self, target: Rows, target_rows: IntArray, source: Rows, source_rows: IntArray) -> None:
+        """Host rows must come from `alloc_host`. Raises ValueError for rows that do not fit, before anything is queued."""
+        if self._is_closed:
+            raise TierUnavailableError(f"stream {self.name!r} is closed")
+        plan = plan_copy(row_space(target), target_rows, row_space(source), source_rows)
+        self._pending.keeps += (target, source)
+        try:
+            self._engine.copy(self._stream, plan, target, source)
+        except RuntimeError as error:
+            if self._pending.error is None:
+                self._pending.error = unavailable(f"stream {self.name!r}: a copy could not be queued", error)
+
+    def run(self, fn: Callable[[], None]) -> None:
+        with torch.cuda.stream(self._stream):
+            fn()
+
+    def record(self) -> PolledEvent:
+        pending = self._pending
+        event = _recorded(self._stream, pending.error, pending.keeps)
+        pending.error, pending.keeps = None, ()
+        self._completions.watch(self.name, event)
+        return event
+
+    def close(self, timeout_s: float) -> None:
+        self._is_closed = True
+        self.synchronize(timeout_s)
+
+
+class ComputeStream(_Stream):
+    """The stream that the calling thread's kernels run on, whichever it is at the time of the call."""
+
+    name = "compute"
+
+    def __init__(self, device: torch.device, engine: CopyEngine) -> None:
+        self._device, self._engine = device, engine
+
+    @property
+    def _stream(self) -> torch.cuda.Stream:  # type: ignore[override]
+        return torch.cuda.current_stream(self._device)
+
+    def copy_rows(self, target: Rows, target_rows: IntArray, source: Rows, source_rows: IntArray) -> None:
+        """Raises: TierUnavailableError when the copy cannot be queued."""
+        plan = plan_copy(row_space(target), target_rows, row_space(source), source_rows)
+        try:
+            self._engine.copy(self._stream, plan, target, source)
+        except RuntimeError as error:
+            raise unavailable(f"stream {self.name!r}: a copy could not be queued", error) from error
+
+    def run(self, fn: Callable[[], None]) -> None:
+        fn()
+
+    def record(self) -> PolledEvent:
+        """Not watched: who waits for computing waits for the event."""
+        return _recorded(self._stream)
+
+
+def _recorded(stream: torch.cuda.Stream, error: BaseException | None = None, keeps: object = None) -> PolledEvent:
+    native = torch.cuda.Event(blocking=True)
+    event = PolledEvent(native, error, keeps)
+    try:
+        native.record(stream)
+    except RuntimeError as cause:
+        event.fail(cause)
+    return event
 
 
 class CudaBackend:
-    """Memory and streams of the current CUDA device. `copy_path` forces one rung of the ladder, for tests."""
+    """Memory and streams of one CUDA device. Raises ConfigError where there is none, or the copy path does not work."""
 
     name = "cuda"
     pinned = True
 
-    def __init__(self, copy_path: str | None = None) -> None:
+    def __init__(self, *, device: int | None = None, copy_path: CopyPath | None = None) -> None:
+        if (reason := unavailable_reason()) is not None:
+            raise ConfigError(f"backend='cuda': {reason}")
         if copy_path is not None and copy_path not in COPY_PATHS:
             raise ConfigError(f"copy_path={copy_path!r} is unknown; choose {', '.join(COPY_PATHS)}")
-        missing = unavailable_reason()
-        if missing is not None:
-            raise ConfigError(f"backend='cuda': {missing}")
-        self.device = torch.cuda.current_device()
+        self.device = torch.device("cuda", torch.cuda.current_device() if device is None else device)
+        self._engine = CopyEngine(self.device, copy_path)
         self._progress = Progress()
-        self._copier = Copier(self.device, copy_path)
-        self._watcher = Watcher(self.device, self._progress.notify)
-        self.compute = CudaStream("compute", self._copier, None, None)
-        self.promote = CudaStream("promote", self._copier, torch.cuda.Stream(self.device), self._watcher.watch)
-        self.demote = CudaStream("demote", self._copier, torch.cuda.Stream(self.device), self._watcher.watch)
-        self.read_io = Workers("read", READ_WORKERS, self._progress.notify)
-        self.write_io = Workers("write", WRITE_WORKERS, self._progress.notify)
+        notify = self._progress.notify
+        self._completions = Completions(notify)
+        self.compute = ComputeStream(self.device, self._engine)
+        self.promote = CopyStream("promote", self.device, self._engine, self._completions)
+        self.demote = CopyStream("demote", self.device, self._engine, self._completions)
+        self.read_io = Workers("read", READ_WORKERS, notify)
+        self.write_io = Workers("write", WRITE_WORKERS, notify)
 
     @property
-    def copy_path(self) -> str:
-        return self._copier.path
+    def copy_path(self) -> CopyPath:
+        return self._engine.path
 
     @property
     def on_progress(self) -> Callable[[], object] | None:
@@ -320,19 +262,37 @@ class CudaBackend:
         self._progress.callback = callback
 
     def alloc_device(self, rows: int, row_bytes: int) -> torch.Tensor:
-        memory = torch.zeros(rows, row_bytes, dtype=torch.uint8, device=f"cuda:{self.device}")
-        torch.cuda.current_stream(self.device).synchronize()  # zeroed before any copy stream touches it
-        return memory
+        """Zeroed, and zeroed before any stream can see it. Raises ConfigError when the device has not that much left."""
+        try:
+            with torch.inference_mode(False):  # copies come from threads outside that mode
+                pool = torch.zeros((rows, row_bytes), dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"device_bytes: {rows * row_bytes} bytes do not fit the device, which has "
+                f"{torch.cuda.mem_get_info(self.device)[0]} free; lower device_bytes"
+            ) from error
+        torch.cuda.current_stream(self.device).synchronize()
+        return pool
 
     def alloc_host(self, rows: int, row_bytes: int) -> npt.NDArray[np.uint8]:
-        return pinned_rows(rows, row_bytes)
+        return pinned_rows(rows, row_bytes, self.device)
 
     def wait_any(self, timeout_s: float) -> None:
         self._progress.wait_any(timeout_s)
 
     def close(self, timeout_s: float) -> None:
-        self.promote.synchronize(timeout_s)
-        self.demote.synchronize(timeout_s)
-        self._watcher.close(timeout_s)
-        self.read_io.close(timeout_s)
-        self.write_io.close(timeout_s)
+        deadline_s = time.monotonic() + timeout_s
+        for part in (self.promote, self.demote, self._completions, self.read_io, self.write_io):
+            part.close(max(0.0, deadline_s - time.monotonic()))
+
+
+def device_facts(device: int = 0) -> dict[str, Any]:
+    """What a result file says about the device and its driver."""
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "name": properties.name,
+        "memory_bytes": properties.total_memory,
+        "capability": f"{properties.major}.{properties.minor}",
+        "driver_cuda": dotted(driver_version()),
+        "torch_cuda": torch.version.cuda,
+    }

@@ -1,106 +1,247 @@
-"""The CUDA backend: the contract of every backend on each way of submitting a copy, and a chat on a real device."""
+"""The CUDA backend: why it is refused without a device; with one, its contract, its three copy paths and its memory."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
+import threading
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
+from kvtier.tiers.copy_plan import plan_copy, row_space
+from kvtier.tiers.cuda import COPY_PATHS, CudaBackend, unavailable_reason
+from kvtier.tiers.errors import ConfigError, TierUnavailableError
+from kvtier.tiers.memcpy_batch import (
+    MAX_DESCRIPTORS,
+    CopyAttributes,
+    DriverError,
+    MemcpyBatch,
+    driver_too_old_for,
+    driver_version,
+)
+from kvtier.tiers.streams import copy_rows_now
 
-from kvtier import Engine, PagerConfig, SamplingParams  # noqa: E402
-from kvtier.tiers.cuda import COPY_PATHS, CudaBackend, pinned_rows, unavailable_reason  # noqa: E402
-from kvtier.tiers.errors import ConfigError  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parent))
+from test_streams import BackendContract
 
-from .test_streams import BackendContract  # noqa: E402
-
-needs_gpu = pytest.mark.skipif(unavailable_reason() is not None, reason=str(unavailable_reason()))
+REASON = unavailable_reason()
+without_gpu = pytest.mark.skipif(REASON is None, reason="there is a CUDA device here")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_without_a_device_the_backend_says_what_is_missing():
-    assert "sees no CUDA device" in str(unavailable_reason())
-    with pytest.raises(ConfigError, match="sees no CUDA device"):
+def gpu(test):
+    return pytest.mark.gpu(pytest.mark.skipif(REASON is not None, reason=f"no usable CUDA: {REASON}")(test))
+
+
+# ---------------------------------------------------------------------- without a device
+@without_gpu
+def test_the_reason_is_one_line_and_the_backend_refuses_with_it():
+    assert REASON and "\n" not in REASON
+    with pytest.raises(ConfigError) as refusal:
         CudaBackend()
+    assert REASON in str(refusal.value)
 
 
-def test_an_unknown_copy_path_is_refused_first():
-    with pytest.raises(ConfigError, match="copy_path='callback'"):
-        CudaBackend("callback")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch is built with CUDA")
+def test_a_torch_without_cuda_is_named():
+    assert f"torch {torch.__version__} is built without CUDA" == REASON
 
 
-@pytest.mark.gpu
-@needs_gpu
-class TestCudaContract(BackendContract):
-    """Every path of the ladder keeps the contract."""
+@pytest.mark.skipif(driver_version() != 0, reason="there is an NVIDIA driver here")
+def test_without_a_driver_nothing_is_batched():
+    with pytest.raises(DriverError, match="no NVIDIA driver"):
+        MemcpyBatch()
+    assert driver_too_old_for("13.2", "CuPy") == (
+        "the NVIDIA driver is too old: it supports CUDA 0.0, CuPy is built for 13.2"
+    )
 
-    @pytest.fixture(autouse=True, params=COPY_PATHS)
-    def path(self, request):
-        try:
-            CudaBackend(request.param).close(5)
-        except ConfigError as error:
-            pytest.skip(str(error))
-        self.copy_path = request.param
+
+def test_attributes_lie_as_the_driver_expects_them():
+    offsets = [getattr(CopyAttributes, name).offset for name, _ in CopyAttributes._fields_]
+    assert (ctypes.sizeof(CopyAttributes), offsets) == (24, [0, 4, 12, 20])  # CUmemcpyAttributes of cuda.h 13.0
+
+
+# ---------------------------------------------------------------------- with a device
+class CudaContract(BackendContract):
+    """The contract of every backend, on one copy path."""
+
+    path = None
 
     def make(self):
-        return Unified(self.copy_path)
+        return CudaBackend(copy_path=self.path)
 
 
-class Unified(CudaBackend):
-    """For the contract, which reads and fills rows by numpy: device rows that are pinned host memory."""
-
-    def alloc_device(self, rows, row_bytes):
-        return pinned_rows(rows, row_bytes)
+@gpu
+class TestBatch(CudaContract):
+    path = "batch"
 
 
-@pytest.mark.gpu
-@needs_gpu
-def test_all_paths_copy_the_same_bytes_both_ways():
-    random = np.random.default_rng(0)
-    results = []
-    for path in COPY_PATHS:
-        backend = CudaBackend(path)
-        host, back, device = backend.alloc_host(5000, 48), backend.alloc_host(5000, 48), backend.alloc_device(5000, 48)
-        host[:] = np.random.default_rng(1).integers(0, 256, host.shape, np.uint8)
-        t, s = np.random.default_rng(2).permutation(5000), np.random.default_rng(3).permutation(5000)
-        backend.promote.copy_rows(device, t, host, s)
-        backend.demote.wait(backend.promote.record())
-        backend.demote.copy_rows(back, s, device, t)
-        assert backend.demote.record().wait(30)
-        assert (back == host).all() and (device.cpu().numpy()[t] == host[s]).all()
-        slices = backend.alloc_device(64, 16)
-        rows = random.permutation(64)
-        backend.promote.copy_rows(slices, np.arange(64), host[:, 16:32], rows)
-        assert backend.promote.record().wait(30)
-        assert (slices.cpu().numpy() == host[rows, 16:32]).all()
-        results.append(device.cpu())
-        backend.close(5)
-    assert all(torch.equal(results[0], other) for other in results[1:])
+@gpu
+class TestRuns(CudaContract):
+    path = "runs"
 
 
-@pytest.mark.gpu
-@needs_gpu
-def test_the_slab_is_exact_and_page_locked():
-    rows = pinned_rows(3, 1 << 20)
-    assert rows.nbytes == 3 << 20 and torch.from_numpy(rows).is_pinned() and not rows.any()
+@gpu
+class TestTorch(CudaContract):
+    path = "torch"
 
 
-@pytest.mark.gpu
-@needs_gpu
-def test_a_needle_chat_swaps_on_the_device_and_answers_exactly(tmp_path):
-    from kvtier.engine.needle import NeedleSpec, build_needle_model, needle_prompt
+@pytest.fixture
+def backend():
+    made = CudaBackend()
+    yield made
+    made.close(10)
 
-    ids, needles = needle_prompt(NeedleSpec(), 8192, 8, num_values=4, seed=0)
-    model = build_needle_model(dtype=torch.bfloat16).to("cuda")
-    config = PagerConfig("1MiB", "3MiB", nvme_path=tmp_path / "s", nvme_bytes="64MiB", backend="cuda")
-    for restarted in (False, True):
-        with Engine.from_model(model, config, block_size=16) as engine:
-            session = engine.session("chat")
-            if not restarted:
-                session.send(ids, SamplingParams(max_tokens=0))
-            length = len(session.token_ids)
-            for needle in needles:
-                out = session.send([needle.key], SamplingParams(max_tokens=4))
-                assert tuple(out.token_ids) == tuple(needle.values)
-                session.rollback(length)
-            session.park()
-            assert engine.pager.status()["pinned_memory"]
+
+def bytes_of(random: np.random.Generator, rows: np.ndarray) -> None:
+    rows[:] = random.integers(0, 256, rows.shape, np.uint8)
+
+
+@gpu
+@pytest.mark.parametrize("path", COPY_PATHS)
+@pytest.mark.parametrize("columns", [slice(0, 768), slice(128, 640)], ids=["rows", "slices"])
+def test_every_copy_path_gives_the_bytes_of_a_plain_copy(path, columns, seed):
+    random, backend = np.random.default_rng(seed), CudaBackend(copy_path=path)
+    count = 2 * MAX_DESCRIPTORS + 100
+    source, back = backend.alloc_host(count + 50, 768), backend.alloc_host(count, 768)
+    device = backend.alloc_device(count + 20, 768)
+    bytes_of(random, source)
+    t, s = random.permutation(count + 20)[:count], random.integers(0, count + 50, count)
+    t[: count // 2] = np.sort(t[: count // 2])
+    s[: count // 2] = t[: count // 2]
+    expected = np.zeros((count + 20, 768), np.uint8)
+    copy_rows_now(expected[:, columns], t, source[:, columns], s)
+    backend.promote.copy_rows(device[:, columns], t, source[:, columns], s)
+    event = backend.promote.record()
+    assert event.wait(30) and event.error is None
+    assert np.array_equal(device.cpu().numpy(), expected)
+    backend.demote.copy_rows(back[:, columns], np.arange(count), device[:, columns], t)
+    event = backend.demote.record()
+    assert event.wait() and event.error is None
+    assert np.array_equal(back[:, columns], expected[t][:, columns])
+    assert not back[:, columns.stop :].any() and not back[:, : columns.start].any()
+    backend.close(10)
+
+
+@gpu
+@pytest.mark.parametrize("path", COPY_PATHS)
+def test_a_thread_may_copy_as_its_first_act_on_the_device(path):
+    backend, seen = CudaBackend(copy_path=path), []
+    host, pool, one = backend.alloc_host(1, 64), backend.alloc_device(1, 64), np.zeros(1, np.int64)
+    host[:] = 5
+
+    def copy() -> None:
+        backend.promote.copy_rows(pool, one, host, one)
+        event = backend.promote.record()
+        seen.append((event.wait(10), event.error))
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    thread.join(20)
+    assert seen == [(True, None)] and (pool == 5).all()
+    backend.close(5)
+
+
+@gpu
+def test_blocks_are_copied_within_the_device_on_the_compute_stream(backend):
+    pool = backend.alloc_device(4, 4096)
+    for stream in (torch.cuda.current_stream(), torch.cuda.Stream()):
+        with torch.cuda.stream(stream):
+            pool[1] = 7
+            backend.compute.copy_rows(pool, np.array([3]), pool, np.array([1]))
+            assert backend.compute.record().wait(10)
+        assert (pool[3] == 7).all() and not pool[2].any()
+        pool.zero_()
+        torch.cuda.synchronize()
+
+
+@gpu
+def test_the_slab_is_exact_zeroed_and_page_locked(backend):
+    for rows, row_bytes in ((3, 100), (1, 1), (5, (2 << 20) + 4096), (0, 64)):
+        slab = backend.alloc_host(rows, row_bytes)
+        assert slab.nbytes == rows * row_bytes and slab.flags.writeable and not slab.any()
+        if rows:
+            assert slab.ctypes.data % 4096 == 0 and torch.from_numpy(slab).is_pinned()
+
+
+@gpu
+def test_more_memory_than_there_is_is_refused_by_name(backend):
+    with pytest.raises(ConfigError, match="device_bytes"):
+        backend.alloc_device(1 << 20, 1 << 30)
+    with pytest.raises(ConfigError, match="host_bytes"):
+        backend.alloc_host(1 << 20, 1 << 30)
+    assert backend.alloc_host(1, 4096).nbytes == backend.alloc_device(1, 4096).nbytes == 4096
+
+
+@gpu
+def test_a_copy_out_waits_for_the_kernels_before_it(backend):
+    pool, host = backend.alloc_device(8, 1 << 20), backend.alloc_host(8, 1 << 20)
+    work = torch.randn(4096, 4096, device="cuda")
+    rows = np.random.default_rng(0).permutation(8)
+    for value in range(1, 20):
+        for _ in range(4):
+            work = torch.nn.functional.normalize(work @ work)
+        pool.fill_(value)
+        backend.demote.wait(backend.compute.record())
+        backend.demote.copy_rows(host, rows, pool, rows)
+        copied = backend.demote.record()
+        backend.compute.wait(copied)  # the next fill
+        assert copied.wait(30) and (host == value).all()
+
+
+@gpu
+def test_a_device_copy_waits_for_host_work(backend):
+    host, pool, one = backend.alloc_host(1, 64), backend.alloc_device(1, 64), np.zeros(1, np.int64)
+
+    def read() -> None:
+        time.sleep(0.05)
+        host[:] = 9
+
+    backend.promote.wait(backend.read_io.submit(read))
+    backend.promote.copy_rows(pool, one, host, one)
+    assert backend.promote.record().wait(10) and (pool == 9).all()
+
+
+@gpu
+def test_completions_are_reported_without_being_asked(backend):
+    seen = []
+    backend.on_progress = lambda: seen.append(1)
+    host, pool = backend.alloc_host(64, 1 << 20), backend.alloc_device(64, 1 << 20)
+    for _ in range(10):
+        backend.promote.copy_rows(pool, np.arange(64), host, np.random.default_rng(0).permutation(64))
+        event = backend.promote.record()
+        deadline_s = time.monotonic() + 10
+        while not event.is_done() and time.monotonic() < deadline_s:
+            backend.wait_any(0.5)
+        assert event.is_done()
+    time.sleep(0.05)
+    assert seen
+
+
+@gpu
+def test_rows_that_do_not_fit_are_refused_and_a_closed_stream_takes_nothing(backend):
+    host, pool = backend.alloc_host(2, 64), backend.alloc_device(2, 64)
+    with pytest.raises(ValueError, match="source_rows"):
+        backend.promote.copy_rows(pool, np.array([0]), host, np.array([2]))
+    event = backend.promote.record()
+    assert event.wait(10) and event.error is None
+    backend.close(5)
+    with pytest.raises(TierUnavailableError, match="closed"):
+        backend.promote.copy_rows(pool, np.array([0]), host, np.array([0]))
+
+
+@gpu
+def test_batches_refuse_the_legacy_default_stream(backend):
+    pool = backend.alloc_device(2, 64)
+    plan = plan_copy(row_space(pool), np.array([1]), row_space(pool), np.array([0]))
+    with pytest.raises(DriverError, match="legacy"):
+        MemcpyBatch().submit(plan.descriptors(), 0)
+
+
+@gpu
+def test_an_unknown_copy_path_is_refused():
+    with pytest.raises(ConfigError, match="batch, runs, torch"):
+        CudaBackend(copy_path="fastest")

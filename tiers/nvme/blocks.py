@@ -7,6 +7,7 @@ were proven once are remembered (bounded), so that reading a block layer by laye
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ..checksum import block_sum, layer_sums
+from ..checksum import block_sum, layer_sums, layer_sums_and_crc
 from ..layout import KVLayout
 from ..streams import IntArray, Rows
 from .files import Scratch, Segment, SegmentFiles, is_aligned
@@ -24,6 +25,7 @@ from .layout import PAGE_BYTES, Geometry, Trailer
 from .slots import Run
 
 MAX_TRAILERS = 4096  # remembered
+NUM_HASHING = len(os.sched_getaffinity(0))  # more threads that hash at once only fight over the interpreter's lock
 Stamps = npt.NDArray[Any]
 
 
@@ -36,6 +38,7 @@ class BlockIo:
         self._with_checksums = with_checksums
         self._scratch = Scratch()
         self._lock = threading.Lock()
+        self._hashing = threading.Semaphore(NUM_HASHING)
         self._trailers: OrderedDict[tuple[int, int, int], npt.NDArray[np.uint64]] = OrderedDict()
         self.bytes_read = self.bytes_written = 0
 
@@ -126,19 +129,15 @@ class BlockIo:
 
     def _tail(self, group: int, row: npt.NDArray[np.uint8], stamp: Stamps) -> bytes:
         """Everything behind a block; its checksum goes into the stamp."""
-        sums = layer_sums(self._layouts[group], row) if self._with_checksums else self._no_sums(group)
+        layout = self._layouts[group]
+        if self._with_checksums:
+            with self._hashing:
+                sums, crc = layer_sums_and_crc(layout, row)
+        else:  # for measuring; stock readers refuse such a block
+            sums, crc = np.zeros(layout.num_layers, np.uint64), 0
         stamp["checksum"] = block_sum(sums)
-        trailer = Trailer(
-            stamp["key"][0].tobytes(),
-            int(stamp["generation"][0]),
-            int(stamp["checksum"][0]),
-            int(stamp["tokens"][0]),
-            sums,
-        )
-        return self._geometries[group].tail(row, trailer, with_crc=self._with_checksums)
-
-    def _no_sums(self, group: int) -> npt.NDArray[np.uint64]:
-        return np.zeros(self._layouts[group].num_layers, np.uint64)
+        key, generation, checksum, tokens = stamp[0].tolist()
+        return self._geometries[group].tail(crc, Trailer(key, generation, checksum, tokens, sums))
 
     def _is_the_block(self, group: int, row: npt.NDArray[np.uint8], tail: bytes, stamp: Any) -> bool:
         trailer = self._geometries[group].read_tail(tail)
@@ -146,7 +145,8 @@ class BlockIo:
             return False
         if not self._with_checksums:
             return True
-        return bool(np.array_equal(layer_sums(self._layouts[group], row), trailer.layer_sums))
+        with self._hashing:
+            return bool(np.array_equal(layer_sums(self._layouts[group], row), trailer.layer_sums))
 
     def _trailer_sums(self, group: int, slot: int, stamp: Any) -> npt.NDArray[np.uint64] | None:
         """Layer sums of the block that the stamp names, from memory or from its trailer; None when it is not there."""

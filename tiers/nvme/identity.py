@@ -17,7 +17,7 @@ from ..errors import ConfigError, StoreLockedError, StoreMismatchError
 from ..layout import KVLayout
 from .layout import Geometry
 
-FORMAT = 1
+FORMAT = 2  # 1 had no seal over a block's crc
 STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR = "store.json", "LOCK", "manifest.log", "blocks.zarr"
 PROBE_FILE = "probe.tmp"  # written and removed at open, to see what the file system takes
 _OURS = {STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR, "status.sock", "manifest.new", "store.json.new", PROBE_FILE}
@@ -127,14 +127,21 @@ def make_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> No
 
 
 def grow_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> None:
-    """Let the arrays' shapes reach at least num_slots."""
-    import zarr
+    """Let the arrays' shapes reach at least num_slots. zarr is loaded only when one has to grow.
 
-    group = zarr.open_group(str(path / ZARR_DIR), mode="r+")
+    Raises ConfigError when the store's Zarr metadata cannot be read.
+    """
     for index, (layout, slots) in enumerate(zip(identity.layouts, num_slots, strict=True)):
-        array = group[f"g{index}"]
+        file = path / ZARR_DIR / f"g{index}" / "zarr.json"
+        try:
+            has = int(json.loads(file.read_text())["shape"][0])
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise ConfigError(f"store {path}: {file.name} of array g{index} cannot be read: {error}") from error
         wanted = _whole_segments(slots, Geometry.of(layout))
-        if isinstance(array, zarr.Array) and array.shape[0] < wanted:
+        if has < wanted:
+            import zarr
+
+            array = zarr.open_array(str(file.parent), mode="r+")
             array.resize((wanted, *array.shape[1:]))
 
 

@@ -28,7 +28,7 @@ MAX_SLOTS = 32  # per segment; the index page has room for 255
 MAX_SEGMENT_BYTES = 32 << 20
 MAGIC = b"kvtier\x00\x01"
 _HEAD = struct.Struct("<8s32sQQII")  # magic, key, generation, checksum, tokens, number of layers
-_SEAL = struct.Struct("<Q")  # xxh3 of the trailer before it
+_SEAL = struct.Struct("<Q")  # xxh3 of the crc and the trailer before it
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,11 @@ class Geometry:
         """Bytes of a slot behind its block: checksum, trailer and padding."""
         return self.stride - self.block_bytes
 
+    @property
+    def padding_bytes(self) -> int:
+        """Bytes at the end of a slot that mean nothing."""
+        return self.tail_bytes - (CRC_BYTES + _HEAD.size + 8 * self.num_layers + _SEAL.size)
+
     def place(self, slot: int) -> tuple[int, int]:
         """Segment number and offset in its file."""
         segment, index = divmod(slot, self.slots_per_segment)
@@ -85,21 +90,22 @@ class Geometry:
         listed = page[: 16 * self.slots_per_segment].view("<u8")[1::2] != np.uint64(EMPTY)
         return listed if page.tobytes() == self.index_page(listed) else None
 
-    def tail(self, block: npt.NDArray[np.uint8], trailer: Trailer, *, with_crc: bool = True) -> bytes:
-        """Everything behind the block's bytes. Without its crc (for measuring) stock readers refuse the block."""
+    def tail(self, crc: int, trailer: Trailer) -> bytes:
+        """Everything behind the bytes of a block whose crc32c that is."""
         head = _HEAD.pack(
             MAGIC, trailer.key, trailer.generation, trailer.checksum, trailer.tokens, len(trailer.layer_sums)
         )
         body = head + np.ascontiguousarray(trailer.layer_sums, "<u8").tobytes()
-        crc = (crc32c.crc32c(block.data) if with_crc else 0).to_bytes(CRC_BYTES, "little")
-        return (crc + body + _SEAL.pack(xxhash.xxh3_64_intdigest(body))).ljust(self.tail_bytes, b"\0")
+        sealed = crc.to_bytes(CRC_BYTES, "little") + body
+        return (sealed + _SEAL.pack(xxhash.xxh3_64_intdigest(sealed))).ljust(self.tail_bytes, b"\0")
 
     def read_tail(self, tail: bytes) -> Trailer | None:
         """The trailer, or None when it is not one that was written whole."""
-        body = tail[CRC_BYTES : CRC_BYTES + _HEAD.size + 8 * self.num_layers]
-        (seal,) = _SEAL.unpack_from(tail, CRC_BYTES + len(body))
-        if len(tail) < self.tail_bytes or xxhash.xxh3_64_intdigest(body) != seal:
+        sealed = tail[: self.tail_bytes - self.padding_bytes - _SEAL.size]
+        (seal,) = _SEAL.unpack_from(tail, len(sealed))
+        if len(tail) < self.tail_bytes or xxhash.xxh3_64_intdigest(sealed) != seal:
             return None
+        body = sealed[CRC_BYTES:]
         magic, key, generation, checksum, tokens, layers = _HEAD.unpack_from(body)
         sums = np.frombuffer(body, "<u8", self.num_layers, _HEAD.size)
         if magic != MAGIC or layers != self.num_layers or block_sum(sums) != checksum:

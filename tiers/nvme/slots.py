@@ -17,7 +17,7 @@ from ..streams import IntArray
 from .layout import Geometry
 from .manifest import GroupListing
 
-RUN_BYTES = 4 << 20  # of one call to the kernel
+RUN_BYTES = 2 << 20  # of one call to the kernel
 RUN_SLOTS = 256  # likewise; two buffers each, and a call takes 1,024
 
 

@@ -1,0 +1,64 @@
+"""The needle model on a CUDA device, its cache through device, host and disk and a restart; needs a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from kvtier import Engine, PagerConfig, SamplingParams
+from kvtier.engine.needle import NeedleSpec, build_needle_model, needle_prompt
+from kvtier.engine.needle_check import build_needle_cache
+from kvtier.tiers.backends import cuda_missing
+
+MISSING = cuda_missing()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=f"no usable CUDA: {MISSING}")]
+LENGTH = 8192
+DEVICE, BACKEND = "cuda", "cuda"
+
+
+@pytest.mark.parametrize("is_fast", [True, False], ids=["built", "prefilled"])
+def test_needles_come_back_from_every_tier_and_after_a_restart(is_fast, tmp_path):
+    ids, needles = needle_prompt(NeedleSpec(), LENGTH, 16, seed=3)
+    model = build_needle_model()
+    cache = [(k.to(DEVICE), v.to(DEVICE)) for k, v in build_needle_cache(model, ids)]
+    model = model.to(DEVICE)
+    kv_bytes = LENGTH * 2048
+    config = PagerConfig(
+        device_bytes=kv_bytes // 10,
+        host_bytes=kv_bytes * 3 // 10,
+        nvme_path=tmp_path / "s",
+        nvme_bytes=2 * kv_bytes,
+        backend=BACKEND,
+        require_pinned=BACKEND == "cuda",
+    )
+
+    def ask(session) -> float:
+        worst, length = float("inf"), len(session.token_ids)
+        for needle in needles:
+            out = session.send([needle.key], SamplingParams(max_tokens=4, top2_margin=True))
+            assert tuple(out.token_ids) == needle.values
+            worst = min(worst, *out.margins)
+            session.rollback(length)
+        return worst
+
+    with Engine.from_model(model, config, block_size=64) as engine:
+        session = engine.session("needles")
+        if is_fast:
+            session.inject(ids, cache)
+        else:
+            session.send(ids, SamplingParams(max_tokens=0))
+        assert ask(session) == pytest.approx(22.5, abs=0.5)
+        session.park()
+    with Engine.from_model(model, config, block_size=64) as engine:
+        session = engine.session("needles")
+        assert session.num_computed == LENGTH
+        assert ask(session) == pytest.approx(22.5, abs=0.5)
+
+
+def test_a_whole_context_on_the_device_answers_as_well():
+    ids, needles = needle_prompt(NeedleSpec(), LENGTH, 16, seed=4)
+    model = build_needle_model(dtype=torch.bfloat16).to(DEVICE)
+    config = PagerConfig(device_bytes="64MiB", host_bytes="64MiB", backend=BACKEND)
+    with Engine.from_model(model, config) as engine:
+        outputs = engine.generate([[*ids, needle.key] for needle in needles[:4]], SamplingParams(max_tokens=4))
+    assert [tuple(out.token_ids) for out in outputs] == [needle.values for needle in needles[:4]]

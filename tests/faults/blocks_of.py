@@ -1,0 +1,62 @@
+"""Blocks whose bytes follow from their key, so that whatever a store returns can be judged without remembering it."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from kvtier.tiers.cpu import CpuBackend
+from kvtier.tiers.layout import KVLayout
+from kvtier.tiers.nvme.files import SystemCalls
+from kvtier.tiers.nvme.store import STAMP, NvmeTier, StoreIdentity
+
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=32, block_size=16, dtype="float32")  # 8 KiB blocks
+IDENTITY = StoreIdentity("faults", (LAYOUT,))
+
+
+def key_of(number: int) -> bytes:
+    return hashlib.blake2b(number.to_bytes(8, "little"), digest_size=32).digest()
+
+
+def bytes_of(key: bytes) -> np.ndarray:
+    return np.frombuffer(hashlib.shake_128(key).digest(LAYOUT.block_bytes), np.uint8)
+
+
+def open_tier(path, backend: CpuBackend, slots: int = 256, **options) -> NvmeTier:
+    return NvmeTier.open(path, IDENTITY, num_slots=[slots], backend=backend, **options)
+
+
+def put(tier: NvmeTier, slots: np.ndarray, numbers: list[int]) -> np.ndarray:
+    """Write blocks by number; says which are good."""
+    stamps, rows = np.zeros(len(slots), STAMP), np.empty((len(slots), LAYOUT.block_bytes), np.uint8)
+    for i, number in enumerate(numbers):
+        stamps[i]["key"], stamps[i]["tokens"] = key_of(number), LAYOUT.block_size
+        rows[i] = bytes_of(key_of(number))
+    ticket = tier.write(0, slots, rows, np.arange(len(slots)), stamps)
+    assert ticket.event.wait(30) and ticket.event.error is None
+    return ticket.ok
+
+
+def wrong_blocks(tier: NvmeTier) -> tuple[int, set[bytes]]:
+    """Read everything that is listed, whole and by layers: how many come back wrong, and the keys that come back right."""
+    slots, stamps = tier.recovered()[0]
+    if not len(slots):
+        return 0, set()
+    rows = np.empty((len(slots), LAYOUT.block_bytes), np.uint8)
+    ticket = tier.read(0, slots, rows, np.arange(len(slots)), stamps)
+    assert ticket.event.wait(30) and ticket.event.error is None
+    layer = np.empty((len(slots), LAYOUT.layer_bytes), np.uint8)
+    slices = tier.read_layer(0, slots, 1, layer, np.arange(len(slots)), stamps)
+    assert slices.event.wait(30) and slices.event.error is None
+    wrong, right = 0, set()
+    for i, stamp in enumerate(stamps):
+        wanted = bytes_of(stamp["key"].tobytes())
+        wrong += bool(ticket.ok[i] and (rows[i] != wanted).any())
+        wrong += bool(slices.ok[i] and (layer[i] != wanted[LAYOUT.layer_bytes :]).any())
+        if ticket.ok[i]:
+            right.add(stamp["key"].tobytes())
+    return wrong, right
+
+
+__all__ = ["CpuBackend", "SystemCalls"]

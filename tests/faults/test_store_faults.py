@@ -1,0 +1,218 @@
+"""The store under kill -9, failing calls and flipped bits: nothing wrong is ever served, nothing acknowledged is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvtier.tiers.errors import KvTierError
+
+sys.path.insert(0, str(Path(__file__).parent))
+from blocks_of import LAYOUT, CpuBackend, SystemCalls, open_tier, put, wrong_blocks
+
+from kvtier.tiers.nvme.layout import PAGE_BYTES, Geometry
+from kvtier.tiers.nvme.manifest import _replay
+
+
+@pytest.fixture
+def backend():
+    backend = CpuBackend()
+    yield backend
+    backend.close(5)
+
+
+# ---------------------------------------------------------------------- kill -9
+def kill_loops(path, loops: int, seed: int) -> dict[str, int]:
+    script = Path(__file__).parent / "kill_loop.py"
+    command = [sys.executable, script, path, str(loops), str(seed)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=900).stdout)
+
+
+def test_killed_writers_lose_nothing_that_was_acknowledged(tmp_path, seed):
+    totals = kill_loops(tmp_path / "s", 300, seed)
+    assert totals["wrong"] == totals["lost"] == 0 and totals["acknowledged"] > 300 and totals["kept"] > 0, totals
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_killed_writers_for_a_long_time(tmp_path, seed):
+    totals = kill_loops(tmp_path / "s", 5000, seed)
+    assert totals["wrong"] == totals["lost"] == 0, totals
+
+
+# ---------------------------------------------------------------------- calls that fail
+class FailingCalls(SystemCalls):
+    """The n-th call fails, or does half of what it was asked to. `failed` says whether it came to that."""
+
+    def __init__(self, n: int, how: str) -> None:
+        self.left, self.how, self.failed = n, how, False
+
+    def _fails(self) -> bool:
+        self.left -= 1
+        if self.left == 0:
+            self.failed = True
+            if self.how != "short":
+                raise OSError(getattr(errno, self.how), f"injected {self.how}")
+        return self.left == 0
+
+    def open(self, path, flags):
+        self._fails()
+        return super().open(path, flags)
+
+    def preadv(self, fd, buffers, offset):
+        done = super().preadv(fd, buffers, offset)
+        return done // 2 if self._fails() else done
+
+    def pwritev(self, fd, buffers, offset):
+        if self._fails():  # a torn write: the first half goes down
+            whole = b"".join(bytes(b) for b in buffers)
+            plain = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY)
+            try:
+                return os.pwrite(plain, whole[: len(whole) // 2], offset)
+            finally:
+                os.close(plain)
+        return super().pwritev(fd, buffers, offset)
+
+    def append(self, fd, frame):
+        return super().append(fd, frame[: max(1, len(frame) // 2)] if self._fails() else frame)
+
+    def fdatasync(self, fd):
+        self._fails()
+        super().fdatasync(fd)
+
+    def fallocate(self, fd, size):
+        self._fails()
+        super().fallocate(fd, size)
+
+
+def fill(tier) -> None:
+    put(tier, tier.allocate(0, 12), list(range(12)))
+    tier.flush()
+
+
+def rewrite(tier) -> None:
+    slots = tier.allocate(0, 6)
+    put(tier, slots, list(range(100, 106)))
+    tier.free(0, slots[::2])
+    put(tier, tier.allocate(0, 5), list(range(200, 205)))
+    tier.flush()
+
+
+def read_all(tier) -> None:
+    assert wrong_blocks(tier)[0] == 0
+
+
+def sessions(tier) -> None:
+    for i in range(4):
+        tier.put_session(f"s{i}", {"n": i})
+    tier.drop_session("s1")
+    tier.flush()
+
+
+def many_commits(tier) -> None:
+    for i in range(4):
+        put(tier, tier.allocate(0, 2), [300 + 2 * i, 301 + 2 * i])
+        tier.flush()
+
+
+def quarantine(tier) -> None:
+    tier.quarantine(0, tier.recovered()[0][0][:3])
+    tier.flush()
+
+
+@pytest.mark.parametrize("script", [fill, rewrite, read_all, sessions, many_commits, quarantine])
+@pytest.mark.parametrize("how", ["EIO", "ENOSPC", "short"])
+def test_a_fault_at_every_call_is_never_served_and_never_a_foreign_exception(tmp_path, backend, script, how):
+    pristine = tmp_path / "pristine"
+    tier = open_tier(pristine, backend)
+    put(tier, tier.allocate(0, 20), list(range(500, 520)))
+    tier.close()
+    for n in range(1, 500):
+        path, calls = tmp_path / "s", FailingCalls(n, how)
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(pristine, path)
+        tier = None
+        try:
+            tier = open_tier(path, backend, calls=calls)
+            script(tier)
+            assert wrong_blocks(tier)[0] == 0
+        except KvTierError:
+            pass
+        if tier is not None:
+            tier.close()
+        again = open_tier(path, backend)
+        wrong, right = wrong_blocks(again)
+        assert wrong == 0
+        if not calls.failed:
+            assert len(right) >= 17
+            again.close()
+            return
+        put(again, again.allocate(0, 3), [900, 901, 902])  # and it can be written to again
+        assert wrong_blocks(again)[0] == 0
+        again.close()
+    raise AssertionError("the script makes more calls than were tried")
+
+
+# ---------------------------------------------------------------------- flipped bits
+def flip_bits(path, backend, times: int, seed: int) -> None:
+    """One random bit at a time, in data, trailers, index, journal and identity; each is noticed or harmless padding."""
+    choose = random.Random(seed)
+    tier = open_tier(path, backend)
+    put(tier, tier.allocate(0, 30), list(range(30)))
+    tier.put_session("a", {"n": 1})
+    tier.close()
+    segment = next((path / "blocks.zarr" / "g0").glob("c.*"))
+    geometry = Geometry.of(LAYOUT)
+    sizes = {segment: PAGE_BYTES + 30 * geometry.stride}
+    sizes |= {file: file.stat().st_size for file in (path / "manifest.log", path / "store.json")}
+    pristine = {file: file.read_bytes() for file in sizes}
+    everything = listed_right(path, backend)
+    assert len(everything) == 30
+    for _ in range(times):
+        file = choose.choices(list(sizes), weights=[6, 3, 1])[0]
+        at = choose.randrange(sizes[file])
+        raw = bytearray(pristine[file])
+        raw[at] ^= 1 << choose.randrange(8)
+        with open(file, "r+b") as handle:  # in place: the file keeps its inode
+            handle.write(raw)
+        where = (at - PAGE_BYTES) % geometry.stride
+        is_padding = file == segment and at >= PAGE_BYTES and where >= geometry.stride - geometry.padding_bytes
+        is_cut = file.suffix == ".log" and _replay(bytes(raw))[1] < len(raw)  # noticed, also where no block hung on it
+        try:
+            same = listed_right(path, backend) == everything
+            assert same == is_padding or is_cut, f"{file.name} at {at}"
+        except KvTierError:
+            assert not is_padding
+        for one, whole in pristine.items():
+            with open(one, "r+b") as handle:
+                handle.write(whole)
+                handle.truncate()
+    assert listed_right(path, backend) == everything
+
+
+def listed_right(path, backend) -> set[bytes]:
+    tier = open_tier(path, backend, durability="none")
+    try:
+        wrong, right = wrong_blocks(tier)
+        assert wrong == 0
+        return right if tier.sessions() == {"a": {"n": 1}} else set()
+    finally:
+        tier.close()
+
+
+def test_flipped_bits_are_misses_or_refusals_and_never_wrong_bytes(tmp_path, backend, seed):
+    flip_bits(tmp_path / "s", backend, 2000, seed)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_many_flipped_bits(tmp_path, backend, seed):
+    flip_bits(tmp_path / "s", backend, 50_000, seed + 1)

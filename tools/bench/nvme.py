@@ -1,0 +1,307 @@
+"""`kvtier bench nvme`: writing and cold reading 2 MiB blocks through the store, against fio and zarr-python on one disk.
+
+Everything bypasses or drops the page cache. fio works on files of the same size beside the store's, with O_DIRECT, the
+better of its engines counts, and rounds are interleaved. A write round ends when the bytes are written; `committed`
+rounds end when they and the journal are durable, and fio's then end with an fsync too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kvtier import KVLayout
+
+from ...tiers.cpu import CpuBackend
+from ...tiers.errors import ConfigError
+from ...tiers.nvme.layout import Geometry
+from ...tiers.nvme.store import STAMP, NvmeTier, StoreIdentity
+from .harness import Row
+
+LAYOUT = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, block_size=32, dtype="bfloat16")  # 2 MiB blocks
+FIO_ENGINES = {"psync": ["--ioengine=psync", "--thread"], "io_uring": ["--ioengine=io_uring"]}
+QUEUE_DEPTH = 8
+PAUSE_S = 0.3  # before each case
+ROWS = 16  # buffers in use at a time, as fio has; a disk copies faster into memory that the processor's cache holds
+_GB = 1e-9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--path", default=".", metavar="DIR", help="a directory on the disk to measure")
+    parser.add_argument("--blocks", type=int, default=256, metavar="N", help="2 MiB blocks per round")
+    parser.add_argument("--rounds", type=int, default=7, metavar="N")
+
+
+def run(arguments: argparse.Namespace) -> list[Row]:
+    """Rows in GB/s. Raises ConfigError when the directory cannot be used."""
+    if arguments.blocks < 1 or arguments.rounds < 1:
+        raise ConfigError(f"--blocks {arguments.blocks}, --rounds {arguments.rounds}: need positive numbers")
+    if not Path(arguments.path).is_dir():
+        raise ConfigError(f"--path {arguments.path!r} is not a directory")
+    with tempfile.TemporaryDirectory(dir=arguments.path, prefix="kvtier-bench-") as folder:
+        return _Disk(Path(folder), arguments.blocks, arguments.rounds).rows()
+
+
+class _Disk:
+    """The cases of one run, side by side in one folder."""
+
+    def __init__(self, folder: Path, blocks: int, rounds: int) -> None:
+        self._folder, self._blocks, self._rounds = folder, blocks, rounds
+        self._backend = CpuBackend()
+        self._slab = self._backend.alloc_host(ROWS, LAYOUT.block_bytes)
+        self._slab[:] = np.random.default_rng(0).integers(0, 256, self._slab.shape, np.uint8)
+        self._out = self._backend.alloc_host(ROWS, LAYOUT.block_bytes)
+        self._out[:] = 0  # faulted in
+        self._values: dict[str, list[float]] = {}
+        self._cpu: dict[str, list[float]] = {}
+
+    def rows(self) -> list[Row]:
+        stores = {
+            "": _Store(self._folder / "plain", self._blocks, self._backend, with_checksums=False),
+            "_checksummed": _Store(self._folder / "checked", self._blocks, self._backend, with_checksums=True),
+        }
+        engines = self._fio_files() if shutil.which("fio") else {}
+        zarr = _StockZarr(self._folder / "stock.zarr", self._slab)
+        cases: list[Callable[[], None]] = []
+        for suffix, store in stores.items():
+            cases += [
+                partial(self._take, f"write{suffix}", partial(store.write, self._slab)),
+                partial(self._take, f"committed{suffix}", partial(store.write, self._slab, commit=True)),
+                partial(self._take, f"read{suffix}", partial(store.read, self._out)),
+            ]
+        for engine in engines:
+            cases += [
+                partial(self._take, f"fio {engine} write", partial(self._fio, engine, "write")),
+                partial(self._take, f"fio {engine} committed", partial(self._fio, engine, "write", "--end_fsync=1")),
+                partial(self._take, f"fio {engine} read", partial(self._fio, engine, "read")),
+            ]
+        checked = stores["_checksummed"]
+        cases += [
+            partial(self._take, "zarr write", zarr.write),
+            partial(self._take, "zarr read", zarr.read),
+            partial(self._take, "latency", partial(checked.latency_s, self._out)),
+            partial(self._take, "latency limit", partial(checked.raw_latency_s, self._out)),
+        ]
+        order = random.Random(0)
+        for number in range(self._rounds + 1):
+            self._is_counted = number > 0  # the first pass meets unwritten extents on all sides
+            if self._is_counted:
+                order.shuffle(cases)  # a disk behind a rate limiter favours whoever comes first
+            for case in cases:
+                time.sleep(PAUSE_S)
+                case()
+        for store in stores.values():
+            store.close()
+        self._backend.close(5.0)
+        return self._report(list(engines))
+
+    def _report(self, engines: list[str]) -> list[Row]:
+        middle = {name: statistics.median(values) for name, values in self._values.items()}
+        case, found = f"{self._blocks} blocks of 2 MiB", []
+        for name in ("write", "committed", "read"):
+            best = max(engines, key=lambda e: middle[f"fio {e} {name}"], default="")
+            limit = middle.get(f"fio {best} {name}")
+            said = f"{_fio_version()} {best}, O_DIRECT, QD {QUEUE_DEPTH}" if best else "fio is not installed"
+            for suffix in ("", "_checksummed"):
+                ours = middle[name + suffix]
+                ratio = None if limit is None else self._paired(name + suffix, f"fio {best} {name}")
+                found.append(Row(case, name + suffix, ours, "GB/s", said, limit, ratio, self._rounds))
+        for name in ("write", "read"):
+            ours, stock = middle[f"{name}_checksummed"], middle[f"zarr {name}"]
+            reference = f"zarr-python {_zarr_version()}, chunk = block, LocalStore"
+            found.append(Row(case, f"{name}_checksummed", ours, "GB/s", reference, stock, ours / stock, self._rounds))
+        latency, limit = middle["latency"] * 1e3, middle["latency limit"] * 1e3
+        found.append(
+            Row("1 block, cold", "latency", latency, "ms", "one raw pread", limit, limit / latency, self._rounds)
+        )
+        for name in ("write_checksummed", "read_checksummed"):
+            cpu = statistics.median(self._cpu[name])
+            found.append(Row(case, f"{name} CPU", cpu, "s/GB", "aim: at most", 0.12, 0.12 / cpu, self._rounds))
+        return found
+
+    def _paired(self, ours: str, theirs: str) -> float:
+        """Median of same-round ratios: a disk that slows down slows both."""
+        return statistics.median(a / b for a, b in zip(self._values[ours], self._values[theirs], strict=True))
+
+    def _take(self, name: str, call: Callable[[], float]) -> None:
+        cpu_s = time.process_time()
+        value = call()
+        if self._is_counted:
+            moved = self._blocks * LAYOUT.block_bytes * _GB
+            self._cpu.setdefault(name, []).append((time.process_time() - cpu_s) / moved)
+            self._values.setdefault(name, []).append(value)
+
+    def _fio_files(self) -> dict[str, list[str]]:
+        (self._folder / "fio").mkdir()
+        return FIO_ENGINES
+
+    def _fio(self, engine: str, verb: str, *more: str) -> float:
+        """GB/s of fio over one file per job, all blocks once. Raises ConfigError when it fails."""
+        size = self._blocks * LAYOUT.block_bytes // QUEUE_DEPTH // LAYOUT.block_bytes * LAYOUT.block_bytes
+        jobs = ["--numjobs=1", f"--iodepth={QUEUE_DEPTH}"] if engine == "io_uring" else [f"--numjobs={QUEUE_DEPTH}"]
+        total = size * QUEUE_DEPTH if engine == "io_uring" else size
+        command = ["fio", "--name=bench", f"--directory={self._folder / 'fio'}", f"--filename_format={engine}.$jobnum"]
+        command += [
+            f"--rw={verb}",
+            f"--bs={LAYOUT.block_bytes}",
+            f"--size={max(total, LAYOUT.block_bytes)}",
+            "--direct=1",
+        ]
+        command += [*jobs, *FIO_ENGINES[engine], *more, *_huge_pages(), "--group_reporting", "--output-format=json"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            raise ConfigError(f"fio failed: {result.stderr.strip() or result.stdout.strip()}")
+        job: dict[str, Any] = json.loads(result.stdout[result.stdout.index("{") :])["jobs"][0]
+        if "--end_fsync=1" in more:  # its bandwidth leaves the fsync out
+            return float(
+                job[verb]["io_bytes"] / (job["job_runtime"] / 1e3 / (QUEUE_DEPTH if engine == "psync" else 1)) * _GB
+            )
+        return float(job[verb]["bw_bytes"]) * _GB
+
+
+class _Store:
+    """Our store, written and read whole."""
+
+    def __init__(self, path: Path, blocks: int, backend: CpuBackend, *, with_checksums: bool) -> None:
+        self._tier = NvmeTier.open(
+            path,
+            StoreIdentity("bench", (LAYOUT,)),
+            num_slots=[blocks],
+            backend=backend,
+            durability="batch" if with_checksums else "none",
+            with_checksums=with_checksums,
+        )
+        self._stamps = np.zeros(blocks, STAMP)
+        self._stamps["tokens"] = LAYOUT.block_size
+        self._slots = self._tier.allocate(0, blocks)
+        self._line = np.arange(blocks)
+        self._path, self._random = path, np.random.default_rng(1)
+
+    def write(self, slab: Any, *, commit: bool = False) -> float:
+        """GB/s."""
+        start_s = time.perf_counter()
+        ticket = self._tier.write(0, self._slots, slab, self._line % len(slab), self._stamps)
+        ticket.event.wait()
+        if commit:
+            self._tier.flush()
+        spent_s = time.perf_counter() - start_s
+        assert ticket.ok.all()
+        self._tier.flush()
+        return float(len(self._slots) * LAYOUT.block_bytes / spent_s * _GB)
+
+    def read(self, out: Any) -> float:
+        """GB/s."""
+        window, tickets = len(out) // 2, []
+        start_s = time.perf_counter()
+        for number, first in enumerate(range(0, len(self._slots), window)):  # one half is read while one is waited for
+            slots = self._slots[first : first + window]
+            rows = number % 2 * window + self._line[: len(slots)]
+            tickets.append(self._tier.read(0, slots, out, rows, self._tier.stamps(0, slots)))
+            if number:
+                tickets[number - 1].event.wait()
+        tickets[-1].event.wait()
+        spent_s = time.perf_counter() - start_s
+        assert all(ticket.ok.all() for ticket in tickets)
+        return float(len(self._slots) * LAYOUT.block_bytes / spent_s * _GB)
+
+    def latency_s(self, out: Any, tries: int = 16) -> float:
+        """Median seconds of reading one block, checked."""
+        found = []
+        for slot in self._random.choice(self._slots, tries):
+            one = np.array([slot])
+            start_s = time.perf_counter()
+            ticket = self._tier.read(0, one, out, self._line[:1], self._tier.stamps(0, one))
+            ticket.event.wait()
+            found.append(time.perf_counter() - start_s)
+        return statistics.median(found)
+
+    def raw_latency_s(self, out: Any, tries: int = 16) -> float:
+        """Median seconds of one pread of as many bytes, of the same files."""
+        geometry, found = Geometry.of(LAYOUT), []
+        files = sorted((self._path / "blocks.zarr" / "g0").glob("c.*"))
+        with _descriptors(files) as fds:
+            for _ in range(tries):
+                fd = fds[int(self._random.integers(len(fds)))]
+                offset = 4096 + int(self._random.integers(geometry.slots_per_segment)) * geometry.stride
+                start_s = time.perf_counter()
+                os.preadv(fd, [out[0].data], offset)
+                found.append(time.perf_counter() - start_s)
+        return statistics.median(found)
+
+    def close(self) -> None:
+        self._tier.close()
+
+
+class _StockZarr:
+    """zarr-python as its users would store blocks: one chunk per block, and whatever its defaults are."""
+
+    def __init__(self, path: Path, blocks: Any) -> None:
+        import zarr
+
+        values = blocks.view(np.uint16)
+        self._blocks, self._path = values, path
+        self._array = zarr.create_array(
+            str(path), shape=values.shape, chunks=(1, values.shape[1]), dtype="uint16", compressors=None
+        )
+
+    def write(self) -> float:
+        start_s = time.perf_counter()
+        for i in range(len(self._blocks)):
+            self._array[i] = self._blocks[i]
+        self._sync()
+        return float(self._blocks.nbytes / (time.perf_counter() - start_s) * _GB)
+
+    def read(self) -> float:
+        self._sync(drop=True)
+        start_s = time.perf_counter()
+        for i in range(len(self._blocks)):
+            self._array[i]
+        return float(self._blocks.nbytes / (time.perf_counter() - start_s) * _GB)
+
+    def _sync(self, *, drop: bool = False) -> None:
+        with _descriptors([p for p in self._path.rglob("*") if p.is_file()], direct=False) as fds:
+            for fd in fds:
+                os.fdatasync(fd)
+                if drop:
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def _descriptors(paths: list[Path], *, direct: bool = True) -> Iterator[list[int]]:
+    fds = [os.open(path, os.O_RDWR | (os.O_DIRECT if direct else 0)) for path in paths]
+    try:
+        yield fds
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def _huge_pages() -> list[str]:
+    """Huge-page buffers for fio where the machine has any reserved; without them it understates the disk."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next((int(line.split()[1]) for line in lines if line.startswith("HugePages_Free")), 0)
+    return ["--iomem=shmhuge"] if free >= 4 * QUEUE_DEPTH else []
+
+
+def _fio_version() -> str:
+    return subprocess.run(["fio", "--version"], capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _zarr_version() -> str:
+    from importlib.metadata import version
+
+    return version("zarr")
