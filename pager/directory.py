@@ -72,6 +72,21 @@ class Directory:
         self.tokens[block] = tokens
         return True
 
+    def bind_many(self, blocks: IntArray, keys: list[bytes], tokens: IntArray) -> IntArray:
+        """Name nameless blocks, as after a restart. Returns those whose key another block has already."""
+        first: dict[bytes, int] = {}
+        for key, block in zip(reversed(keys), reversed(blocks.tolist()), strict=True):  # of two alike, the earlier one
+            first[key] = block
+        for key in first.keys() & self.by_key.keys():
+            del first[key]
+        self.by_key.update(first)
+        named = np.fromiter(first.values(), np.int64, len(first))
+        self.is_named[named] = True
+        self.tokens[blocks] = tokens
+        for key, block in first.items():
+            self.key[block] = key
+        return np.setdiff1d(blocks, named)
+
     def forget(self, blocks: IntArray) -> None:
         """These blocks have left every tier and every table: their ids may be reused."""
         somewhere = (self.page[blocks] >= 0) | (self.host_slot[blocks] >= 0) | (self.nvme_slot[blocks] >= 0)

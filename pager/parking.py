@@ -208,8 +208,5 @@ def _recover_blocks(group: BlockGroup, slots: IntArray, stamps: Any) -> None:
     d.nvme_slot[blocks] = slots
     d.nvme_valid[blocks] = True
     group.policy.on_insert(blocks, group.tick, d.depth[blocks])
-    twice = []
-    for i, block in enumerate(blocks.tolist()):
-        if not d.bind(block, stamps["key"][i].tobytes(), None, int(stamps["tokens"][i])):
-            twice.append(block)
-    group.discard_dead(np.array(twice, np.int64))
+    twice = d.bind_many(blocks, stamps["key"].tolist(), stamps["tokens"])
+    group.discard_dead(twice)

@@ -19,6 +19,7 @@ from .streams import DONE, POISON, Event, IntArray, Progress, Rows, aligned_rows
 
 READ_WORKERS, WRITE_WORKERS = 8, 8  # requests in flight on the disk; threads that wait cost no core
 QUEUE_LIMIT = 1 << 16  # operations waiting in one queue
+SHARED_COPY_BYTES = 4 << 20  # from here on two threads copy: one reaches half of the memory's rate with 2 MiB pieces
 _LOOK_S = 0.2  # how often a worker that waits for another looks whether it should end
 
 
@@ -111,11 +112,15 @@ class Workers:
 
 
 class CpuStream:
-    """A copy stream: one thread, first in, first out. A failed copy marks the event recorded after it."""
+    """A copy stream: one thread, first in, first out, and a helper for large copies.
+
+    A failed copy marks the event recorded after it.
+    """
 
     def __init__(self, name: str, notify: Callable[[], None], *, poison: bool, delay_s: float) -> None:
         self.name = name
         self._workers = Workers(name, 1, notify)
+        self._helper = Workers(f"{name}-helper", 1, notify)
         self._poison, self._delay_s = poison, delay_s
         self._error: BaseException | None = None  # of the work since the last record
 
@@ -127,7 +132,15 @@ class CpuStream:
                 target[t] = POISON
             if self._delay_s:
                 time.sleep(self._delay_s)
-            copy_rows_now(target, t, source, s)
+            if len(t) > 1 and target[0].nbytes * len(t) >= SHARED_COPY_BYTES:
+                half = len(t) // 2
+                other = self._helper.submit(lambda: copy_rows_now(target, t[half:], source, s[half:]))
+                copy_rows_now(target, t[:half], source, s[:half])
+                other.wait()
+                if other.error is not None:
+                    raise other.error
+            else:
+                copy_rows_now(target, t, source, s)
 
         self.run(copy)
 
@@ -164,6 +177,7 @@ class CpuStream:
 
     def close(self, timeout_s: float) -> None:
         self._workers.close(timeout_s)
+        self._helper.close(timeout_s)
 
 
 class CallerStream:
