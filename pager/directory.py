@@ -85,7 +85,7 @@ class Directory:
         self.tokens[blocks] = tokens
         for key, block in first.items():
             self.key[block] = key
-        return np.setdiff1d(blocks, named)
+        return blocks[~self.is_named[blocks]]
 
     def forget(self, blocks: IntArray) -> None:
         """These blocks have left every tier and every table: their ids may be reused."""

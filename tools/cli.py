@@ -1,4 +1,4 @@
-"""The `kvtier` command: demo, chat, bench, doctor. Exit codes: 0 done, 1 wrong answers, 2 refused with one clear line."""
+"""The `kvtier` command: demo, chat, bench, store, doctor. Exit codes: 0 done, 1 wrong or bad, 2 refused in one clear line."""
 
 from __future__ import annotations
 
@@ -74,6 +74,8 @@ def _parser() -> argparse.ArgumentParser:
         one.add_argument("--json", action="store_true", help="one JSON object instead of a table")
         one.add_argument("--out", metavar="FILE", help="also keep the JSON object in this file")
         one.set_defaults(run=_bench, bench=name)
+    store = commands.add_parser("store", help="check, repair, slim or copy a store that nobody has open")
+    import_module(f"{__package__}.store").add_arguments(store)
     doctor = commands.add_parser("doctor", help="what this machine has, and what each missing thing costs")
     doctor.add_argument("--path", default=".", metavar="PATH", help="where a store would be")
     doctor.add_argument("--json", action="store_true")

@@ -122,6 +122,16 @@ def test_tensorstore_reads_the_same(tmp_path, backend):
     assert seen.tobytes() == rows[3].tobytes()
 
 
+def test_xarray_reads_the_same(tmp_path, backend):
+    xarray = pytest.importorskip("xarray")
+    tier = open_tier(tmp_path / "s", backend)
+    slots, rows = store(tier, 4)
+    tier.close()
+    with xarray.open_zarr(str(tmp_path / "s" / "blocks.zarr"), consolidated=False) as dataset:
+        assert set(dataset) == {"g0", "g1", "g2"} and dataset["g0"].dims[:2] == ("g0_slot", "g0_layer")
+        assert dataset["g0"][int(slots[3])].values.tobytes() == rows[3].tobytes()
+
+
 @pytest.mark.parametrize("where", ["block", "trailer", "foreign", "truncated", "gone"])
 def test_whatever_is_wrong_on_disk_is_not_ok_and_never_an_exception(tmp_path, backend, where):
     tier = open_tier(tmp_path / "s", backend)

@@ -102,7 +102,8 @@ def make_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> No
     for index, (layout, slots) in enumerate(zip(identity.layouts, num_slots, strict=True)):
         geometry = Geometry.of(layout)
         chunk = (1, *layout.block_shape)
-        names = _DIM_NAMES if len(chunk) == len(_DIM_NAMES) else ("slot", "layer", "element")
+        kinds = _DIM_NAMES if len(chunk) == len(_DIM_NAMES) else ("slot", "layer", "element")
+        names = [f"g{index}_{kind}" for kind in kinds]  # of its own, so that xarray takes groups of other sizes
         group.create_array(
             f"g{index}",
             shape=(_whole_segments(slots, geometry), *layout.block_shape),

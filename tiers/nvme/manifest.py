@@ -123,10 +123,10 @@ class Manifest:
         """What was recorded survives a power loss once this returns."""
         self._calls.fdatasync(self._fd)
 
-    def shrink(self) -> bool:
+    def shrink(self, *, always: bool = False) -> bool:
         """Rewrite the journal as a snapshot where at least half of a large one is history. True when it did."""
         live = sum(int(group.listed.sum()) for group in self.listing.groups) * (STAMP.itemsize + 8)
-        if self._size < SNAPSHOT_BYTES or self._size < 2 * live:
+        if not always and (self._size < SNAPSHOT_BYTES or self._size < 2 * live):
             return False
         temporary = self._path.with_suffix(".new")
         with open(temporary, "wb") as file:

@@ -127,6 +127,9 @@ class NvmeTier:
         self.corrupt_blocks += len(slots)
         self.free(group, slots)
 
+    def block_bytes(self, group: int) -> int:
+        return self._identity.layouts[group].block_bytes
+
     def stamps(self, group: int, slots: IntArray) -> npt.NDArray[Any]:
         """What the manifest says of these slots."""
         return self._books[group].listing.stamps[slots]
@@ -221,6 +224,27 @@ class NvmeTier:
         """
         if self._durability != "none":
             self._commit()
+
+    # ------------------------------------------------------------------ maintenance
+    def rewrite_indexes(self) -> None:
+        """Write the index page of every segment that holds a block anew. Raises TierUnavailableError."""
+        with self._lock:
+            for group, book in enumerate(self._books):
+                numbers = segments_of(book.geometry, book.listing.slots())
+                self._stale_index |= {(group, number) for number in numbers}
+        self._commit()
+
+    def drop_segment(self, group: int, number: int) -> None:
+        """Forget a segment that holds no block; its file may be removed."""
+        with self._lock:
+            self._unsynced.discard((group, number))
+            self._stale_index.discard((group, number))
+        self._files.forget((group, number))
+
+    def shrink_journal(self) -> None:
+        """Rewrite the journal without history, whatever its size."""
+        with self._lock:
+            self._manifest.shrink(always=True)
 
     def status(self) -> dict[str, Any]:
         return {

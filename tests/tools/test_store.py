@@ -1,0 +1,103 @@
+"""kvtier store: what it finds, what it repairs, and that copies hold the same blocks and sessions."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvtier import KVLayout, Pager, PagerConfig
+from kvtier.tiers.cpu import CpuBackend
+from kvtier.tiers.nvme.layout import Geometry
+from kvtier.tools import cli
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "faults"))
+from blocks_of import LAYOUT, open_tier, put, wrong_blocks
+
+
+@pytest.fixture
+def path(tmp_path):
+    make(tmp_path / "s", list(range(80)), gone=slice(30, 64))
+    return tmp_path / "s"
+
+
+def make(path, numbers, gone=slice(0, 0)):
+    backend = CpuBackend()
+    tier = open_tier(path, backend)
+    slots = tier.allocate(0, len(numbers))
+    put(tier, slots, numbers)
+    tier.free(0, slots[gone])
+    tier.put_session("a", {"n": 1})
+    tier.close()
+    backend.close(5)
+
+
+def store(capsys, verb, *argv) -> tuple[int, dict]:
+    code = cli.main(["store", verb, *[str(a) for a in argv], "--json"])
+    out = capsys.readouterr()
+    assert out.err == "", out.err
+    return code, json.loads(out.out)
+
+
+def damage(path) -> None:
+    segment = path / "blocks.zarr" / "g0" / "c.0.0.0.0.0.0"
+    raw = bytearray(segment.read_bytes())
+    for slot in (2, 5):
+        raw[Geometry.of(LAYOUT).place(slot)[1] + 9] ^= 1
+    segment.write_bytes(raw)
+
+
+def right_keys(path) -> set[bytes]:
+    backend = CpuBackend()
+    tier = open_tier(path, backend)
+    wrong, right = wrong_blocks(tier)
+    assert wrong == 0 and tier.sessions() == {"a": {"n": 1}}
+    tier.close()
+    backend.close(5)
+    return right
+
+
+def test_check_counts_what_is_bad_and_repair_takes_it_out(path, capsys):
+    assert store(capsys, "check", path) == (0, store(capsys, "check", path)[1])
+    damage(path)
+    code, report = store(capsys, "check", path)
+    assert code == 1 and (report["blocks"], report["bad_blocks"], report["dropped_blocks"]) == (46, 2, 0)
+    code, report = store(capsys, "repair", path)
+    assert code == 0 and report["dropped_blocks"] == 2
+    code, report = store(capsys, "check", path)
+    assert code == 0 and (report["blocks"], report["bad_blocks"]) == (44, 0)
+
+
+def test_gc_gives_empty_segments_back(path, capsys):
+    before = right_keys(path)
+    code, report = store(capsys, "gc", path)
+    assert code == 0 and report["freed_bytes"] > 0
+    assert len(list((path / "blocks.zarr" / "g0").glob("c.*"))) == 2
+    assert right_keys(path) == before
+
+
+def test_export_and_import_carry_blocks_and_sessions(path, tmp_path, capsys):
+    damage(path)
+    code, report = store(capsys, "export", path, tmp_path / "copy")
+    assert code == 0 and (report["copied_blocks"], report["bad_blocks"], report["sessions"]) == (44, 2, 1)
+    assert right_keys(tmp_path / "copy") == right_keys(path)
+    make(tmp_path / "other", list(range(60, 100)))
+    code, report = store(capsys, "import", tmp_path / "other", path)
+    assert code == 0 and report["known_blocks"] == 16 and report["copied_blocks"] == 28
+    assert len(right_keys(tmp_path / "other")) == 68
+
+
+def test_what_cannot_be_is_one_clear_line(path, tmp_path, capsys):
+    def refused(*argv) -> str:
+        assert cli.main(["store", *[str(a) for a in argv]]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1
+        return err
+
+    assert "store.json" in refused("check", tmp_path / "nothing")
+    config = PagerConfig("1MiB", "1MiB", nvme_path=tmp_path / "p", nvme_bytes="1MiB", backend="cpu")
+    with Pager.open(KVLayout(1, 1, 8, 16, "float32"), config):
+        assert "in use by process" in refused("check", tmp_path / "p")
+    assert "another model" in refused("import", path, tmp_path / "p")

@@ -1,0 +1,169 @@
+"""Looking after a store that nobody has open: check, repair, give disk back, copy blocks to another store.
+
+All of it takes the store's lock and works through the same checked reads and writes as the pager. Progress is reported
+as (done, total) blocks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..cpu import CpuBackend
+from ..errors import ConfigError, StoreMismatchError
+from ..layout import KVLayout
+from ..streams import IntArray
+from .identity import StoreIdentity, read_identity, segment_path
+from .layout import Geometry
+from .store import NvmeTier
+
+Progress = Callable[[int, int], None]
+BATCH_BYTES = 32 << 20
+
+
+@dataclass(slots=True)
+class Report:
+    """What was found and done. `bad_blocks`: listed, but their bytes, key or generation are not what was listed."""
+
+    blocks: int = 0
+    bad_blocks: int = 0
+    dropped_blocks: int = 0
+    copied_blocks: int = 0
+    known_blocks: int = 0  # the target of a copy had them already
+    sessions: int = 0
+    freed_bytes: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+def stored_identity(path: Path) -> StoreIdentity:
+    """Raises ConfigError when there is no readable store."""
+    fields = read_identity(path)
+    try:
+        layouts = tuple(KVLayout.from_dict(layout) for layout in fields["layouts"])
+        return StoreIdentity(str(fields["model_fingerprint"]), layouts)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"store {path}: its identity lacks {error}") from error
+
+
+def check(path: Path, progress: Progress, *, repair: bool = False) -> Report:
+    """Read every listed block. With `repair`, what is bad leaves the listing, and index pages are written anew."""
+    report = Report()
+    with _opened(path) as (tier, backend):
+        report.sessions = len(tier.sessions())
+        listed = tier.recovered()
+        total = sum(len(slots) for slots, _ in listed)
+        for group, (slots, _) in enumerate(listed):
+            for part, _, ok in _read_all(tier, backend, group, slots):
+                report.blocks += len(part)
+                report.bad_blocks += int((~ok).sum())
+                if repair and not ok.all():
+                    tier.quarantine(group, part[~ok])
+                    report.dropped_blocks += int((~ok).sum())
+                progress(report.blocks, total)
+        if repair:
+            tier.rewrite_indexes()
+    return report
+
+
+def collect(path: Path, progress: Progress) -> Report:
+    """Remove segment files that hold no block, and history from the journal."""
+    report = Report()
+    with _opened(path) as (tier, _):
+        before = _disk_bytes(path)
+        for group, layout in enumerate(stored_identity(path).layouts):
+            slots = tier.recovered()[group][0]
+            report.blocks += len(slots)
+            used = set((slots // Geometry.of(layout).slots_per_segment).tolist())
+            files = sorted(segment_path(path, layout, group, 0).parent.glob("c.*"))
+            for done, file in enumerate(files):
+                if int(file.name.split(".")[1]) not in used:
+                    tier.drop_segment(group, int(file.name.split(".")[1]))
+                    file.unlink()
+                progress(done + 1, len(files))
+        tier.flush()
+        tier.shrink_journal()
+        report.freed_bytes = before - _disk_bytes(path)
+    return report
+
+
+def copy(source: Path, target: Path, progress: Progress) -> Report:
+    """Copy blocks and sessions from one store into another of the same model, which is made where there is none.
+
+    Raises: StoreMismatchError when the two are of different models; ConfigError when the target has no room.
+    """
+    identity = stored_identity(source)
+    if (target / "store.json").exists() and stored_identity(target) != identity:
+        raise StoreMismatchError(f"store {target} belongs to another model or layout than {source}")
+    report = Report()
+    with _opened(source) as (origin, backend):
+        listed = origin.recovered()
+        total = sum(len(slots) for slots, _ in listed)
+        with _opened(target, identity, [len(slots) for slots, _ in listed]) as (into, _):
+            known = [{stamp.tobytes() for stamp in stamps["key"]} for _, stamps in into.recovered()]
+            for group, (slots, stamps) in enumerate(listed):
+                keys = [stamp.tobytes() for stamp in stamps["key"]]
+                new = np.array([key not in known[group] for key in keys], bool)
+                report.known_blocks += int((~new).sum())
+                for part, rows, ok in _read_all(origin, backend, group, slots[new]):
+                    report.blocks += len(part)
+                    report.bad_blocks += int((~ok).sum())
+                    good = np.flatnonzero(ok)
+                    places = into.allocate(group, len(good))
+                    ticket = into.write(group, places, rows, good, origin.stamps(group, part)[good])
+                    ticket.event.wait()
+                    report.copied_blocks += int(ticket.ok.sum())
+                    progress(report.blocks, total)
+            for session_id, record in origin.sessions().items():
+                into.put_session(session_id, record)
+                report.sessions += 1
+            into.flush()
+    return report
+
+
+# ---------------------------------------------------------------------- inside
+@contextmanager
+def _opened(
+    path: Path, identity: StoreIdentity | None = None, more_slots: list[int] | None = None
+) -> Iterator[tuple[NvmeTier, CpuBackend]]:
+    """The store with room for what it lists, and for `more_slots` besides."""
+    if identity is None or (path / "store.json").exists():
+        identity = stored_identity(path)
+    backend = CpuBackend()
+    try:
+        held = [0] * len(identity.layouts)
+        if (path / "store.json").exists():
+            tier = NvmeTier.open(path, identity, num_slots=held, backend=backend)
+            held = [int(slots.max()) + 1 if len(slots) else 0 for slots, _ in tier.recovered()]
+            tier.close()
+        room = [a + b for a, b in zip(held, more_slots or [0] * len(held), strict=True)]
+        tier = NvmeTier.open(path, identity, num_slots=room, backend=backend)
+        try:
+            yield tier, backend
+        finally:
+            tier.close()
+    finally:
+        backend.close(10.0)
+
+
+def _read_all(tier: NvmeTier, backend: CpuBackend, group: int, slots: IntArray) -> Iterator[tuple[IntArray, Any, Any]]:
+    """Batches of slots, their rows, and which of them are good. Rows are used again for the next batch."""
+    size = tier.block_bytes(group)
+    batch = max(1, BATCH_BYTES // size)
+    rows = backend.alloc_host(min(batch, max(1, len(slots))), size)
+    for start in range(0, len(slots), batch):
+        part = slots[start : start + batch]
+        ticket = tier.read(group, part, rows, np.arange(len(part)), tier.stamps(group, part))
+        ticket.event.wait()
+        yield part, rows, ticket.ok
+
+
+def _disk_bytes(path: Path) -> int:
+    return sum(os.stat(file).st_blocks * 512 for file in path.rglob("*") if file.is_file())

@@ -1,0 +1,69 @@
+"""`kvtier store`: check, repair and slim a store that nobody has open, and carry its blocks to another one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..tiers.layout import format_bytes
+from ..tiers.nvme import maintenance
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    for verb, what in (
+        ("check", "read every block and say what is bad; exit code 1 when any is"),
+        ("repair", "as check, and take what is bad out of the listing"),
+        ("gc", "remove segments without blocks, and history from the journal"),
+        ("export", "copy blocks and sessions into a new store at TARGET"),
+        ("import", "copy blocks and sessions from the store at TARGET into this one"),
+    ):
+        one = verbs.add_parser(verb, help=what)
+        one.add_argument("path", metavar="PATH", help="directory of the store")
+        if verb in ("export", "import"):
+            one.add_argument("target", metavar="TARGET", help="directory of the other store")
+        one.add_argument("--json", action="store_true")
+        one.set_defaults(run=run_store, verb=verb)
+
+
+def run_store(arguments: argparse.Namespace) -> int:
+    """Returns 1 when check found bad blocks. Raises ConfigError and its kinds for stores that cannot be used."""
+    path = Path(arguments.path)
+    maintenance.stored_identity(path)
+    with _progress(arguments.verb, enabled=not arguments.json) as show:
+        if arguments.verb in ("check", "repair"):
+            report = maintenance.check(path, show, repair=arguments.verb == "repair")
+        elif arguments.verb == "gc":
+            report = maintenance.collect(path, show)
+        elif arguments.verb == "export":
+            report = maintenance.copy(path, Path(arguments.target), show)
+        else:
+            report = maintenance.copy(Path(arguments.target), path, show)
+    if arguments.json:
+        print(json.dumps(report.to_dict()))
+    else:
+        print(", ".join(_said(name, value) for name, value in report.to_dict().items() if value or name == "blocks"))
+    return 1 if arguments.verb == "check" and report.bad_blocks else 0
+
+
+def _said(name: str, value: int) -> str:
+    return f"freed {format_bytes(value)}" if name == "freed_bytes" else f"{value:,} {name.replace('_', ' ')}"
+
+
+@contextmanager
+def _progress(verb: str, *, enabled: bool) -> Iterator[maintenance.Progress]:
+    """A bar on a terminal, nothing elsewhere."""
+    if not enabled or not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True)) as bars:
+        task: Any = bars.add_task(verb, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
