@@ -13,11 +13,12 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+import crc32c
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ..checksum import block_sum, layer_sums, layer_sums_and_crc
+from ..checksum import block_sum, layer_sums_and_crc
 from ..layout import KVLayout
 from ..streams import IntArray, Rows
 from .files import Scratch, Segment, SegmentFiles, is_aligned
@@ -137,7 +138,7 @@ class BlockIo:
             sums, crc = np.zeros(layout.num_layers, np.uint64), 0
         stamp["checksum"] = block_sum(sums)
         key, generation, checksum, tokens = stamp[0].tolist()
-        return self._geometries[group].tail(crc, Trailer(key, generation, checksum, tokens, sums))
+        return self._geometries[group].tail(Trailer(key, generation, checksum, tokens, sums, crc))
 
     def _is_the_block(self, group: int, row: npt.NDArray[np.uint8], tail: bytes, stamp: Any) -> bool:
         trailer = self._geometries[group].read_tail(tail)
@@ -145,8 +146,8 @@ class BlockIo:
             return False
         if not self._with_checksums:
             return True
-        with self._hashing:
-            return bool(np.array_equal(layer_sums(self._layouts[group], row), trailer.layer_sums))
+        with self._hashing:  # the seal binds this crc to the key and to the layer sums that the manifest lists
+            return crc32c.crc32c(row.data) == trailer.crc
 
     def _trailer_sums(self, group: int, slot: int, stamp: Any) -> npt.NDArray[np.uint64] | None:
         """Layer sums of the block that the stamp names, from memory or from its trailer; None when it is not there."""

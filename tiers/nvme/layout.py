@@ -40,6 +40,7 @@ class Trailer:
     checksum: int
     tokens: int
     layer_sums: npt.NDArray[np.uint64]
+    crc: int  # crc32c of the block, where Zarr's codec looks for it
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +91,13 @@ class Geometry:
         listed = page[: 16 * self.slots_per_segment].view("<u8")[1::2] != np.uint64(EMPTY)
         return listed if page.tobytes() == self.index_page(listed) else None
 
-    def tail(self, crc: int, trailer: Trailer) -> bytes:
-        """Everything behind the bytes of a block whose crc32c that is."""
+    def tail(self, trailer: Trailer) -> bytes:
+        """Everything behind a block's bytes."""
         head = _HEAD.pack(
             MAGIC, trailer.key, trailer.generation, trailer.checksum, trailer.tokens, len(trailer.layer_sums)
         )
         body = head + np.ascontiguousarray(trailer.layer_sums, "<u8").tobytes()
-        sealed = crc.to_bytes(CRC_BYTES, "little") + body
+        sealed = trailer.crc.to_bytes(CRC_BYTES, "little") + body
         return (sealed + _SEAL.pack(xxhash.xxh3_64_intdigest(sealed))).ljust(self.tail_bytes, b"\0")
 
     def read_tail(self, tail: bytes) -> Trailer | None:
@@ -110,4 +111,4 @@ class Geometry:
         sums = np.frombuffer(body, "<u8", self.num_layers, _HEAD.size)
         if magic != MAGIC or layers != self.num_layers or block_sum(sums) != checksum:
             return None
-        return Trailer(key, generation, checksum, tokens, sums)
+        return Trailer(key, generation, checksum, tokens, sums, int.from_bytes(sealed[:CRC_BYTES], "little"))

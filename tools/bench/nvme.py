@@ -29,14 +29,14 @@ from kvtier import KVLayout
 from ...tiers.cpu import CpuBackend
 from ...tiers.errors import ConfigError
 from ...tiers.nvme.layout import Geometry
-from ...tiers.nvme.store import STAMP, NvmeTier, StoreIdentity
+from ...tiers.nvme.store import STAMP, IoTicket, NvmeTier, StoreIdentity
 from .harness import Row
 
 LAYOUT = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, block_size=32, dtype="bfloat16")  # 2 MiB blocks
 FIO_ENGINES = {"psync": ["--ioengine=psync", "--thread"], "io_uring": ["--ioengine=io_uring"]}
 QUEUE_DEPTH = 8
 PAUSE_S = 0.3  # before each case
-ROWS = 16  # buffers in use at a time, as fio has; a disk copies faster into memory that the processor's cache holds
+ROWS = 8  # buffers in use at a time, as fio has; a disk copies faster into memory that the processor's cache holds
 _GB = 1e-9
 
 
@@ -205,15 +205,16 @@ class _Store:
 
     def read(self, out: Any) -> float:
         """GB/s."""
-        window, tickets = len(out) // 2, []
+        tickets: list[IoTicket] = []
+        stamps = self._tier.stamps(0, self._slots)
         start_s = time.perf_counter()
-        for number, first in enumerate(range(0, len(self._slots), window)):  # one half is read while one is waited for
-            slots = self._slots[first : first + window]
-            rows = number % 2 * window + self._line[: len(slots)]
-            tickets.append(self._tier.read(0, slots, out, rows, self._tier.stamps(0, slots)))
-            if number:
-                tickets[number - 1].event.wait()
-        tickets[-1].event.wait()
+        for i in range(len(self._slots)):  # a row is read into again once what it held has come
+            if i >= len(out):
+                tickets[i - len(out)].event.wait()
+            row = self._line[i % len(out)][None]
+            tickets.append(self._tier.read(0, self._slots[i : i + 1], out, row, stamps[i : i + 1]))
+        for ticket in tickets[-len(out) :]:
+            ticket.event.wait()
         spent_s = time.perf_counter() - start_s
         assert all(ticket.ok.all() for ticket in tickets)
         return float(len(self._slots) * LAYOUT.block_bytes / spent_s * _GB)
