@@ -111,10 +111,10 @@ def test_a_corrupted_block_is_computed_again_and_booked(tmp_path):
 
 
 def flip_a_byte_of_block(store, slot: int, layout) -> None:
-    from kvtier.tiers.nvme.identity import segment_path
-    from kvtier.tiers.nvme.layout import Geometry
+    from kvtier.tiers.nvme.identity import segment_path, stored_geometries
+    from kvtier.tiers.nvme.maintenance import stored_identity
 
-    segment, offset = Geometry.of(layout).place(slot)
+    segment, offset = stored_geometries(store, stored_identity(store))[0].place(slot)
     with open(segment_path(store, layout, 0, segment), "r+b") as file:
         file.seek(offset + 100)
         byte = file.read(1)[0]

@@ -11,7 +11,6 @@ import pytest
 from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.errors import ConfigError, StoreLockedError, StoreMismatchError, TierFullError
 from kvtier.tiers.layout import KVLayout
-from kvtier.tiers.nvme.layout import Geometry
 from kvtier.tiers.nvme.status import read_store_status
 from kvtier.tiers.nvme.store import STAMP, NvmeTier, StoreIdentity
 
@@ -87,7 +86,8 @@ def test_a_reopened_store_lists_what_was_written_and_nothing_that_was_freed(tmp_
     ok, seen = load(again, found)
     assert ok.all() and np.array_equal(seen, rows[kept])
     assert again.sessions() == {"b": {"n": 2}} and again.free_slots(0) == 70 - 36
-    assert again.allocate(0, 4).tolist() == slots[5:9].tolist()
+    assert again.allocate(0, 4).tolist() == [40, 41, 42, 43]  # goes on where it ended
+    assert again.allocate(0, 30)[-4:].tolist() == slots[5:9].tolist()  # and comes to the holes last
     again.close()
 
 
@@ -136,11 +136,11 @@ def test_xarray_reads_the_same(tmp_path, backend):
 def test_whatever_is_wrong_on_disk_is_not_ok_and_never_an_exception(tmp_path, backend, where):
     tier = open_tier(tmp_path / "s", backend)
     slots, rows = store(tier, 4)
-    geometry = Geometry.of(LAYOUT)
+    geometry = tier.geometry(0)
     tier.close()
     path = next((tmp_path / "s" / "blocks.zarr" / "g0").glob("c.0*"))
     raw = bytearray(path.read_bytes())
-    start = 4096 + geometry.stride
+    start = geometry.header_bytes + geometry.stride
     if where == "block":
         raw[start + 100] ^= 4
     elif where == "trailer":
@@ -163,16 +163,91 @@ def test_whatever_is_wrong_on_disk_is_not_ok_and_never_an_exception(tmp_path, ba
 def test_random_bit_flips_are_all_detected(tmp_path, backend):
     tier = open_tier(tmp_path / "s", backend)
     slots, _ = store(tier, 8)
-    path = next((tmp_path / "s" / "blocks.zarr" / "g0").glob("c.0*"))
-    whole, rng, geometry = path.read_bytes(), np.random.default_rng(0), Geometry.of(LAYOUT)
-    used = geometry.block_bytes
+    geometry, rng = tier.geometry(0), np.random.default_rng(0)
     for _ in range(200):
-        slot, bit = int(rng.integers(8)), int(rng.integers(used * 8))
+        slot, bit = int(rng.integers(8)), int(rng.integers(geometry.block_bytes * 8))
+        number, offset = geometry.place(int(slots[slot]))
+        path = next((tmp_path / "s" / "blocks.zarr" / "g0").glob(f"c.{number}.*"))
+        whole = path.read_bytes()
         raw = bytearray(whole)
-        raw[4096 + slot * geometry.stride + bit // 8] ^= 1 << bit % 8
+        raw[offset + bit // 8] ^= 1 << bit % 8
         path.write_bytes(raw)
         ok, _ = load(tier, slots)
         assert ok.tolist() == [i != slot for i in range(8)]
+        path.write_bytes(whole)
+    tier.close()
+
+
+def test_a_segment_left_half_made_is_made_anew_once_nothing_is_listed_in_it(tmp_path, backend):
+    tier = open_tier(tmp_path / "s", backend)
+    path = tmp_path / "s" / "blocks.zarr" / "g0" / "c.0.0.0.0.0.0"
+    path.write_bytes(b"half")
+    slots, rows = store(tier, 8)
+    ok, seen = load(tier, slots)
+    assert ok.all() and np.array_equal(seen, rows)
+    tier.close()
+    path.write_bytes(b"half")  # with blocks listed in it: they are lost, and it stays closed to new ones
+    tier = open_tier(tmp_path / "s", backend)
+    assert load(tier, slots)[0].tolist() == [False] * 4 + [True] * 4
+    ticket = tier.write(0, slots[:4], rows[:4], np.arange(4), stamps(4))
+    assert ticket.event.wait(10) and not ticket.ok.any()
+    tier.quarantine(0, slots[:4])
+    ticket = tier.write(0, slots[:4], rows[:4], np.arange(4), stamps(4))
+    assert ticket.event.wait(10) and ticket.ok.all()
+    tier.close()
+
+
+def test_blocks_are_appended_segment_by_segment_and_holes_come_last(tmp_path, backend):
+    tier = open_tier(tmp_path / "s", backend)  # 17 segments of 4 slots, and 2 slots
+    assert tier.num_segments(0) == tier.num_clean(0) == 17
+    first = tier.allocate(0, 6)
+    assert first.tolist() == list(range(6)) and tier.num_clean(0) == 15
+    tier.free(0, first[:3])
+    assert tier.allocate(0, 10).tolist() == list(range(6, 16))
+    assert tier.sealed(0)[0].tolist() == [0, 1, 2] and tier.sealed(0)[1].tolist() == [1, 4, 4]
+    tier.free(0, first[3:4])
+    assert tier.num_clean(0) == 14 and tier.sealed(0)[0].tolist() == [1, 2]
+    assert tier.allocate(0, 4).tolist() == [0, 1, 2, 3]  # its file is there already
+    tier.retain(0, 1)
+    assert tier.sealed(0)[0].tolist() == [2, 3, 1]
+    assert tier.allocate(0, 52).tolist() == list(range(16, 68)) and tier.num_clean(0) == 0
+    tier.free(0, np.array([5, 21, 22, 40]))
+    assert tier.allocate(0, 1).tolist() == [68]
+    with pytest.raises(TierFullError):
+        tier.allocate(0, 5, not_in=5)
+    assert tier.allocate(0, 3).tolist() == [69, 21, 22]  # neighbours if there are any
+    assert tier.allocate(0, 2, not_in=5).tolist() == [5, 40] and tier.free_slots(0) == 0
+    tier.close()
+
+
+def test_relocated_blocks_are_listed_once_and_survive_a_restart(tmp_path, backend):
+    tier = open_tier(tmp_path / "s", backend)
+    slots, rows = store(tier, 8)
+    targets = tier.allocate(0, 3)
+    ticket = tier.relocate(0, slots[1:4], targets)
+    assert ticket.event.wait(10) and ticket.ok.all() and tier.write_amplification == 11 / 8
+    tier.free(0, slots[1:4])
+    now = np.concatenate([slots[:1], targets, slots[4:]])
+    for _ in range(2):
+        ok, seen = load(tier, now)
+        assert ok.all() and np.array_equal(seen, rows)
+        assert sorted(tier.recovered()[0][0].tolist()) == sorted(now.tolist())
+        tier.close()
+        tier = open_tier(tmp_path / "s", backend)
+    tier.close()
+
+
+def test_a_damaged_block_is_not_relocated(tmp_path, backend):
+    tier = open_tier(tmp_path / "s", backend)
+    slots, _ = store(tier, 4)
+    number, offset = tier.geometry(0).place(int(slots[2]))
+    path = next((tmp_path / "s" / "blocks.zarr" / "g0").glob(f"c.{number}.*"))
+    raw = bytearray(path.read_bytes())
+    raw[offset + 7] ^= 1
+    path.write_bytes(raw)
+    ticket = tier.relocate(0, slots, tier.allocate(0, 4))
+    assert ticket.event.wait(10) and ticket.ok.tolist() == [True, True, False, True]
+    assert slots[2] in tier.recovered()[0][0]
     tier.close()
 
 
@@ -215,7 +290,7 @@ def test_refusals_name_the_cause_and_touch_nothing(tmp_path, backend):
     with pytest.raises(StoreMismatchError, match="layouts"):
         open_tier(tmp_path / "s", backend, StoreIdentity("model", (LAYOUT,)), [10])
     file = tmp_path / "s" / "store.json"
-    file.write_text(file.read_text().replace('"format": 2', '"format": 99'))
+    file.write_text(file.read_text().replace('"format": 3', '"format": 99'))
     before = sorted(p.name for p in (tmp_path / "s").rglob("*"))
     with pytest.raises(StoreMismatchError, match="format=99"):
         open_tier(tmp_path / "s", backend)

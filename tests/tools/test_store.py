@@ -10,11 +10,11 @@ import pytest
 
 from kvtier import KVLayout, Pager, PagerConfig
 from kvtier.tiers.cpu import CpuBackend
-from kvtier.tiers.nvme.layout import Geometry
+from kvtier.tiers.nvme.identity import stored_geometries
 from kvtier.tools import cli
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "faults"))
-from blocks_of import LAYOUT, open_tier, put, wrong_blocks
+from blocks_of import IDENTITY, open_tier, put, wrong_blocks
 
 
 @pytest.fixture
@@ -42,11 +42,12 @@ def store(capsys, verb, *argv) -> tuple[int, dict]:
 
 
 def damage(path) -> None:
-    segment = path / "blocks.zarr" / "g0" / "c.0.0.0.0.0.0"
-    raw = bytearray(segment.read_bytes())
     for slot in (2, 5):
-        raw[Geometry.of(LAYOUT).place(slot)[1] + 9] ^= 1
-    segment.write_bytes(raw)
+        number, offset = stored_geometries(path, IDENTITY)[0].place(slot)
+        segment = path / "blocks.zarr" / "g0" / f"c.{number}.0.0.0.0.0"
+        raw = bytearray(segment.read_bytes())
+        raw[offset + 9] ^= 1
+        segment.write_bytes(raw)
 
 
 def right_keys(path) -> set[bytes]:
@@ -74,7 +75,7 @@ def test_gc_gives_empty_segments_back(path, capsys):
     before = right_keys(path)
     code, report = store(capsys, "gc", path)
     assert code == 0 and report["freed_bytes"] > 0
-    assert len(list((path / "blocks.zarr" / "g0").glob("c.*"))) == 2
+    assert len(list((path / "blocks.zarr" / "g0").glob("c.*"))) == 3  # of five
     assert right_keys(path) == before
 
 

@@ -33,9 +33,15 @@ Stamps = npt.NDArray[Any]
 class BlockIo:
     """Moves blocks of all layer groups of one store. Called from many workers at once."""
 
-    def __init__(self, files: SegmentFiles, layouts: Sequence[KVLayout], *, with_checksums: bool = True) -> None:
-        self._files, self._layouts = files, layouts
-        self._geometries = [Geometry.of(layout) for layout in layouts]
+    def __init__(
+        self,
+        files: SegmentFiles,
+        layouts: Sequence[KVLayout],
+        geometries: Sequence[Geometry],
+        *,
+        with_checksums: bool = True,
+    ) -> None:
+        self._files, self._layouts, self._geometries = files, layouts, geometries
         self._with_checksums = with_checksums
         self._scratch = Scratch()
         self._lock = threading.Lock()
@@ -43,8 +49,11 @@ class BlockIo:
         self._trailers: OrderedDict[tuple[int, int, int], npt.NDArray[np.uint64]] = OrderedDict()
         self.bytes_read = self.bytes_written = 0
 
-    def write(self, group: int, run: Run, source: Rows, rows: IntArray, stamps: Stamps) -> bool:
-        """Write the run's blocks and fill in their checksums. False when not all bytes went down."""
+    def write(self, group: int, run: Run, source: Rows, rows: IntArray, stamps: Stamps, *, is_empty: bool) -> bool:
+        """Write the run's blocks and fill in their checksums. False when not all bytes went down.
+
+        `is_empty`: nothing is listed in this segment (see SegmentFiles.use).
+        """
         geometry = self._geometries[group]
         tails_at, direct = self._buffers(geometry, run, source, rows)
         buffers: list[Any] = []
@@ -57,7 +66,7 @@ class BlockIo:
             buffers = [self._staged(geometry, run, source, rows).data]
         wanted = run.count * geometry.stride
         try:
-            with self._files.use((group, run.segment), create=True) as fd:
+            with self._files.use((group, run.segment), create=True, is_empty=is_empty) as fd:
                 written = self._files.calls.pwritev(fd, buffers, run.offset)
         except OSError:
             return False
@@ -137,7 +146,7 @@ class BlockIo:
         else:  # for measuring; stock readers refuse such a block
             sums, crc = np.zeros(layout.num_layers, np.uint64), 0
         stamp["checksum"] = block_sum(sums)
-        key, generation, checksum, tokens = stamp[0].tolist()
+        key, generation, checksum, tokens, _ = stamp[0].tolist()
         return self._geometries[group].tail(Trailer(key, generation, checksum, tokens, sums, crc))
 
     def _is_the_block(self, group: int, row: npt.NDArray[np.uint8], tail: bytes, stamp: Any) -> bool:

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from ..layout import KVLayout
 from ..streams import aligned_rows
-from .identity import PROBE_FILE, segment_path
+from .identity import NEW_SEGMENT_FILE, PROBE_FILE, segment_path
 from .layout import PAGE_BYTES, Geometry
 
 MAX_OPEN_FILES = 512
@@ -63,16 +63,26 @@ class ForeignSegmentError(OSError):
 class _Open:
     fd: int
     users: int = 0
+    is_over: bool = False  # the last user closes it
 
 
 class SegmentFiles:
     """The segments of one store. Descriptors are kept open, up to a limit, and shared by all workers."""
 
-    def __init__(self, root: Path, layouts: Sequence[KVLayout], calls: SystemCalls, *, direct: bool = True) -> None:
-        self._root, self._layouts, self.calls = root, layouts, calls
-        self._geometries = [Geometry.of(layout) for layout in layouts]
+    def __init__(
+        self,
+        root: Path,
+        layouts: Sequence[KVLayout],
+        geometries: Sequence[Geometry],
+        calls: SystemCalls,
+        *,
+        direct: bool = True,
+    ) -> None:
+        self._root, self._layouts, self._geometries, self.calls = root, layouts, geometries, calls
         self._lock = threading.Lock()
         self._open: OrderedDict[Segment, _Open] = OrderedDict()
+        self._grown: set[Path] = set()  # directories that took a new file since they were last synced
+        self.torn: set[Segment] = set()  # their index has to be written anew; whoever does takes them out
         self.is_direct = direct and _takes_direct(root, calls)
 
     def path(self, segment: Segment) -> Path:
@@ -84,12 +94,17 @@ class SegmentFiles:
         return self.is_direct and self._geometries[group].block_bytes >= DIRECT_MIN_BYTES
 
     @contextmanager
-    def use(self, segment: Segment, *, create: bool = False, check_index: bool = True) -> Iterator[int]:
-        """A descriptor of the segment; made and preallocated first with `create`. Raises OSError."""
+    def use(
+        self, segment: Segment, *, create: bool = False, is_empty: bool = False, check_index: bool = True
+    ) -> Iterator[int]:
+        """A descriptor of the segment; with `create` it is made and preallocated where there is none.
+
+        `is_empty` says that nothing is listed in it: what is there then, foreign or half made, is made anew. Raises OSError.
+        """
         with self._lock:
             held = self._open.get(segment)
             if held is None:
-                held = self._open[segment] = _Open(self._open_file(segment, create, check_index))
+                held = self._open[segment] = _Open(self._open_file(segment, create, is_empty, check_index))
             self._open.move_to_end(segment)
             held.users += 1
             self._close_idle(MAX_OPEN_FILES)
@@ -98,26 +113,37 @@ class SegmentFiles:
         finally:
             with self._lock:
                 held.users -= 1
+                if held.is_over and not held.users:
+                    self.calls.close(held.fd)
 
     def write_index(self, segment: Segment, listed: npt.NDArray[np.bool_]) -> None:
         """Say in the shard's index which of its slots hold blocks."""
-        page = aligned_rows(1, PAGE_BYTES)
-        page[0] = np.frombuffer(self._geometries[segment[0]].index_page(listed), np.uint8)
         with self.use(segment, check_index=False) as fd:  # whatever was there, this is what it should say
-            if self.calls.pwritev(fd, [page[0].data], 0) != PAGE_BYTES:
-                raise OSError(errno.EIO, f"index of {self.path(segment).name} was written in part")
+            self._write_header(segment, fd, listed)
 
     def sync(self, segment: Segment) -> None:
-        """What was written to the segment survives a power loss once this returns."""
+        """What was written to the segment survives a power loss once this returns, and so does its name."""
         with self.use(segment) as fd:
             self.calls.fdatasync(fd)
+        folder = self.path(segment).parent
+        with self._lock:
+            is_grown = folder in self._grown
+            self._grown.discard(folder)
+        if is_grown:
+            try:
+                sync_directory(folder)
+            except OSError:
+                self._grown.add(folder)
+                raise
 
     def forget(self, segment: Segment) -> None:
-        """Close the segment's descriptor, so that the next use opens and checks the file again."""
+        """Let go of the segment's descriptor, so that the next use opens and checks the file again."""
         with self._lock:
             held = self._open.pop(segment, None)
-            if held is not None and not held.users:
-                self.calls.close(held.fd)
+            if held is not None:
+                held.is_over = True
+                if not held.users:
+                    self.calls.close(held.fd)
 
     def close(self) -> None:
         with self._lock:
@@ -131,7 +157,7 @@ class SegmentFiles:
             if not self._open[segment].users:
                 self.calls.close(self._open.pop(segment).fd)
 
-    def _open_file(self, segment: Segment, create: bool, check_index: bool) -> int:
+    def _open_file(self, segment: Segment, create: bool, is_empty: bool, check_index: bool) -> int:
         path, flags = self.path(segment), os.O_RDWR | (os.O_DIRECT if self.bypasses_cache(segment[0]) else 0)
         try:
             fd = self.calls.open(path, flags)
@@ -141,36 +167,50 @@ class SegmentFiles:
             return self._make(segment, path, flags)
         try:
             self._check(segment, fd, check_index)
-        except BaseException:
+        except BaseException as error:
             self.calls.close(fd)
+            if create and is_empty and isinstance(error, ForeignSegmentError):
+                return self._make(segment, path, flags)
             raise
         return fd
 
     def _make(self, segment: Segment, path: Path, flags: int) -> int:
-        geometry = self._geometries[segment[0]]
-        fd = self.calls.open(path, flags | os.O_CREAT)
+        """Under another name until it is whole: who is killed meanwhile leaves no half segment."""
+        geometry, new = self._geometries[segment[0]], self._root / NEW_SEGMENT_FILE
+        new.unlink(missing_ok=True)
+        fd = self.calls.open(new, flags | os.O_CREAT)
         try:
             self.calls.fallocate(fd, geometry.segment_bytes)
-            page = aligned_rows(1, PAGE_BYTES)
-            empty = geometry.index_page(np.zeros(geometry.slots_per_segment, bool))
-            page[0] = np.frombuffer(empty, np.uint8)
-            if self.calls.pwritev(fd, [page[0].data], 0) != PAGE_BYTES:
-                raise OSError(errno.EIO, f"{path.name} could not be made")
+            self._write_header(segment, fd, np.zeros(geometry.slots_per_segment, bool))
+            new.replace(path)
         except BaseException:
             self.calls.close(fd)
-            path.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
             raise
+        self._grown.add(path.parent)
         return fd
+
+    def _write_header(self, segment: Segment, fd: int, listed: npt.NDArray[np.bool_]) -> None:
+        geometry = self._geometries[segment[0]]
+        pages = aligned_rows(1, geometry.header_bytes)
+        pages[0] = np.frombuffer(geometry.header(listed), np.uint8)
+        if self.calls.pwritev(fd, [pages[0].data], 0) != geometry.header_bytes:
+            raise OSError(errno.EIO, f"index of {self.path(segment).name} was written in part")
 
     def _check(self, segment: Segment, fd: int, check_index: bool) -> None:
         """Raises ForeignSegmentError when size or index show another writer's hand."""
-        geometry, page = self._geometries[segment[0]], aligned_rows(1, PAGE_BYTES)
+        geometry = self._geometries[segment[0]]
         if os.fstat(fd).st_size != geometry.segment_bytes:
             raise ForeignSegmentError(errno.EINVAL, f"{self.path(segment).name} has another size than we gave it")
         if not check_index:
             return
-        if self.calls.preadv(fd, [page[0].data], 0) != PAGE_BYTES or geometry.read_index(page[0]) is None:
+        pages = aligned_rows(1, geometry.header_bytes)
+        got = self.calls.preadv(fd, [pages[0].data], 0)
+        found = geometry.judge_header(pages[0])
+        if got != geometry.header_bytes or found == "foreign":
             raise ForeignSegmentError(errno.EINVAL, f"{self.path(segment).name} has an index that we did not write")
+        if found == "torn":  # the journal knows what it should say, and each block proves itself
+            self.torn.add(segment)
 
 
 class Scratch(threading.local):
@@ -206,3 +246,12 @@ def _takes_direct(root: Path, calls: SystemCalls) -> bool:
     finally:
         calls.close(fd)
         path.unlink(missing_ok=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Names made or replaced in this directory survive a power loss once this returns. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

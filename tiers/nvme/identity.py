@@ -9,18 +9,25 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from ..errors import ConfigError, StoreLockedError, StoreMismatchError
 from ..layout import KVLayout
 from .layout import Geometry
 
-FORMAT = 2  # 1 had no seal over a block's crc
+FORMAT = 3  # 1 had no seal over a block's crc; 2 had segments of one size and stamps without an owner
 STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR = "store.json", "LOCK", "manifest.log", "blocks.zarr"
 PROBE_FILE = "probe.tmp"  # written and removed at open, to see what the file system takes
-_OURS = {STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR, "status.sock", "manifest.new", "store.json.new", PROBE_FILE}
+SPARE_DIR = "blocks.new"  # Zarr metadata on its way
+NEW_SEGMENT_FILE = "segment.new"  # a segment until it is whole
+_OURS = {STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR, "status.sock", "manifest.new", "store.json.new"}
+_OURS |= {PROBE_FILE, NEW_SEGMENT_FILE, SPARE_DIR}
 _DIM_NAMES = ("slot", "layer", "kv", "head", "token", "dim")
 
 
@@ -75,6 +82,11 @@ def claim(path: Path, identity: StoreIdentity) -> tuple[int, bool]:
 def check_identity(path: Path, identity: StoreIdentity) -> None:
     """Raises StoreMismatchError naming what differs."""
     stored = read_identity(path)
+    if stored.get("format") != FORMAT:
+        raise StoreMismatchError(
+            f"store {path} has format={stored.get('format')!r}, this version of kvtier reads and writes {FORMAT} only: use "
+            "another path, or delete the store (what it holds is a cache and can be computed again)"
+        )
     for name, wanted in identity.to_dict().items():
         if stored.get(name) != wanted:
             raise StoreMismatchError(
@@ -84,66 +96,125 @@ def check_identity(path: Path, identity: StoreIdentity) -> None:
 
 
 def read_identity(path: Path) -> dict[str, Any]:
+    """The identity file, proven by its own sum. Raises ConfigError."""
     try:
         stored = json.loads((path / STORE_FILE).read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"store {path} has no readable {STORE_FILE}: {error}") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"store {path}: {STORE_FILE} is not an object")
+    if stored.get("format") == FORMAT and stored.pop("sum", None) != _sum_of(stored):
+        raise ConfigError(f"store {path}: {STORE_FILE} is damaged; restore it from a copy, or delete the store")
     return stored
 
 
-def make_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> None:
-    """Write the Zarr metadata (by zarr-python itself, so it is always stock) and, last, the identity file."""
+def make_arrays(path: Path, identity: StoreIdentity, num_slots: list[int], about: Mapping[str, Any]) -> list[Geometry]:
+    """Write the Zarr metadata and, last, the identity file.
+
+    `about` describes the model to whoever opens the store without kvtier; it is kept in the group's attributes.
+    """
+    geometries = [Geometry.for_room(layout, n) for layout, n in zip(identity.layouts, num_slots, strict=True)]
+    _write_metadata(path / ZARR_DIR, identity, geometries, num_slots, about)
+    arrays = [
+        {"slots_per_segment": geometry.slots_per_segment, "metadata_sum": _metadata_sum(path, index)}
+        for index, geometry in enumerate(geometries)
+    ]
+    _write_whole(path / STORE_FILE, {**identity.to_dict(), "about": dict(about), "arrays": arrays})
+    return geometries
+
+
+def repair_metadata(path: Path, identity: StoreIdentity) -> bool:
+    """Write the Zarr metadata anew where it is not what we wrote. True when there was something to mend."""
+    stored, geometries = read_identity(path), stored_geometries(path, identity)
+    if all(_is_ours(path, index, array) for index, array in enumerate(stored["arrays"])):
+        return False
+    folders = [path / ZARR_DIR / f"g{index}" for index in range(len(geometries))]
+    slots = [_reached(folder, geometry) for folder, geometry in zip(folders, geometries, strict=True)]
+    spare = path / SPARE_DIR
+    _write_metadata(spare, identity, geometries, slots, stored.get("about", {}))
+    for part in (Path(), *(Path(folder.name) for folder in folders)):
+        (spare / part / "zarr.json").replace(path / ZARR_DIR / part / "zarr.json")
+    shutil.rmtree(spare)
+    return True
+
+
+def _write_metadata(
+    folder: Path,
+    identity: StoreIdentity,
+    geometries: list[Geometry],
+    num_slots: list[int],
+    about: Mapping[str, Any],
+) -> None:
+    """By zarr-python itself, so that it is always stock."""
     import zarr
+
+    from ... import __version__
+
+    said = {"version": __version__, "about": dict(about), **identity.to_dict()}
+    group = zarr.create_group(str(folder), overwrite=True, attributes={"kvtier": said})
+    for index, (layout, geometry, slots) in enumerate(zip(identity.layouts, geometries, num_slots, strict=True)):
+        _make_array(group, index, layout, geometry, slots)
+
+
+def _make_array(group: Any, index: int, layout: KVLayout, geometry: Geometry, slots: int) -> None:
     from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
-    group = zarr.create_group(str(path / ZARR_DIR), overwrite=True, attributes={"kvtier": identity.to_dict()})
-    for index, (layout, slots) in enumerate(zip(identity.layouts, num_slots, strict=True)):
-        geometry = Geometry.of(layout)
-        chunk = (1, *layout.block_shape)
-        kinds = _DIM_NAMES if len(chunk) == len(_DIM_NAMES) else ("slot", "layer", "element")
-        names = [f"g{index}_{kind}" for kind in kinds]  # of its own, so that xarray takes groups of other sizes
-        group.create_array(
-            f"g{index}",
-            shape=(_whole_segments(slots, geometry), *layout.block_shape),
-            chunks=(geometry.slots_per_segment, *layout.block_shape),
-            dtype=layout.storage_dtype,
-            serializer=ShardingCodec(
-                chunk_shape=chunk,
-                codecs=[BytesCodec(), Crc32cCodec()],
-                index_codecs=[BytesCodec(), Crc32cCodec()],
-                index_location="start",
-            ),
-            compressors=None,
-            filters=None,
-            fill_value=0,
-            chunk_key_encoding={"name": "default", "separator": "."},
-            dimension_names=names,
-            attributes={"kvtier": {"dtype": layout.dtype, "layout": layout.to_dict()}},
-        )
-    temporary = path / (STORE_FILE + ".new")
-    temporary.write_text(json.dumps(identity.to_dict(), indent=1))
-    temporary.replace(path / STORE_FILE)
+    chunk = (1, *layout.block_shape)
+    kinds = _DIM_NAMES if len(chunk) == len(_DIM_NAMES) else ("slot", "layer", "element")
+    names = [f"g{index}_{kind}" for kind in kinds]  # of its own, so that xarray takes groups of other sizes
+    group.create_array(
+        f"g{index}",
+        shape=(_whole_segments(slots, geometry), *layout.block_shape),
+        chunks=(geometry.slots_per_segment, *layout.block_shape),
+        dtype=layout.storage_dtype,
+        serializer=ShardingCodec(
+            chunk_shape=chunk,
+            codecs=[BytesCodec(), Crc32cCodec()],
+            index_codecs=[BytesCodec(), Crc32cCodec()],
+            index_location="start",
+        ),
+        compressors=None,
+        filters=None,
+        fill_value=0,
+        chunk_key_encoding={"name": "default", "separator": "."},
+        dimension_names=names,
+        attributes={"kvtier": {"dtype": layout.dtype, "codec": "none", "layout": layout.to_dict()}},
+    )
 
 
-def grow_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> None:
+def stored_geometries(path: Path, identity: StoreIdentity) -> list[Geometry]:
+    """How the store's arrays are cut into segments. Raises ConfigError."""
+    try:
+        counts = [int(array["slots_per_segment"]) for array in read_identity(path)["arrays"]]
+        if min(counts) < 1:
+            raise ValueError("slots_per_segment must be at least 1")
+        return [Geometry.of(layout, n) for layout, n in zip(identity.layouts, counts, strict=True)]
+    except (LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"store {path}: {STORE_FILE} does not say how its arrays are cut: {error}") from error
+
+
+def grow_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> list[Geometry]:
     """Let the arrays' shapes reach at least num_slots. zarr is loaded only when one has to grow.
 
-    Raises ConfigError when the store's Zarr metadata cannot be read.
+    Raises ConfigError when the store's Zarr metadata is not what we wrote.
     """
-    for index, (layout, slots) in enumerate(zip(identity.layouts, num_slots, strict=True)):
+    geometries = stored_geometries(path, identity)
+    arrays = read_identity(path)["arrays"]
+    for index, (geometry, slots) in enumerate(zip(geometries, num_slots, strict=True)):
         file = path / ZARR_DIR / f"g{index}" / "zarr.json"
-        try:
-            has = int(json.loads(file.read_text())["shape"][0])
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise ConfigError(f"store {path}: {file.name} of array g{index} cannot be read: {error}") from error
-        wanted = _whole_segments(slots, Geometry.of(layout))
+        if not _is_ours(path, index, arrays[index]):
+            raise ConfigError(
+                f"store {path}: {file.name} of array g{index} is not as kvtier wrote it; `kvtier store repair {path}` "
+                "writes it anew"
+            )
+        has = int(json.loads(file.read_text())["shape"][0])
+        wanted = _whole_segments(slots, geometry)
         if has < wanted:
             import zarr
 
             array = zarr.open_array(str(file.parent), mode="r+")
             array.resize((wanted, *array.shape[1:]))
+    return geometries
 
 
 def segment_path(path: Path, layout: KVLayout, group: int, segment: int) -> Path:
@@ -153,6 +224,38 @@ def segment_path(path: Path, layout: KVLayout, group: int, segment: int) -> Path
 
 def _whole_segments(slots: int, geometry: Geometry) -> int:
     return -(-max(slots, 1) // geometry.slots_per_segment) * geometry.slots_per_segment
+
+
+def _is_ours(path: Path, index: int, array: Mapping[str, Any]) -> bool:
+    try:
+        return _metadata_sum(path, index) == array.get("metadata_sum")
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _metadata_sum(path: Path, index: int) -> str:
+    """Of everything in an array's and the group's zarr.json but how many blocks there may be, which grows."""
+    group = json.loads((path / ZARR_DIR / "zarr.json").read_text())
+    array = json.loads((path / ZARR_DIR / f"g{index}" / "zarr.json").read_text())
+    if not isinstance(array["shape"].pop(0), int):
+        raise ValueError("the first length is not a number")
+    return _sum_of([group, array])
+
+
+def _reached(folder: Path, geometry: Geometry) -> int:
+    """Slots in the segments that there are files of."""
+    numbers = [int(file.name.split(".")[1]) for file in folder.glob("c.*")]
+    return (max(numbers, default=0) + 1) * geometry.slots_per_segment
+
+
+def _sum_of(value: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
+
+
+def _write_whole(path: Path, fields: dict[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(json.dumps({**fields, "sum": _sum_of(fields)}, indent=1))
+    temporary.replace(path)
 
 
 def _short(value: Any) -> str:

@@ -1,7 +1,7 @@
 """Geometry of a segment file: a valid Zarr v3 shard whose inner chunks lie at 4 KiB-aligned offsets.
 
-    0                        index page: slots x (u64 offset, u64 nbytes), u32 crc32c, zeros up to 4096
-    4096 + slot * stride     block bytes | u32 crc32c | trailer | zeros up to the stride
+    0                        index: slots x (u64 offset, u64 nbytes), u32 crc32c, zeros up to a whole number of pages
+    header + slot * stride   block bytes | u32 crc32c | trailer | zeros up to the stride
 
 The crc32c is the standard Zarr codec's and belongs to the chunk (nbytes = block + 4). The trailer lies in what Zarr
 sees as unused space: it says whose block this is, so that a whole block of another key is never taken for the right one.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
+from typing import Literal
 
 import crc32c
 import numpy as np
@@ -24,8 +25,8 @@ from ..layout import KVLayout
 PAGE_BYTES = 4096
 CRC_BYTES = 4
 EMPTY = 2**64 - 1
-MAX_SLOTS = 32  # per segment; the index page has room for 255
-MAX_SEGMENT_BYTES = 32 << 20
+SEGMENT_BYTES = 32 << 20  # of a segment in a store that has room for many
+MIN_SEGMENTS = 16  # a smaller store has smaller segments, so that recycling one costs little of it
 MAGIC = b"kvtier\x00\x01"
 _HEAD = struct.Struct("<8s32sQQII")  # magic, key, generation, checksum, tokens, number of layers
 _SEAL = struct.Struct("<Q")  # xxh3 of the crc and the trailer before it
@@ -53,14 +54,22 @@ class Geometry:
     slots_per_segment: int
 
     @classmethod
-    def of(cls, layout: KVLayout) -> Geometry:
-        tail = CRC_BYTES + _HEAD.size + 8 * layout.num_layers + _SEAL.size
-        stride = -(-(layout.block_bytes + tail) // PAGE_BYTES) * PAGE_BYTES
-        return cls(layout.block_bytes, layout.num_layers, stride, max(1, min(MAX_SLOTS, MAX_SEGMENT_BYTES // stride)))
+    def of(cls, layout: KVLayout, slots_per_segment: int) -> Geometry:
+        return cls(layout.block_bytes, layout.num_layers, _stride(layout), slots_per_segment)
+
+    @classmethod
+    def for_room(cls, layout: KVLayout, num_slots: int) -> Geometry:
+        """Segments for a store that shall hold num_slots blocks."""
+        return cls.of(layout, max(1, min(SEGMENT_BYTES // _stride(layout), num_slots // MIN_SEGMENTS)))
+
+    @property
+    def header_bytes(self) -> int:
+        """Of the index, before the first slot."""
+        return _whole_pages(16 * self.slots_per_segment + CRC_BYTES)
 
     @property
     def segment_bytes(self) -> int:
-        return PAGE_BYTES + self.slots_per_segment * self.stride
+        return self.header_bytes + self.slots_per_segment * self.stride
 
     @property
     def tail_bytes(self) -> int:
@@ -75,21 +84,24 @@ class Geometry:
     def place(self, slot: int) -> tuple[int, int]:
         """Segment number and offset in its file."""
         segment, index = divmod(slot, self.slots_per_segment)
-        return segment, PAGE_BYTES + index * self.stride
+        return segment, self.header_bytes + index * self.stride
 
-    def index_page(self, occupied: npt.NDArray[np.bool_]) -> bytes:
-        """The index of a segment whose slots are occupied or not."""
+    def header(self, occupied: npt.NDArray[np.bool_]) -> bytes:
+        """The index of a segment whose slots are occupied or not, as its first pages hold it."""
         entries = np.full((self.slots_per_segment, 2), EMPTY, "<u8")
         used = np.flatnonzero(occupied)
-        entries[used, 0] = PAGE_BYTES + used * self.stride
+        entries[used, 0] = self.header_bytes + used * self.stride
         entries[used, 1] = self.block_bytes + CRC_BYTES
         raw = entries.tobytes()
-        return (raw + crc32c.crc32c(raw).to_bytes(4, "little")).ljust(PAGE_BYTES, b"\0")
+        return (raw + crc32c.crc32c(raw).to_bytes(4, "little")).ljust(self.header_bytes, b"\0")
 
-    def read_index(self, page: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_] | None:
-        """Which slots an index page lists, or None when it is not a page that we would write."""
-        listed = page[: 16 * self.slots_per_segment].view("<u8")[1::2] != np.uint64(EMPTY)
-        return listed if page.tobytes() == self.index_page(listed) else None
+    def judge_header(self, pages: npt.NDArray[np.uint8]) -> Literal["ours", "torn", "foreign"]:
+        """Whose index this is: one that we would write, one that a crash or a fault broke, or another writer's."""
+        entries, size = pages[: 16 * self.slots_per_segment], 16 * self.slots_per_segment
+        if crc32c.crc32c(entries.data) != int.from_bytes(pages[size : size + CRC_BYTES].tobytes(), "little"):
+            return "torn"
+        listed = entries.view("<u8")[1::2] != np.uint64(EMPTY)
+        return "ours" if entries.tobytes() == self.header(listed)[:size] else "foreign"
 
     def tail(self, trailer: Trailer) -> bytes:
         """Everything behind a block's bytes."""
@@ -112,3 +124,11 @@ class Geometry:
         if magic != MAGIC or layers != self.num_layers or block_sum(sums) != checksum:
             return None
         return Trailer(key, generation, checksum, tokens, sums, int.from_bytes(sealed[:CRC_BYTES], "little"))
+
+
+def _stride(layout: KVLayout) -> int:
+    return _whole_pages(layout.block_bytes + CRC_BYTES + _HEAD.size + 8 * layout.num_layers + _SEAL.size)
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES

@@ -19,8 +19,7 @@ from ..cpu import CpuBackend
 from ..errors import ConfigError, StoreMismatchError
 from ..layout import KVLayout
 from ..streams import IntArray
-from .identity import StoreIdentity, read_identity, segment_path
-from .layout import Geometry
+from .identity import StoreIdentity, read_identity, repair_metadata, segment_path
 from .store import NvmeTier
 
 Progress = Callable[[int, int], None]
@@ -38,6 +37,7 @@ class Report:
     known_blocks: int = 0  # the target of a copy had them already
     sessions: int = 0
     freed_bytes: int = 0
+    repaired_metadata: int = 0  # 1 when Zarr metadata had to be written anew
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -54,8 +54,10 @@ def stored_identity(path: Path) -> StoreIdentity:
 
 
 def check(path: Path, progress: Progress, *, repair: bool = False) -> Report:
-    """Read every listed block. With `repair`, what is bad leaves the listing, and index pages are written anew."""
+    """Read every listed block. With `repair`, what is bad leaves the listing, indexes and metadata are written anew."""
     report = Report()
+    if repair:
+        report.repaired_metadata = int(repair_metadata(path, stored_identity(path)))
     with _opened(path) as (tier, backend):
         report.sessions = len(tier.sessions())
         listed = tier.recovered()
@@ -81,7 +83,7 @@ def collect(path: Path, progress: Progress) -> Report:
         for group, layout in enumerate(stored_identity(path).layouts):
             slots = tier.recovered()[group][0]
             report.blocks += len(slots)
-            used = set((slots // Geometry.of(layout).slots_per_segment).tolist())
+            used = set((slots // tier.geometry(group).slots_per_segment).tolist())
             files = sorted(segment_path(path, layout, group, 0).parent.glob("c.*"))
             for done, file in enumerate(files):
                 if int(file.name.split(".")[1]) not in used:

@@ -19,9 +19,9 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
-from .files import SystemCalls
+from .files import SystemCalls, sync_directory
 
-STAMP = np.dtype([("key", "V32"), ("generation", "<u8"), ("checksum", "<u8"), ("tokens", "<u4")])
+STAMP = np.dtype([("key", "V32"), ("generation", "<u8"), ("checksum", "<u8"), ("tokens", "<u4"), ("owner", "<u4")])
 _FRAME = struct.Struct("<II")
 _MAX_FRAME_BYTES = 64 << 20
 _BATCH = 4096  # slots per record of a snapshot
@@ -54,6 +54,10 @@ class GroupListing:
     def slots(self) -> IntArray:
         return np.flatnonzero(self.listed)
 
+    def in_segment(self, number: int, size: int) -> npt.NDArray[np.bool_]:
+        """Which slots of a segment are listed; a view, shorter where the listing does not reach."""
+        return self.listed[number * size : (number + 1) * size]
+
 
 @dataclass(slots=True)
 class Listing:
@@ -65,12 +69,16 @@ class Listing:
 
     def apply(self, record: dict[str, Any]) -> None:
         kind = record["op"]
-        if kind in ("put", "drop"):
+        if kind in ("put", "drop", "move"):
             group, slots = int(record["group"]), np.frombuffer(record["slots"], "<i8")
-            if kind == "put":
-                self.group(group).put(slots, np.frombuffer(record["stamps"], STAMP))
-            else:
+            if kind == "move":
+                left = np.frombuffer(record["left"], "<i8")
+                self.group(group).drop(left)
+                self.uncommitted.append((group, left))
+            if kind == "drop":
                 self.group(group).drop(slots)
+            else:
+                self.group(group).put(slots, np.frombuffer(record["stamps"], STAMP))
             self.uncommitted.append((group, slots))
         elif kind == "session":
             self.sessions[record["id"]] = record["record"]
@@ -100,7 +108,7 @@ class Manifest:
         fd = calls.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.ftruncate(fd, size)
         if is_new:
-            _sync_directory(path.parent)
+            sync_directory(path.parent)
         return cls(path, fd, listing, size, calls)
 
     def put(self, group: int, slots: IntArray, stamps: npt.NDArray[Any]) -> None:
@@ -108,6 +116,18 @@ class Manifest:
 
     def drop(self, group: int, slots: IntArray) -> None:
         self._append({"op": "drop", "group": group, "slots": _packed(slots)})
+
+    def move(self, group: int, left: IntArray, slots: IntArray, stamps: npt.NDArray[Any]) -> None:
+        """Blocks are in other slots from now on: one record, so that they are always listed exactly once."""
+        self._append(
+            {
+                "op": "move",
+                "group": group,
+                "left": _packed(left),
+                "slots": _packed(slots),
+                "stamps": stamps.tobytes(),
+            }
+        )
 
     def put_session(self, session_id: str, record: dict[str, Any]) -> None:
         self._append({"op": "session", "id": session_id, "record": record})
@@ -137,7 +157,7 @@ class Manifest:
             size = file.tell()
         temporary.chmod(0o600)
         temporary.replace(self._path)
-        _sync_directory(self._path.parent)
+        sync_directory(self._path.parent)
         fd = self._calls.open(self._path, os.O_WRONLY | os.O_APPEND)
         self._calls.close(self._fd)
         self._fd, self._size = fd, size
@@ -205,11 +225,3 @@ def _snapshot(listing: Listing) -> Iterator[dict[str, Any]]:
 
 def _packed(slots: IntArray) -> bytes:
     return np.ascontiguousarray(slots, "<i8").tobytes()
-
-
-def _sync_directory(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

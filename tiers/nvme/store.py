@@ -2,14 +2,14 @@
 
 A block is listed only after its bytes are written; a block is served only when its trailer names the key and generation
 that the manifest lists and its bytes match the checksum. Whatever fails that is `ok=False` in the ticket, never an
-exception and never served. Order of durability: data and index pages, then the journal that lists them (commit.py).
+exception and never served. How a listing becomes durable is durable.py's business, when is commit.py's.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError, TierUnavailableError
-from ..streams import AllDone, Backend, IntArray, Rows
+from ..streams import AllDone, Backend, IntArray, Rows, aligned_rows
 from .blocks import BlockIo
 from .commit import Committer, Durability, check_durability
-from .files import Segment, SegmentFiles, SystemCalls
+from .durable import DurableListing
+from .files import SegmentFiles, SystemCalls
 from .identity import MANIFEST_FILE, StoreIdentity, claim, grow_arrays, make_arrays
 from .layout import Geometry
 from .manifest import STAMP, Manifest
-from .slots import Run, SlotBook, plan_runs, segments_of
+from .slots import NONE_OPEN, Run, SlotBook, plan_runs
 
 __all__ = ["STAMP", "IoTicket", "NvmeTier", "StoreIdentity"]
 
@@ -45,6 +46,7 @@ class NvmeTier:
         self,
         path: Path,
         identity: StoreIdentity,
+        geometries: list[Geometry],
         num_slots: list[int],
         backend: Backend,
         lock_fd: int,
@@ -54,20 +56,18 @@ class NvmeTier:
     ) -> None:
         self._path, self._identity, self._backend, self._lock_fd = path, identity, backend, lock_fd
         self._durability = durability
-        self._manifest = Manifest.open(path / MANIFEST_FILE, calls)
-        listing = self._manifest.listing
-        geometries = [Geometry.of(layout) for layout in identity.layouts]
+        manifest = Manifest.open(path / MANIFEST_FILE, calls)
+        listing = manifest.listing
         self._books = [SlotBook(n, g, listing.group(i)) for i, (n, g) in enumerate(zip(num_slots, geometries))]
-        self._files = SegmentFiles(path, identity.layouts, calls)
-        self._io = BlockIo(self._files, identity.layouts, with_checksums=with_checksums)
-        self._lock = threading.Lock()  # of the books and the journal; never held during a sync
-        self._commit_lock = threading.Lock()  # one commit at a time
+        self._files = SegmentFiles(path, identity.layouts, geometries, calls)
+        self._io = BlockIo(self._files, identity.layouts, geometries, with_checksums=with_checksums)
+        self._listing = DurableListing(path, manifest, self._books, self._files, durability, self._lost)
+        self._lock = self._listing.lock  # of the books too
         self._generation = 1 + max((int(b.listing.stamps["generation"].max(initial=0)) for b in self._books), default=0)
-        self._unsynced: set[Segment] = set()  # written since the last commit
-        self._stale_index: set[Segment] = set()  # their index pages say something else than the journal
-        self.corrupt_blocks = self.failed_syncs = 0
-        self._committer = Committer(self._commit_quietly) if self._commits_by_itself() else None
-        self._recover(listing.uncommitted)
+        self._relocating = threading.Lock()
+        self.corrupt_blocks = self.moved_bytes = 0
+        self._committer = Committer(self._listing.commit_quietly) if self._commits_by_itself() else None
+        self._listing.recover()
 
     @classmethod
     def open(
@@ -78,19 +78,21 @@ class NvmeTier:
         num_slots: Sequence[int],
         backend: Backend,
         durability: str = "batch",
+        about: Mapping[str, Any] | None = None,
         calls: SystemCalls | None = None,
         with_checksums: bool = True,
     ) -> NvmeTier:
         """Create or reopen a store with room for num_slots[g] blocks of each layer group.
 
-        `durability` is none, batch or always (commit.py). `calls` and `with_checksums` are for tests and measurements.
+        `durability` is none, batch or always (commit.py); `about` describes the model in a new store's Zarr attributes;
+        `calls` and `with_checksums` are for tests and measurements.
         Raises: ConfigError, StoreMismatchError, StoreLockedError; the directory is then as it was.
         """
-        where, chosen = Path(path), check_durability(durability)
+        where, chosen, slots = Path(path), check_durability(durability), list(num_slots)
         fd, is_new = claim(where, identity)
         try:
-            (make_arrays if is_new else grow_arrays)(where, identity, list(num_slots))
-            return cls(where, identity, list(num_slots), backend, fd, chosen, calls or SystemCalls(), with_checksums)
+            made = make_arrays(where, identity, slots, about or {}) if is_new else grow_arrays(where, identity, slots)
+            return cls(where, identity, made, slots, backend, fd, chosen, calls or SystemCalls(), with_checksums)
         except OSError as error:
             os.close(fd)
             raise ConfigError(f"nvme_path={str(where)!r} cannot be used: {error}") from error
@@ -105,10 +107,13 @@ class NvmeTier:
     def free_slots(self, group: int) -> int:
         return self._books[group].num_free
 
-    def allocate(self, group: int, n: int) -> IntArray:
-        """n slots, neighbours where possible. Raises TierFullError and changes nothing when there are fewer."""
+    def allocate(self, group: int, n: int, *, not_in: int = NONE_OPEN) -> IntArray:
+        """n slots, neighbours where possible, none in segment `not_in`.
+
+        Raises TierFullError and changes nothing when there are fewer.
+        """
         with self._lock:
-            return self._books[group].allocate(n, group)
+            return self._books[group].allocate(n, group, not_in=not_in)
 
     def free(self, group: int, slots: IntArray) -> None:
         """Give slots back; they are taken out of the journal first, out of the index pages with the next commit."""
@@ -118,7 +123,7 @@ class NvmeTier:
         with self._lock:
             listed = slots[book.listing.listed[slots]]
             if len(listed):
-                self._record_drop(group, listed)
+                self._listing.drop_locked(group, listed)
             book.free(slots)
         self._io.forget(group, slots)
 
@@ -154,15 +159,12 @@ class NvmeTier:
     ) -> IoTicket:
         """Write blocks; each is listed once all of this call's bytes are down. Source rows must not change meanwhile."""
         ticket, stamps = IoTicket(len(slots)), stamps.copy()
-        with self._lock:
-            stamps["generation"] = np.arange(self._generation, self._generation + len(slots))
-            self._generation += len(slots)
+        self._number(stamps)
         runs = list(plan_runs(self._books[group].geometry, slots))
         left = [len(runs)]
 
         def job(run: Run) -> None:
-            part = slice(run.start, run.start + run.count)
-            ticket.ok[part] = self._io.write(group, run, source, source_rows[part], stamps[part])
+            ticket.ok[run.part] = self._write_run(group, run, source, source_rows, stamps)
             with self._lock:
                 left[0] -= 1
                 is_last = left[0] == 0
@@ -180,8 +182,7 @@ class NvmeTier:
         ticket = IoTicket(len(slots))
 
         def job(run: Run) -> None:
-            part = slice(run.start, run.start + run.count)
-            ticket.ok[part] = self._io.read(group, run, target, target_rows[part], stamps[part])
+            ticket.ok[run.part] = self._io.read(group, run, target, target_rows[run.part], stamps[run.part])
 
         runs = plan_runs(self._books[group].geometry, slots)
         ticket.event = AllDone([self._backend.read_io.submit(_bound(job, run)) for run in runs])
@@ -203,19 +204,54 @@ class NvmeTier:
         ticket.event = AllDone([self._backend.read_io.submit(_bound(job, first)) for first in firsts])
         return ticket
 
+    # ------------------------------------------------------------------ the ring
+    def geometry(self, group: int) -> Geometry:
+        return self._books[group].geometry
+
+    def num_segments(self, group: int) -> int:
+        """Whole segments that the group may fill."""
+        return self._books[group].num_segments
+
+    def num_clean(self, group: int) -> int:
+        """Segments that can be filled from their front."""
+        with self._lock:
+            return self._books[group].num_clean()
+
+    def sealed(self, group: int) -> tuple[IntArray, IntArray]:
+        """Segments that hold blocks and are not being filled, oldest first, and how many slots of each are used."""
+        with self._lock:
+            segments = self._books[group].sealed()
+            return segments, self._books[group].num_used_in(segments)
+
+    def retain(self, group: int, segment: int) -> None:
+        """Leave a segment as it is; it counts as the youngest from now on."""
+        with self._lock:
+            self._books[group].retain(segment)
+
+    def relocate(self, group: int, slots: IntArray, targets: IntArray) -> IoTicket:
+        """Copy listed blocks to other slots, durably, and list them there instead.
+
+        Where the ticket says ok, give `slots` back afterwards, elsewhere `targets`.
+        """
+        ticket = IoTicket(len(slots))
+
+        def job() -> None:
+            with self._relocating:
+                self._relocate(group, slots, targets, ticket.ok)
+
+        ticket.event = AllDone([self._backend.write_io.submit(job)])
+        return ticket
+
     # ------------------------------------------------------------------ sessions and durability
     def put_session(self, session_id: str, record: dict[str, Any]) -> None:
         """Raises TierUnavailableError when the journal takes no more."""
-        with self._lock:
-            self._journal(lambda: self._manifest.put_session(session_id, record))
+        self._listing.put_session(session_id, record)
 
     def drop_session(self, session_id: str) -> None:
-        with self._lock:
-            self._journal(lambda: self._manifest.drop_session(session_id))
+        self._listing.drop_session(session_id)
 
     def sessions(self) -> dict[str, dict[str, Any]]:
-        with self._lock:
-            return dict(self._manifest.listing.sessions)
+        return self._listing.sessions()
 
     def flush(self, timeout_s: float | None = None) -> None:
         """What is listed survives a power loss once this returns (`none`: a crash of the process only).
@@ -223,42 +259,47 @@ class NvmeTier:
         Raises: TierUnavailableError when the disk refused; blocks whose bytes are in doubt are no longer listed.
         """
         if self._durability != "none":
-            self._commit()
+            self._listing.commit()
 
     # ------------------------------------------------------------------ maintenance
     def rewrite_indexes(self) -> None:
-        """Write the index page of every segment that holds a block anew. Raises TierUnavailableError."""
-        with self._lock:
-            for group, book in enumerate(self._books):
-                numbers = segments_of(book.geometry, book.listing.slots())
-                self._stale_index |= {(group, number) for number in numbers}
-        self._commit()
+        """Write the index of every segment that holds a block anew. Raises TierUnavailableError."""
+        self._listing.distrust_indexes()
+        self._listing.commit()
 
     def drop_segment(self, group: int, number: int) -> None:
         """Forget a segment that holds no block; its file may be removed."""
-        with self._lock:
-            self._unsynced.discard((group, number))
-            self._stale_index.discard((group, number))
+        self._listing.forget_segment((group, number))
         self._files.forget((group, number))
 
     def shrink_journal(self) -> None:
         """Rewrite the journal without history, whatever its size."""
-        with self._lock:
-            self._manifest.shrink(always=True)
+        self._listing.shrink_journal()
 
     def status(self) -> dict[str, Any]:
         return {
             "path": str(self._path),
             "used_slots": [book.num_used for book in self._books],
             "num_slots": [book.num_slots for book in self._books],
+            "clean_segments": [book.num_clean() for book in self._books],
+            "segments": [book.num_segments for book in self._books],
             "corrupt_blocks": self.corrupt_blocks,
             "bytes_written": self._io.bytes_written,
             "bytes_read": self._io.bytes_read,
-            "failed_syncs": self.failed_syncs,
+            "moved_bytes": self.moved_bytes,
+            "write_amplification": self.write_amplification,
+            "failed_syncs": self._listing.failed_syncs,
+            "torn_indexes": self._listing.torn_indexes,
             "durability": self._durability,
             "direct_io": self._files.is_direct,
-            "sessions": len(self._manifest.listing.sessions),
+            "sessions": len(self._listing.sessions()),
         }
+
+    @property
+    def write_amplification(self) -> float:
+        """Bytes written over bytes that were put; what is above 1 was written again to make segments clean."""
+        put = self._io.bytes_written - self.moved_bytes
+        return self._io.bytes_written / put if put else 1.0
 
     def close(self) -> None:
         """Commit and let go of the lock."""
@@ -266,123 +307,70 @@ class NvmeTier:
             return
         if self._committer is not None:
             self._committer.close()
-        self._commit_quietly()
+        self._listing.close()
         self._files.close()
-        self._manifest.close()
         os.close(self._lock_fd)
         self._lock_fd = -1
 
-    # ------------------------------------------------------------------ listing
+    # ------------------------------------------------------------------ inside
+    def _number(self, stamps: npt.NDArray[Any]) -> None:
+        """Give every write a generation of its own."""
+        with self._lock:
+            stamps["generation"] = np.arange(self._generation, self._generation + len(stamps))
+            self._generation += len(stamps)
+
+    def _write_run(self, group: int, run: Run, source: Rows, source_rows: IntArray, stamps: npt.NDArray[Any]) -> bool:
+        book = self._books[group]
+        with self._lock:
+            is_empty = not book.listing.in_segment(run.segment, book.geometry.slots_per_segment).any()
+        part = run.part
+        return self._io.write(group, run, source, source_rows[part], stamps[part], is_empty=is_empty)
+
     def _publish(self, group: int, slots: IntArray, stamps: npt.NDArray[Any], ticket: IoTicket) -> None:
         """List what was written whole; under `always`, make it durable before the call counts as done."""
         good = ticket.ok.copy()
         if not good.any():
             return
-        segments = {(group, number) for number in segments_of(self._books[group].geometry, slots[good])}
         try:
-            with self._lock:
-                self._manifest.put(group, slots[good], stamps[good])
-                self._unsynced |= segments
-                self._stale_index |= segments
+            self._listing.put(group, slots[good], stamps[good])
             if self._durability == "always":
-                self._commit()
+                self._listing.commit()
         except (OSError, TierUnavailableError):
             ticket.ok[:] = False
             return
         if self._committer is not None:
             self._committer.wrote(int(good.sum()) * self._books[group].geometry.stride)
 
-    def _record_drop(self, group: int, slots: IntArray) -> None:
-        """Take slots out of the journal. A journal that refuses costs nothing: their blocks fail their checks later."""
+    def _relocate(self, group: int, slots: IntArray, targets: IntArray, ok: npt.NDArray[np.bool_]) -> None:
+        """New bytes are durable before the journal says so, and the journal before the old slots are used again."""
+        book, geometry = self._books[group], self._books[group].geometry
+        stamps = book.listing.stamps[slots].copy()
+        rows = aligned_rows(len(slots), geometry.block_bytes)
+        places, good = np.arange(len(slots)), np.zeros(len(slots), bool)
+        for run in plan_runs(geometry, slots):
+            good[run.part] = self._io.read(group, run, rows, places[run.part], stamps[run.part])
+        self._number(stamps)
+        for run in plan_runs(geometry, targets):
+            good[run.part] &= self._write_run(group, run, rows, places, stamps)
         try:
-            self._manifest.drop(group, slots)
-        except OSError:
-            self._books[group].listing.drop(slots)
-        geometry = self._books[group].geometry
-        self._stale_index |= {(group, number) for number in segments_of(geometry, slots)}
+            if self._durability != "none":
+                self._listing.wrote(group, targets)
+                self._listing.commit()
+            self._listing.move(group, slots[good], targets[good], stamps[good])
+        except (OSError, TierUnavailableError):
+            return
+        if self._durability != "none":
+            self._listing.commit_quietly()
+        self.moved_bytes += int(good.sum()) * geometry.stride
+        ok[:] = good
 
-    def _journal(self, record: Callable[[], None]) -> None:
-        try:
-            record()
-        except OSError as error:
-            raise TierUnavailableError(f"store {self._path}: the journal takes no more: {error.strerror}") from error
+    def _lost(self, group: int, slots: IntArray) -> None:
+        """A segment cannot be relied upon: what it held is corrupt as far as anybody can tell."""
+        self.corrupt_blocks += len(slots)
+        self._io.forget(group, slots)
 
     def _commits_by_itself(self) -> bool:
         return self._durability == "batch" and self._backend.name != "simulated"
-
-    def _commit_quietly(self) -> None:
-        try:
-            self._commit()
-        except TierUnavailableError:
-            pass  # counted in failed_syncs; what is in doubt is no longer listed
-
-    def _commit(self) -> None:
-        """Index pages and data down, then the journal. Raises TierUnavailableError when anything refused."""
-        with self._commit_lock:
-            with self._lock:
-                stale, self._stale_index = self._stale_index, set()
-                unsynced, self._unsynced = self._unsynced | stale, set()
-                pages = {segment: self._listed(segment) for segment in stale}
-            refused = [segment for segment in sorted(unsynced) if not self._settle(segment, pages.get(segment))]
-            for segment in refused:
-                self._distrust(segment)
-            try:
-                with self._lock:
-                    if unsynced and not self._stale_index:
-                        self._manifest.commit()
-                    if self._durability != "none":
-                        self._manifest.sync()
-                    if not self._manifest.listing.uncommitted:
-                        self._manifest.shrink()
-            except OSError as error:
-                self.failed_syncs += 1
-                raise TierUnavailableError(
-                    f"store {self._path}: {error.strerror}; what was written may not last"
-                ) from error
-            if refused:
-                raise TierUnavailableError(f"store {self._path}: {len(refused)} segments could not be made durable")
-
-    def _settle(self, segment: Segment, listed: npt.NDArray[np.bool_] | None) -> bool:
-        """Write the index page and sync one segment. A failed sync is never repeated and trusted."""
-        try:
-            if listed is not None:
-                self._files.write_index(segment, listed)
-            if self._durability != "none":
-                self._files.sync(segment)
-        except FileNotFoundError:
-            return True  # somebody deleted it; its blocks fail their checks, and a new file may be made
-        except OSError:
-            self.failed_syncs += 1
-            return False
-        return True
-
-    def _distrust(self, segment: Segment) -> None:
-        """Nothing in this segment can be relied upon any more: its blocks are not listed, its file is opened anew."""
-        group, number = segment
-        size = self._books[group].geometry.slots_per_segment
-        with self._lock:
-            slots = number * size + np.flatnonzero(self._listed(segment))
-            if len(slots):
-                self.corrupt_blocks += len(slots)
-                self._record_drop(group, slots)
-        self._io.forget(group, slots)
-        self._files.forget(segment)
-
-    def _listed(self, segment: Segment) -> npt.NDArray[np.bool_]:
-        group, number = segment
-        book = self._books[group]
-        size = book.geometry.slots_per_segment
-        book.listing.reach((number + 1) * size)
-        return book.listing.listed[number * size : (number + 1) * size].copy()
-
-    def _recover(self, uncommitted: list[tuple[int, IntArray]]) -> None:
-        """After a crash, index pages may lag behind the journal: write those anew that changed since the last commit."""
-        for group, slots in uncommitted:
-            if group < len(self._books) and len(slots):
-                numbers = segments_of(self._books[group].geometry, slots)
-                self._stale_index |= {(group, number) for number in numbers}
-        if self._stale_index:
-            self._commit_quietly()
 
 
 _SLICE_JOB_BYTES = 1 << 20  # slices of small blocks share a job

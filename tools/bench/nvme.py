@@ -28,12 +28,12 @@ from kvtier import KVLayout
 
 from ...tiers.cpu import CpuBackend
 from ...tiers.errors import ConfigError
-from ...tiers.nvme.layout import Geometry
 from ...tiers.nvme.store import STAMP, IoTicket, NvmeTier, StoreIdentity
 from .harness import Row
 
 LAYOUT = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, block_size=32, dtype="bfloat16")  # 2 MiB blocks
 FIO_ENGINES = {"psync": ["--ioengine=psync", "--thread"], "io_uring": ["--ioengine=io_uring"]}
+ROOM = 512  # slots: a store with room for many segments has large ones
 QUEUE_DEPTH = 8
 PAUSE_S = 0.3  # before each case
 ROWS = 8  # buffers in use at a time, as fio has; a disk copies faster into memory that the processor's cache holds
@@ -180,7 +180,7 @@ class _Store:
         self._tier = NvmeTier.open(
             path,
             StoreIdentity("bench", (LAYOUT,)),
-            num_slots=[blocks],
+            num_slots=[max(blocks, ROOM)],
             backend=backend,
             durability="batch" if with_checksums else "none",
             with_checksums=with_checksums,
@@ -232,12 +232,14 @@ class _Store:
 
     def raw_latency_s(self, out: Any, tries: int = 16) -> float:
         """Median seconds of one pread of as many bytes, of the same files."""
-        geometry, found = Geometry.of(LAYOUT), []
+        geometry, found = self._tier.geometry(0), []
         files = sorted((self._path / "blocks.zarr" / "g0").glob("c.*"))
         with _descriptors(files) as fds:
             for _ in range(tries):
                 fd = fds[int(self._random.integers(len(fds)))]
-                offset = 4096 + int(self._random.integers(geometry.slots_per_segment)) * geometry.stride
+                offset = (
+                    geometry.header_bytes + int(self._random.integers(geometry.slots_per_segment)) * geometry.stride
+                )
                 start_s = time.perf_counter()
                 os.preadv(fd, [out[0].data], offset)
                 found.append(time.perf_counter() - start_s)

@@ -1,0 +1,197 @@
+"""What a store lists, and how that becomes durable.
+
+Order: data, then the index pages, synced; then the journal that lists them, synced. A segment whose sync failed is never
+synced again and trusted: its blocks leave the listing. One lock guards books, listing and journal; it is not held while
+segments are synced.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import TierUnavailableError
+from ..streams import IntArray
+from .commit import Durability
+from .files import Segment, SegmentFiles
+from .manifest import Manifest
+from .slots import SlotBook, segments_of
+
+Stamps = npt.NDArray[Any]
+
+
+class DurableListing:
+    """The journal, the segments that wait for a sync, and the commits that settle both."""
+
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        books: list[SlotBook],
+        files: SegmentFiles,
+        durability: Durability,
+        on_distrust: Callable[[int, IntArray], None],
+    ) -> None:
+        self._path, self._manifest, self._books, self._files = path, manifest, books, files
+        self._durability, self._on_distrust = durability, on_distrust
+        self.lock = threading.Lock()
+        self._commit_lock = threading.Lock()  # one commit at a time
+        self._unsynced: set[Segment] = set()  # written since the last commit
+        self._stale_index: set[Segment] = set()  # their index pages say something else than the journal
+        self.failed_syncs = self.torn_indexes = 0
+
+    # ------------------------------------------------------------------ changes
+    def put(self, group: int, slots: IntArray, stamps: Stamps) -> None:
+        """List blocks whose bytes are written. Raises OSError when the journal takes no more."""
+        with self.lock:
+            self._manifest.put(group, slots, stamps)
+            self._changed(group, slots, written=True)
+
+    def move(self, group: int, left: IntArray, slots: IntArray, stamps: Stamps) -> None:
+        """List blocks at other slots. Raises OSError."""
+        with self.lock:
+            self._manifest.move(group, left, slots, stamps)
+            self._changed(group, left)
+            self._changed(group, slots)
+
+    def wrote(self, group: int, slots: IntArray) -> None:
+        """Bytes went down that are not listed yet; the next commit syncs them."""
+        with self.lock:
+            self._unsynced |= self._segments(group, slots)
+
+    def drop_locked(self, group: int, slots: IntArray) -> None:
+        """Take slots out of the journal; the lock is held. A journal that refuses costs nothing: the blocks fail their
+        checks later."""
+        try:
+            self._manifest.drop(group, slots)
+        except OSError:
+            self._books[group].listing.drop(slots)
+        self._changed(group, slots)
+
+    def put_session(self, session_id: str, record: dict[str, Any]) -> None:
+        """Raises TierUnavailableError when the journal takes no more."""
+        self._record(lambda: self._manifest.put_session(session_id, record))
+
+    def drop_session(self, session_id: str) -> None:
+        self._record(lambda: self._manifest.drop_session(session_id))
+
+    def sessions(self) -> dict[str, dict[str, Any]]:
+        with self.lock:
+            return dict(self._manifest.listing.sessions)
+
+    def distrust_indexes(self) -> None:
+        """Have the next commit write the index of every segment that holds a block."""
+        with self.lock:
+            for group, book in enumerate(self._books):
+                self._stale_index |= self._segments(group, book.listing.slots())
+
+    def forget_segment(self, segment: Segment) -> None:
+        with self.lock:
+            self._unsynced.discard(segment)
+            self._stale_index.discard(segment)
+
+    # ------------------------------------------------------------------ commit
+    def commit(self) -> None:
+        """Raises TierUnavailableError when anything refused; blocks whose bytes are in doubt are then listed no more."""
+        with self._commit_lock:
+            with self.lock:
+                torn, self._files.torn = self._files.torn, set()
+                self.torn_indexes += len(torn)
+                stale, self._stale_index = self._stale_index | torn, set()
+                unsynced, self._unsynced = self._unsynced | stale, set()
+                pages = {segment: self._listed(segment) for segment in stale}
+            refused = [segment for segment in sorted(unsynced) if not self._settle(segment, pages.get(segment))]
+            for segment in refused:
+                self._distrust(segment)
+            try:
+                with self.lock:
+                    if unsynced and not self._stale_index:
+                        self._manifest.commit()
+                    if self._durability != "none":
+                        self._manifest.sync()
+                    if not self._manifest.listing.uncommitted:
+                        self._manifest.shrink()
+            except OSError as error:
+                self.failed_syncs += 1
+                raise TierUnavailableError(
+                    f"store {self._path}: {error.strerror}; what was written may not last"
+                ) from error
+            if refused:
+                raise TierUnavailableError(f"store {self._path}: {len(refused)} segments could not be made durable")
+
+    def commit_quietly(self) -> None:
+        try:
+            self.commit()
+        except TierUnavailableError:
+            pass  # counted in failed_syncs; what is in doubt is no longer listed
+
+    def recover(self) -> None:
+        """After a crash, index pages may lag behind the journal: write those anew that changed since the last commit."""
+        for group, slots in self._manifest.listing.uncommitted:
+            if group < len(self._books) and len(slots):
+                self._stale_index |= self._segments(group, slots)
+        if self._stale_index:
+            self.commit_quietly()
+
+    def shrink_journal(self) -> None:
+        """Rewrite the journal without history, whatever its size."""
+        with self.lock:
+            self._manifest.shrink(always=True)
+
+    def close(self) -> None:
+        self.commit_quietly()
+        self._manifest.close()
+
+    # ------------------------------------------------------------------ inside
+    def _record(self, record: Callable[[], None]) -> None:
+        try:
+            with self.lock:
+                record()
+        except OSError as error:
+            raise TierUnavailableError(f"store {self._path}: the journal takes no more: {error.strerror}") from error
+
+    def _segments(self, group: int, slots: IntArray) -> set[Segment]:
+        return {(group, number) for number in segments_of(self._books[group].geometry, slots)}
+
+    def _changed(self, group: int, slots: IntArray, *, written: bool = False) -> None:
+        segments = self._segments(group, slots)
+        self._stale_index |= segments
+        if written:
+            self._unsynced |= segments
+
+    def _settle(self, segment: Segment, listed: npt.NDArray[np.bool_] | None) -> bool:
+        """Write the index and sync one segment. A failed sync is never repeated and trusted."""
+        try:
+            if listed is not None:
+                self._files.write_index(segment, listed)
+            if self._durability != "none":
+                self._files.sync(segment)
+        except FileNotFoundError:
+            return True  # somebody deleted it; its blocks fail their checks, and a new file may be made
+        except OSError:
+            self.failed_syncs += 1
+            return False
+        return True
+
+    def _distrust(self, segment: Segment) -> None:
+        """Nothing in this segment can be relied upon any more: its blocks are not listed, its file is opened anew."""
+        group, number = segment
+        size = self._books[group].geometry.slots_per_segment
+        with self.lock:
+            slots = number * size + np.flatnonzero(self._listed(segment))
+            if len(slots):
+                self.drop_locked(group, slots)
+        self._on_distrust(group, slots)
+        self._files.forget(segment)
+
+    def _listed(self, segment: Segment) -> npt.NDArray[np.bool_]:
+        group, number = segment
+        book = self._books[group]
+        size = book.geometry.slots_per_segment
+        book.listing.reach((number + 1) * size)
+        return book.listing.in_segment(number, size).copy()
