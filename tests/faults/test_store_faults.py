@@ -32,7 +32,8 @@ def backend():
 def kill_loops(path, loops: int, seed: int) -> dict[str, int]:
     script = Path(__file__).parent / "kill_loop.py"
     command = [sys.executable, script, path, str(loops), str(seed)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    env = os.environ | {"PYTHONPATH": str(script.parent)}  # with PYTHONSAFEPATH a script's own folder is not searched
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
 
