@@ -21,7 +21,7 @@ from ..pager.pager import Pager, stored_block_size
 from ..tiers.errors import BlockMissError, ConfigError, TierFullError, TierUnavailableError
 from . import attention
 from .attention import STEP, Step, layers_of
-from .hf import ModelSpec, discover, fingerprint
+from .hf import ModelSpec, describe, discover, fingerprint
 from .loading import load_checkpoint
 from .request import Request, phase
 from .sampling import Output, Sampler, SamplingParams, margin
@@ -70,7 +70,7 @@ class Engine:
         config.validate()
         spec = discover(model)
         size = block_size or stored_block_size(config.nvme_path) or _default_block_size(model, spec, config)
-        pager = Pager.open(spec.layouts(size), config, model_fingerprint=fingerprint(model))
+        pager = Pager.open(spec.layouts(size), config, model_fingerprint=fingerprint(model), about=describe(model))
         try:
             return cls(model, spec, pager, tokenizer, max_batch_tokens)
         except BaseException:
@@ -155,10 +155,15 @@ class Engine:
         request.twins = [Request(-1, params, Sampler(params, i), len(prompt), 0) for i in range(1, params.n)]
         return request
 
-    def continue_request(self, seq: int, num_new: int, params: SamplingParams) -> Request:
-        """A request over a sequence that exists already and has new tokens appended (a session's turn)."""
+    def continue_request(
+        self, seq: int, num_new: int, params: SamplingParams, rng_state: bytes | None = None
+    ) -> Request:
+        """A request over a sequence that exists already and has new tokens appended (a session's turn).
+
+        `rng_state` is where an earlier turn's random numbers stopped.
+        """
         total = self.pager.num_tokens(seq)
-        request = Request(seq, params, Sampler(params), total, max(0, total - num_new - 1))
+        request = Request(seq, params, Sampler(params, state=rng_state), total, max(0, total - num_new - 1))
         request.found(self.pager.residency(seq))
         return request
 

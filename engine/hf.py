@@ -159,6 +159,15 @@ def _unsupported(model: Any, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"model family {model.config.model_type!r} is not supported: {reason}")
 
 
+def describe(model: Any) -> dict[str, Any]:
+    """What a reader of a store needs to know of the model that made it: family, positions, RoPE. JSON values only."""
+    text = model.config.get_text_config()
+    wanted = ("vocab_size", "num_attention_heads", "max_position_embeddings", "sliding_window", "rope_parameters")
+    fields = {name: getattr(text, name, None) for name in wanted}
+    said = {"model_type": model.config.model_type, "architectures": model.config.architectures, **fields}
+    return dict(json.loads(json.dumps(said, default=str)))
+
+
 def fingerprint(model: Any) -> str:
     """Hex digest of what decides K/V: config, RoPE, dtype and a sample of every weight.
 

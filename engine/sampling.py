@@ -62,16 +62,25 @@ class Output:
 
 
 class Sampler:
-    """Chooses tokens of one sequence; a seed makes it repeatable."""
+    """Chooses tokens of one sequence; a seed makes it repeatable.
 
-    def __init__(self, params: SamplingParams, index: int = 0) -> None:
+    Without a seed, `state` (what `rng_state` of an earlier sampler said) goes on where that one stopped.
+    """
+
+    def __init__(self, params: SamplingParams, index: int = 0, *, state: bytes | None = None) -> None:
         self._params = params
         self._generator = torch.Generator()
-        if params.seed is None:
-            self._generator.seed()
-        else:
+        if params.seed is not None:
             self._generator.manual_seed(params.seed + index)
+        elif state is not None:
+            self._generator.set_state(torch.frombuffer(bytearray(state), dtype=torch.uint8))
+        else:
+            self._generator.seed()
         self._warpers = _warpers(params)
+
+    @property
+    def rng_state(self) -> bytes:
+        return bytes(self._generator.get_state().numpy())
 
     def choose(self, logits: Tensor) -> int:
         """The next token from logits [vocab]."""

@@ -25,6 +25,7 @@ class Session:
         self.id, self.namespace = session_id, namespace
         self._engine = engine
         self._seq = seq
+        self._rng_state: bytes | None = None  # of the last sampled turn
         self.is_open = True
 
     @classmethod
@@ -62,7 +63,10 @@ class Session:
         params: SamplingParams | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> Output:
-        """Append a message (text needs a tokenizer) and generate. With max_tokens=0 only the cache is warmed."""
+        """Append a message (text needs a tokenizer) and generate. With max_tokens=0 only the cache is warmed.
+
+        A sampled turn without a seed goes on with the random numbers of the turn before, across park and resume too.
+        """
         params = params or SamplingParams()
         if params.n != 1:
             raise ConfigError("n: a session answers once per turn; fork it for more")
@@ -77,8 +81,10 @@ class Session:
             engine.pager.append(self.seq, new[self.num_computed :])
         else:
             engine.pager.append(self.seq, new)
-        request = engine.continue_request(self.seq, len(new), params)
+        request = engine.continue_request(self.seq, len(new), params, self._rng_state)
         engine.run([request], None if on_token is None else (lambda _, token: on_token(token)))
+        if params.temperature > 0:
+            self._rng_state = request.sampler.rng_state
         if engine.tokenizer is not None:
             request.output.text = engine.tokenizer.decode(request.output.token_ids)
         return request.output
@@ -91,13 +97,15 @@ class Session:
 
     def park(self) -> None:
         """Out of the device tier and into the store; the session ends here and can be resumed, also by another process."""
-        self._engine.pager.park(self.id, self.seq)
+        extra = {} if self._rng_state is None else {"rng_state": self._rng_state}
+        self._engine.pager.park(self.id, self.seq, extra)
         self._seq = None
 
     def resume(self) -> Session:
         """Bring a parked session back; does nothing for a running one. Raises ConfigError after close()."""
         if self.is_parked:
-            self._seq, _ = self._engine.pager.resume(self.id, self.namespace)
+            self._seq, parked = self._engine.pager.resume(self.id, self.namespace)
+            self._rng_state = parked.extra.get("rng_state")
         assert self.seq >= 0
         return self
 

@@ -43,6 +43,7 @@ class PagerConfig:
         None  # Unix socket for pager-inspect; None: <nvme_path>/status.sock when there is a store
     )
     namespace_secrets: Mapping[str, str] = field(default_factory=dict)  # namespace -> hex secret
+    namespace_quotas: Mapping[str, Size] = field(default_factory=dict)  # namespace -> bytes of nvme that it may hold
 
     @property
     def device_size(self) -> int:
@@ -58,6 +59,9 @@ class PagerConfig:
 
     def secret(self, namespace: str) -> bytes:
         return bytes.fromhex(self.namespace_secrets.get(namespace, ""))
+
+    def quota(self, namespace: str) -> int:
+        return parse_bytes(self.namespace_quotas[namespace], name=f"namespace_quotas[{namespace!r}]")
 
     def validate(self) -> PagerConfig:
         """Check everything that can be checked without a disk or a device. Raises ConfigError."""
@@ -87,6 +91,11 @@ class PagerConfig:
             raise ConfigError(f"sinks={self.sinks}: the number of sink tokens must not be negative")
         if self.backend not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"backend={self.backend!r} is unknown; choose auto, cpu or cuda")
+        if self.namespace_quotas and self.nvme_path is None:
+            raise ConfigError("namespace_quotas are of the nvme tier; say where it is with nvme_path")
+        for name in self.namespace_quotas:
+            if self.quota(name) < 0:
+                raise ConfigError(f"namespace_quotas[{name!r}] must not be negative")
         for name, secret in self.namespace_secrets.items():
             try:
                 too_long = len(bytes.fromhex(secret)) > 64

@@ -23,6 +23,8 @@ from .group import BlockGroup
 from .keys import KeyChain
 from .page_table import BlockTable, Sequence, num_blocks_of
 from .policy import make_policy
+from .quota import Quotas
+from .reclaim import Reclaimer
 from .rules import Rules
 from .sessions import SessionEntry
 from .sizing import Sizes
@@ -55,6 +57,7 @@ class Core:
         self.fingerprint = "|".join([model_fingerprint, *(layout.fingerprint for layout in layouts)])
         self.counters, self.ghosts = Counters(), Ghosts()
         self.lock = threading.RLock()
+        quotas = self.quotas = Quotas({name: config.quota(name) for name in config.namespace_quotas})
         self.groups = [
             BlockGroup(
                 i,
@@ -63,6 +66,7 @@ class Core:
                 num_pages=sizes.pages[i],
                 num_host_slots=sizes.host_slots[i],
                 nvme=nvme,
+                quotas=quotas,
                 policy=make_policy(config.policy, window=config.window, sinks=config.sinks, block_size=self.block_size),
                 counters=self.counters,
                 ghosts=self.ghosts,
@@ -71,6 +75,8 @@ class Core:
             )
             for i, layout in enumerate(layouts)
         ]
+        quotas.watch(self.groups)
+        self._reclaimers = [Reclaimer(group.cold) for group in self.groups if group.cold is not None]
         self.rings = [
             StagingRing(group, sizes.staging_bytes[i], nvme is not None) if sizes.staging_bytes[i] else None
             for i, group in enumerate(self.groups)
@@ -127,6 +133,8 @@ class Core:
         for group in self.groups:
             self._balance_device(group)
             self._balance_host(group)
+        for reclaimer in self._reclaimers:
+            reclaimer.keep_clean()
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
         """Advance until ready() or the timeout; lets go of the lock between looks. False on timeout."""
@@ -191,17 +199,18 @@ class Core:
         d, host = group.directory, group.host
         blocks = host.block[host.state == SlotState.VALID]
         blocks = blocks[d.nvme_slot[blocks] == NOWHERE]
+        if group.cold is not None:
+            blocks = blocks[group.cold.may_sink(blocks)]
         return self.sink_blocks(group, group.policy.victims(n, blocks), reason)
 
     def sink_blocks(self, group: BlockGroup, blocks: IntArray, reason: str) -> int:
         started = 0
-        if not group.can_write_nvme:
+        if group.cold is None or not group.cold.takes_writes:
             return 0
         for batch in group.batches(blocks):
-            batch = batch[: group.nvme_room()]
-            if not len(batch):
-                break
-            started += group.write_nvme(batch, reason)
+            batch = group.cold.admit(batch[: group.nvme_room()])
+            if len(batch):
+                started += group.cold.write(batch, reason)
         return started
 
     def make_room(self, group: BlockGroup, n: int) -> bool:

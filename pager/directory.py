@@ -28,6 +28,8 @@ class Directory:
         self.nvme_slot = np.full(_FIRST_SIZE, NOWHERE, np.int64)
         self.nvme_valid = np.zeros(_FIRST_SIZE, bool)  # False while the write is on its way
         self.nvme_holds = np.zeros(_FIRST_SIZE, np.int32)
+        self.nvme_hit = np.zeros(_FIRST_SIZE, bool)  # read since it was written
+        self.owner = np.zeros(_FIRST_SIZE, np.uint32)  # tag of the namespace that it belongs to
         self.refs = np.zeros(_FIRST_SIZE, np.int32)
         self.version = np.zeros(_FIRST_SIZE, np.int64)
         self.tokens = np.zeros(_FIRST_SIZE, np.int32)
@@ -41,8 +43,8 @@ class Directory:
         self._free: list[int] = list(range(_FIRST_SIZE - 1, -1, -1))
 
     # ------------------------------------------------------------------ making and forgetting blocks
-    def create(self, depth: IntArray) -> IntArray:
-        """New live blocks in no tier, with no reference and no key."""
+    def create(self, depth: IntArray, owner: int | npt.NDArray[np.uint32]) -> IntArray:
+        """New live blocks of a namespace, in no tier, with no reference and no key."""
         while len(self._free) < len(depth):
             self._grow()
         first = len(self._free) - len(depth)
@@ -56,6 +58,7 @@ class Directory:
         self.tokens[blocks] = 0
         self.pinned_until[blocks] = 0.0
         self.depth[blocks] = depth
+        self.owner[blocks] = owner
         self.is_live[blocks] = True
         return blocks
 
@@ -142,6 +145,8 @@ class Directory:
         for name in (
             "nvme_valid",
             "nvme_holds",
+            "nvme_hit",
+            "owner",
             "refs",
             "version",
             "tokens",

@@ -8,28 +8,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ..tiers.device import DevicePool
-from ..tiers.errors import InvariantError, KvTierError
+from ..tiers.errors import InvariantError
 from ..tiers.host import HostSlab
 from ..tiers.layout import KVLayout
 from ..tiers.streams import Backend, Event
 from .accounting import Counters, Ghost, Ghosts
+from .cold import ColdSide
 from .directory import Directory
 from .policy import LruPolicy
+from .quota import Quotas
 from .rules import Rule, Rules
 from .states import NOWHERE, HostSlots, IntArray, Pages, PageState, SlotState
 
 if TYPE_CHECKING:
     from ..tiers.nvme.store import IoTicket, NvmeTier
 
-MoveKind = Literal["host_to_device", "device_to_host", "nvme_to_host", "host_to_nvme"]
+MoveKind = Literal["host_to_device", "device_to_host", "nvme_to_host", "host_to_nvme", "nvme_to_nvme"]
 MAX_MOVE_BYTES = 32 << 20  # completions come one per move: smaller moves let copies and their followers overlap
-MAX_WRITE_ERRORS = 3  # in a row; then the nvme tier takes no more writes and the pager goes on without it
 
 
 @dataclass(slots=True, eq=False)
@@ -60,13 +61,14 @@ class BlockGroup:
         num_pages: int,
         num_host_slots: int,
         nvme: NvmeTier | None,
+        quotas: Quotas,
         policy: LruPolicy,
         counters: Counters,
         ghosts: Ghosts,
         rules: Rules,
         clock: Callable[[], float],
     ) -> None:
-        self.index, self.layout, self.backend, self.nvme = index, layout, backend, nvme
+        self.index, self.layout, self.backend = index, layout, backend
         self.pool = DevicePool(layout, num_pages, backend)
         self.slab = HostSlab(layout, num_host_slots, backend)
         self.pages, self.host = Pages(num_pages), HostSlots(num_host_slots)
@@ -75,7 +77,15 @@ class BlockGroup:
         self.moves: list[Move] = []
         self.epoch = 0
         self.tick = 1
-        self._write_errors = 0
+        self._finish: dict[MoveKind, Callable[[Move, bool], None]] = {
+            "host_to_device": self._finish_promote,
+            "device_to_host": self._finish_demote,
+        }
+        self.cold = ColdSide(self, nvme, quotas) if nvme is not None else None
+        if self.cold is not None:
+            self._finish["nvme_to_host"] = self.cold.finish_read
+            self._finish["host_to_nvme"] = self.cold.finish_write
+            self._finish["nvme_to_nvme"] = self.cold.finish_relocate
 
     # ------------------------------------------------------------------ references and recency
     def touch(self, blocks: IntArray, distance_tokens: IntArray | None = None) -> None:
@@ -110,8 +120,9 @@ class BlockGroup:
         if not len(dead):
             return
         self._leave_device(dead)
-        self._leave_host(dead)
-        self._leave_nvme(dead)
+        self.leave_host(dead)
+        if self.cold is not None:
+            self.cold.leave(dead)
         d.forget(dead)
 
     def _settled(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
@@ -142,18 +153,11 @@ class BlockGroup:
         self.pages.step(pages, PageState.FREE)
         self.directory.page[paged] = NOWHERE
 
-    def _leave_host(self, blocks: IntArray) -> None:
+    def leave_host(self, blocks: IntArray) -> None:
         hosted = blocks[self.directory.host_slot[blocks] >= 0]
         if len(hosted):
             self.host.drop(self.directory.host_slot[hosted])
             self.directory.host_slot[hosted] = NOWHERE
-
-    def _leave_nvme(self, blocks: IntArray) -> None:
-        stored = blocks[self.directory.nvme_slot[blocks] >= 0]
-        if len(stored) and self.nvme is not None:
-            self.nvme.free(self.index, self.directory.nvme_slot[stored])
-            self.directory.nvme_slot[stored] = NOWHERE
-            self.directory.nvme_valid[stored] = False
 
     # ------------------------------------------------------------------ device pages
     def take_pages(self, n: int) -> IntArray | None:
@@ -176,9 +180,9 @@ class BlockGroup:
         return (self.pages.state == PageState.RESIDENT) & self.pages.idle()  # rule 6
 
     def _clean_victims(self, n: int) -> IntArray:
-        return self.policy.victims(n, self._unpinned_by_ttl(self.pages.block[self._evictable()]))
+        return self.policy.victims(n, self.unpinned_by_ttl(self.pages.block[self._evictable()]))
 
-    def _unpinned_by_ttl(self, blocks: IntArray) -> IntArray:
+    def unpinned_by_ttl(self, blocks: IntArray) -> IntArray:
         return blocks[self.directory.pinned_until[blocks] <= self.clock()]
 
     def evict(self, blocks: IntArray, reason: str) -> None:
@@ -192,18 +196,18 @@ class BlockGroup:
             self.pages.state[pages] = PageState.FREE
             self.pages.num_free += len(pages)
         d.page[blocks] = NOWHERE
-        self._count_eviction("device", blocks, reason)
+        self.count_eviction("device", blocks, reason)
 
     def drop_unreferenced_dirty(self, n: int) -> int:
         """Last resort where no tier below has room: forget up to n cached blocks that only the device holds."""
         d = self.directory
         blocks = self.pages.block[(self.pages.state == PageState.DIRTY) & self.pages.idle()]
-        blocks = self._unpinned_by_ttl(blocks[d.refs[blocks] == 0])
+        blocks = self.unpinned_by_ttl(blocks[d.refs[blocks] == 0])
         victims = self.policy.victims(n, blocks)
         for block in victims.tolist():
             self._remember_ghost(block, "device", "no_room_below")
             d.unbind(block)
-        self._count_eviction("device", victims, "no_room_below")
+        self.count_eviction("device", victims, "no_room_below")
         self.discard_dead(victims)
         return len(victims)
 
@@ -224,9 +228,9 @@ class BlockGroup:
             return  # finish() compares versions (rule 4)
         slot = int(d.host_slot[block])
         if slot >= 0 and self.host.holds[slot] == 0:
-            self._leave_host(np.array([block]))
-        if d.nvme_valid[block]:
-            self._leave_nvme(np.array([block]))
+            self.leave_host(np.array([block]))
+        if self.cold is not None and d.nvme_valid[block]:
+            self.cold.leave(np.array([block]))
         if self.pages.state[page[0]] == PageState.RESIDENT:
             self.pages.step(page, PageState.DIRTY)
 
@@ -250,12 +254,14 @@ class BlockGroup:
         held = self.host.holds > 0
         if not self.rules.holds(Rule.HOST_SLOT_HELD_WHILE_READ):
             held = np.zeros(len(held), bool)
-        blocks = self._unpinned_by_ttl(self.host.block[(self.host.state == SlotState.VALID) & ~held])
+        blocks = self.unpinned_by_ttl(self.host.block[(self.host.state == SlotState.VALID) & ~held])
         below, above = d.nvme_valid[blocks], d.in_device(blocks) & (d.page[blocks] >= 0)
         busy = above & (self.pages.state[np.maximum(d.page[blocks], 0)] == PageState.WRITING_BACK)
         cache_only = ~below & ~above & (d.refs[blocks] == 0)
         chosen = self.policy.victims(n, blocks[below & ~busy])
-        if len(chosen) < n and not self._nvme_takes_more():
+        if len(chosen) < n and self.cold is not None and self._nvme_takes_more():
+            cache_only &= ~self.cold.may_sink(blocks)
+        if len(chosen) < n:
             chosen = np.concatenate([chosen, self.policy.victims(n - len(chosen), blocks[cache_only])])
         if len(chosen) < n:
             chosen = np.concatenate([chosen, self.policy.victims(n - len(chosen), blocks[above & ~below & ~busy])])
@@ -277,42 +283,22 @@ class BlockGroup:
         alone_above = blocks[d.in_device(blocks) & ~d.nvme_valid[blocks]]
         pages = d.page[alone_above]
         self.pages.step(pages[self.pages.state[pages] == PageState.RESIDENT], PageState.DIRTY)
-        self._count_eviction("host", blocks, "pressure")
-        self._forget_lost(blocks, "host")
+        self.count_eviction("host", blocks, "pressure")
+        self.forget_lost(blocks, "host")
 
     @property
     def can_write_nvme(self) -> bool:
-        return self.nvme is not None and self._write_errors < MAX_WRITE_ERRORS
+        return self.cold is not None and self.cold.takes_writes
+
+    @property
+    def cold_bytes(self) -> int:
+        """Of disk, for one block."""
+        return self.cold.tier.geometry(self.index).stride if self.cold is not None else self.layout.block_bytes
 
     def nvme_room(self) -> int:
-        if self.nvme is None:
-            return 0
-        return self.nvme.free_slots(self.index) + len(self._nvme_victims(1 << 30))
+        return self.cold.room() if self.cold is not None else 0
 
-    def _nvme_victims(self, n: int) -> IntArray:
-        d = self.directory
-        blocks = np.flatnonzero(d.nvme_valid & (d.refs == 0) & (d.nvme_holds == 0))
-        return self.policy.victims(n, self._unpinned_by_ttl(blocks))
-
-    def _take_nvme_slots(self, n: int) -> IntArray | None:
-        assert self.nvme is not None
-        short = n - self.nvme.free_slots(self.index)
-        if short > 0:
-            victims = self._nvme_victims(short)
-            if len(victims) < short:
-                return None
-            self.nvme.free(self.index, self.directory.nvme_slot[victims])
-            self.directory.nvme_slot[victims] = NOWHERE
-            self.directory.nvme_valid[victims] = False
-            self._count_eviction("nvme", victims, "pressure")
-            self._dirty_if_alone(victims)
-            self._forget_lost(victims, "nvme")
-        try:
-            return self.nvme.allocate(self.index, n)
-        except KvTierError:
-            return None
-
-    def _dirty_if_alone(self, blocks: IntArray) -> None:
+    def dirty_if_alone(self, blocks: IntArray) -> None:
         d = self.directory
         alone = blocks[d.in_device(blocks) & ~d.in_host(blocks) & ~d.nvme_valid[blocks]]
         pages = d.page[alone]
@@ -335,7 +321,7 @@ class BlockGroup:
             ):
                 stream.wait(event)  # rule 2
         stream.copy_rows(self.pool.rows, pages, self.slab.rows, slots)
-        self._submit("host_to_device", blocks, slots, pages, stream.record(), reason)
+        self.submit("host_to_device", blocks, slots, pages, stream.record(), reason)
 
     def demote(self, blocks: IntArray, slots: IntArray, reason: str) -> None:
         """Device -> host for DIRTY, idle blocks, into free host slots."""
@@ -353,49 +339,9 @@ class BlockGroup:
         self.pages.note_event(self.pages.copy_out, pages, event)
         if not self.rules.holds(Rule.HOST_SLOT_HELD_WHILE_READ):
             self.host.publish(slots)  # a test took rule 7 out: valid before its copy-out event
-        self._submit("device_to_host", blocks, pages, slots, event, reason)
+        self.submit("device_to_host", blocks, pages, slots, event, reason)
 
-    def read_nvme(self, blocks: IntArray, slots: IntArray, reason: str) -> None:
-        """Nvme -> host, into free host slots; checked against what the manifest says."""
-        assert self.nvme is not None
-        d = self.directory
-        source = d.nvme_slot[blocks]
-        self.host.stage(slots, blocks)
-        d.host_slot[blocks] = slots
-        d.nvme_holds[blocks] += 1
-        ticket = self.nvme.read(self.index, source, self.slab.rows, slots, self.nvme.stamps(self.index, source))
-        self._submit("nvme_to_host", blocks, source, slots, ticket.event, reason, ticket)
-
-    def write_nvme(self, blocks: IntArray, reason: str) -> int:
-        """Host -> nvme for blocks VALID in the host tier. Returns how many were submitted (0: no room below)."""
-        assert self.nvme is not None
-        d = self.directory
-        targets = self._take_nvme_slots(len(blocks))
-        if targets is None:
-            return 0
-        slots = d.host_slot[blocks]
-        self.host.holds[slots] += 1  # rule 7
-        d.nvme_slot[blocks] = targets
-        d.nvme_holds[blocks] += 1
-        stamps, parents = self._stamps_for(blocks)
-        ticket = self.nvme.write(self.index, targets, self.slab.rows, slots, stamps, parents)
-        self._submit("host_to_nvme", blocks, slots, targets, ticket.event, reason, ticket)
-        return len(blocks)
-
-    def _stamps_for(self, blocks: IntArray) -> tuple[npt.NDArray[Any], list[bytes]]:
-        from ..tiers.nvme.store import STAMP
-
-        d = self.directory
-        stamps = np.zeros(len(blocks), STAMP)
-        parents = []
-        for i, block in enumerate(blocks.tolist()):
-            key = d.key[block]
-            stamps[i]["key"] = key if key is not None else _private_key(block, int(d.version[block]))
-            stamps[i]["tokens"] = d.tokens[block] if key is not None else 0  # 0: means nothing after a restart
-            parents.append(d.parent[block] or b"")
-        return stamps, parents
-
-    def _submit(
+    def submit(
         self,
         kind: MoveKind,
         blocks: IntArray,
@@ -425,13 +371,7 @@ class BlockGroup:
         if move.epoch != self.epoch and self.rules.holds(Rule.OLD_EPOCH_CHANGES_NOTHING):
             return
         failed = move.event.error is not None
-        apply = {
-            "host_to_device": self._finish_promote,
-            "device_to_host": self._finish_demote,
-            "nvme_to_host": self._finish_read,
-            "host_to_nvme": self._finish_write,
-        }[move.kind]
-        apply(move, failed)
+        self._finish[move.kind](move, failed)
         reason = "error" if failed else move.reason
         nbytes = len(move.blocks) * self.layout.block_bytes
         self.counters.add("moved_bytes", nbytes, direction=move.kind, reason=reason)
@@ -465,52 +405,7 @@ class BlockGroup:
         self.host.drop(move.target[~whole])
         d.host_slot[move.blocks[~whole]] = NOWHERE
 
-    def _finish_read(self, move: Move, failed: bool) -> None:
-        assert move.ticket is not None and self.nvme is not None
-        d = self.directory
-        d.nvme_holds[move.blocks] -= 1
-        good = move.ticket.ok & (not failed)
-        self.host.publish(move.target[good])
-        self.host.drop(move.target[~good])
-        bad = move.blocks[~good]
-        d.host_slot[bad] = NOWHERE
-        if len(bad):
-            self.lose_nvme_copies(bad)
-
-    def _finish_write(self, move: Move, failed: bool) -> None:
-        assert self.nvme is not None
-        d = self.directory
-        self.host.holds[move.source] -= 1
-        d.nvme_holds[move.blocks] -= 1
-        current = d.version[move.blocks] == move.versions
-        good = np.full(len(move.blocks), not failed) & current
-        if move.ticket is not None and not failed:
-            good &= move.ticket.ok
-        d.nvme_valid[move.blocks[good]] = True
-        bad = ~good
-        if bad.any():
-            self.nvme.free(self.index, move.target[bad])
-            d.nvme_slot[move.blocks[bad]] = NOWHERE
-        self._write_errors = self._write_errors + 1 if failed else 0
-        if failed:
-            self.counters.add("nvme_write_errors", 1)
-        stale = move.blocks[~current]
-        for block in stale[d.in_host(stale)].tolist():
-            if self.host.holds[d.host_slot[block]] == 0:
-                self._leave_host(np.array([block]))
-
-    def lose_nvme_copies(self, blocks: IntArray) -> None:
-        """A checksum, key or generation did not match: the copy is gone, counted, and never served."""
-        assert self.nvme is not None
-        d = self.directory
-        self.counters.add("corrupt_blocks", len(blocks), tier="nvme")
-        self.nvme.quarantine(self.index, d.nvme_slot[blocks])
-        d.nvme_slot[blocks] = NOWHERE
-        d.nvme_valid[blocks] = False
-        self._dirty_if_alone(blocks)
-        self._unname_lost(blocks)
-
-    def _unname_lost(self, blocks: IntArray) -> None:
+    def unname_lost(self, blocks: IntArray) -> None:
         """A block that no tier holds must not be found by its key: it can be stored again."""
         lost = blocks[~self.directory.is_valid(blocks)]
         for block in lost.tolist():
@@ -538,18 +433,12 @@ class BlockGroup:
                 self.pages.step(move.source, PageState.DIRTY)
                 self.host.drop(move.target)
                 d.host_slot[move.blocks] = NOWHERE
-            elif move.kind == "nvme_to_host":
-                d.nvme_holds[move.blocks] -= 1
-                self.host.drop(move.target)
-                d.host_slot[move.blocks] = NOWHERE
-            else:
-                self.host.holds[move.source] -= 1
-                d.nvme_holds[move.blocks] -= 1
-                d.nvme_slot[move.blocks] = NOWHERE
+            elif self.cold is not None:
+                self.cold.abandon(move)
             self.discard_dead(move.blocks[d.refs[move.blocks] == 0])
 
     # ------------------------------------------------------------------ counting
-    def _forget_lost(self, blocks: IntArray, tier: str) -> None:
+    def forget_lost(self, blocks: IntArray, tier: str) -> None:
         """Cached blocks whose last copy left become ghosts."""
         d = self.directory
         for block in blocks[(d.refs[blocks] == 0) & ~d.is_valid(blocks) & (d.page[blocks] < 0)].tolist():
@@ -562,7 +451,7 @@ class BlockGroup:
         if key is not None:
             self.ghosts.remember(key, Ghost(tier, self.clock(), reason))
 
-    def _count_eviction(self, tier: str, blocks: IntArray, reason: str) -> None:
+    def count_eviction(self, tier: str, blocks: IntArray, reason: str) -> None:
         self.policy.on_evict(blocks)
         self.counters.add("evicted_blocks", len(blocks), tier=tier, reason=reason)
 
@@ -570,8 +459,3 @@ class BlockGroup:
         """Cut blocks into moves of at most MAX_MOVE_BYTES."""
         per_move = max(1, MAX_MOVE_BYTES // self.layout.block_bytes)
         return [blocks[i : i + per_move] for i in range(0, len(blocks), per_move)]
-
-
-def _private_key(block: int, version: int) -> bytes:
-    """A name for an unnamed block while it is on disk; tokens=0 in its stamp tells that it means nothing later."""
-    return b"private" + block.to_bytes(12, "little") + version.to_bytes(13, "little")

@@ -16,6 +16,11 @@ KEY_BYTES = 32
 MAX_SECRET_BYTES = 64  # limit of keyed BLAKE2b
 
 
+def owner_tag(namespace: str) -> int:
+    """A short name of a namespace, kept with each of its blocks: 1 to 2^32 - 1; 0 is nobody's."""
+    return int.from_bytes(hashlib.blake2b(namespace.encode(), digest_size=4).digest(), "little") or 1
+
+
 class KeyChain:
     """Keys of one namespace under one model and layout.
 
@@ -28,6 +33,7 @@ class KeyChain:
         self._secret = secret
         self._keyed = hashlib.blake2b(digest_size=KEY_BYTES, key=secret)
         self._block_size = block_size
+        self.owner = owner_tag(namespace)
         root = f"kvtier-key-1|{fingerprint}|{namespace}|{block_size}".encode()
         self.root = hashlib.blake2b(root, digest_size=KEY_BYTES, key=secret).digest()
 

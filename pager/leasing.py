@@ -218,13 +218,13 @@ class LeaseFiller:
                 group.promote(batch, pages, "demand")
                 started += len(batch)
         from_nvme = still[(d.host_slot[still] < 0) & d.nvme_valid[still]]
-        if len(from_nvme):
+        if group.cold is not None and len(from_nvme):
             core.make_host_room(group, len(from_nvme))
             for batch in group.batches(from_nvme[: group.host_room()]):
                 slots = group.take_host_slots(len(batch))
                 if slots is None:
                     break
-                group.read_nvme(batch, slots, "demand")
+                group.cold.read(batch, slots, "demand")
                 started += len(batch)
         return started
 
@@ -262,7 +262,7 @@ class LeaseFiller:
         d, table = group.directory, need.seq.tables[group.index]
         if copies:
             source = int(need.context_ids[-1])
-            block = d.create(np.array([need.first_new - 1]))
+            block = d.create(np.array([need.first_new - 1]), need.seq.chain.owner)
             group.adopt_page(block, pages[:1])
             group.ref(block)
             rows = group.pool.rows
@@ -275,7 +275,7 @@ class LeaseFiller:
             held.written.append(pages[:1])
         if need.num_new:
             new_pages = pages[copies:]
-            blocks = d.create(np.arange(need.first_new, need.first_new + need.num_new))
+            blocks = d.create(np.arange(need.first_new, need.first_new + need.num_new), need.seq.chain.owner)
             group.adopt_page(blocks, new_pages)
             group.ref(blocks)
             table.extend(blocks)

@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -64,12 +64,14 @@ class Pager:
         config: PagerConfig,
         *,
         model_fingerprint: str = "",
+        about: Mapping[str, Any] | None = None,
         backend: Backend | None = None,
         clock: Callable[[], float] = time.monotonic,
         rules: Rules = ALL_RULES,
     ) -> Pager:
         """Open an embedded pager over one layout, or one per layer group.
 
+        `about` describes the model (RoPE, say) in the Zarr attributes of a new store, for whoever opens it without kvtier.
         Raises: ConfigError when a setting is refused, a tier is too small, or the store cannot be used
         (StoreMismatchError: another model, layout or format; StoreLockedError: another process has it).
         """
@@ -90,7 +92,7 @@ class Pager:
         try:
             if config.require_pinned and not backend.pinned:
                 raise ConfigError("require_pinned=True, but this backend cannot pin host memory; see `kvtier doctor`")
-            nvme = _open_nvme(layouts, config, backend, model_fingerprint)
+            nvme = _open_nvme(layouts, config, backend, model_fingerprint, about or {})
             pager = cls(Core(layouts, config, sizes, backend, nvme, model_fingerprint, rules, clock))
         except BaseException:  # no memory for a tier, say: leave no lock, no thread
             if nvme is not None:
@@ -134,10 +136,10 @@ class Pager:
     def _blocks_held(self, index: int) -> int:
         """Blocks that can be stored at once. The cold tier must take all that the others push down."""
         group = self._core.groups[index]
-        below = group.nvme.num_slots(index) if group.nvme is not None else len(group.host)
+        below = group.cold.tier.num_slots(index) if group.cold is not None else len(group.host)
         if self._core.rings[index] is None:
             return len(group.pages)
-        return below + len(group.pages) if group.nvme is None else max(below, len(group.pages))
+        return below + len(group.pages) if group.cold is None else max(below, len(group.pages))
 
     def max_span_tokens(self) -> int:
         """Longest span that a lease can take whatever the context is (streaming the rest of it)."""
@@ -278,7 +280,8 @@ class Pager:
         with self._core.lock:
             held = self._core.groups[group]
             bad = blocks[held.directory.nvme_valid[blocks]]
-            held.lose_nvme_copies(bad)
+            if held.cold is not None:
+                held.cold.lose_copies(bad)
             ids = self._core.sequence(seq_id).tables[group].ids
             first = int(np.flatnonzero(np.isin(ids, blocks))[0])
         raise BlockMissError(
@@ -556,19 +559,29 @@ def _size(value: int | str) -> int:
     return parse_bytes(value, name="staging_bytes")
 
 
-def _open_nvme(layouts: tuple[KVLayout, ...], config: PagerConfig, backend: Backend, fingerprint: str) -> Any:
+def _open_nvme(
+    layouts: tuple[KVLayout, ...], config: PagerConfig, backend: Backend, fingerprint: str, about: Mapping[str, Any]
+) -> Any:
     if config.nvme_path is None:
         return None
+    from ..tiers.nvme.layout import bytes_on_disk
     from ..tiers.nvme.store import NvmeTier, StoreIdentity
 
     budget = config.nvme_size if config.nvme_size is not None else _free_disk(Path(config.nvme_path))
-    slots = split_blocks(layouts, budget)
+    sizes = [bytes_on_disk(layout) for layout in layouts]
+    slots = split_blocks(layouts, budget, sizes)
     if min(slots) < 1 and config.nvme_size is not None:
         raise ConfigError(
-            f"nvme_bytes={budget} holds no block of {sum(g.block_bytes for g in layouts)} bytes; give more"
+            f"nvme_bytes={budget} holds no block; one of each layer group takes {sum(sizes)} bytes of disk"
         )
-    identity = StoreIdentity(fingerprint, layouts)
-    return NvmeTier.open(config.nvme_path, identity, num_slots=slots, backend=backend, durability=config.durability)
+    return NvmeTier.open(
+        config.nvme_path,
+        StoreIdentity(fingerprint, layouts),
+        num_slots=slots,
+        backend=backend,
+        durability=config.durability,
+        about=about,
+    )
 
 
 def _free_disk(path: Path) -> int:

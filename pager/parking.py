@@ -137,6 +137,9 @@ class Parking:
             raise TierUnavailableError(
                 f"nvme tier at {core.config.nvme_path} takes no writes; the session is not parked"
             )
+        why = core.quotas.explain(seq.namespace)
+        if why:
+            raise TierFullError(f"session of {seq.num_computed} tokens is not parked: {why}", retry_after_s=1.0)
         raise TierFullError(
             f"session of {seq.num_computed} tokens could not be written to {core.config.nvme_path} within {timeout_s} s: "
             f"{[g.nvme_room() for g in core.groups]} blocks of room left; raise nvme_bytes or forget old sessions",
@@ -204,7 +207,7 @@ class Parking:
 def _recover_blocks(group: BlockGroup, slots: IntArray, stamps: Any) -> None:
     """Make the directory entries of blocks that the store listed at open."""
     d = group.directory
-    blocks = d.create(np.zeros(len(slots), np.int64))
+    blocks = d.create(np.zeros(len(slots), np.int64), stamps["owner"])
     d.nvme_slot[blocks] = slots
     d.nvme_valid[blocks] = True
     group.policy.on_insert(blocks, group.tick, d.depth[blocks])

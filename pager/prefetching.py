@@ -34,9 +34,11 @@ class Prefetcher:
         for batch in group.batches(ready):
             group.promote(batch, group.pages.take_free(len(batch)), "prefetch")
             started += len(batch)
+        if group.cold is None:
+            return started
         cold = below[(d.host_slot[below] < 0) & d.nvme_valid[below]][: group.host.num_free // 2]
         for batch in group.batches(cold):
-            group.read_nvme(batch, group.host.take_free(len(batch)), "prefetch")
+            group.cold.read(batch, group.host.take_free(len(batch)), "prefetch")
             started += len(batch)
         return started
 

@@ -50,14 +50,18 @@ def plan_sizes(layouts: Sequence[KVLayout], device: int, host: int, staging: int
     return Sizes(pages, slots, staging_each)
 
 
-def split_blocks(layouts: Sequence[KVLayout], budget: int) -> list[int]:
-    """Blocks per group: windowed groups get WINDOWS_KEPT windows at most, full ones share the rest equally."""
-    equal = max(budget, 0) // sum(layout.block_bytes for layout in layouts)
+def split_blocks(layouts: Sequence[KVLayout], budget: int, sizes: Sequence[int] | None = None) -> list[int]:
+    """Blocks per group: windowed groups get WINDOWS_KEPT windows at most, full ones share the rest equally.
+
+    `sizes`: bytes that a block of each group takes; block_bytes when not given.
+    """
+    sizes = sizes or [layout.block_bytes for layout in layouts]
+    equal = max(budget, 0) // sum(sizes)
     if all(layout.window is not None for layout in layouts):
         return [equal] * len(layouts)
     counts = [equal if layout.window is None else min(equal, _window_cap(layout, equal)) for layout in layouts]
-    left = budget - sum(n * layout.block_bytes for n, layout in zip(counts, layouts, strict=True))
-    full = sum(layout.block_bytes for layout in layouts if layout.window is None)
+    left = budget - sum(n * size for n, size in zip(counts, sizes, strict=True))
+    full = sum(size for layout, size in zip(layouts, sizes, strict=True) if layout.window is None)
     extra = max(left, 0) // full
     return [n + extra if layout.window is None else n for n, layout in zip(counts, layouts, strict=True)]
 

@@ -84,7 +84,7 @@ def _host(core: Core) -> dict[str, Any]:
         total["used_bytes"] += used * size
         total["peak_bytes"] += host.peak_used * size + staging
         total["pinned_bytes"] += int((host.holds > 0).sum()) * size
-        total["dirty_bytes"] += int((~d.nvme_valid[valid]).sum()) * size if group.nvme is not None else 0
+        total["dirty_bytes"] += int((~d.nvme_valid[valid]).sum()) * size if group.cold is not None else 0
         total["in_flight_bytes"] += int((host.state == SlotState.STAGING).sum()) * size
         total["blocks"] += used
     return total
@@ -102,6 +102,10 @@ def _nvme(core: Core) -> dict[str, Any]:
         total["in_flight_bytes"] += int((d.nvme_holds > 0).sum()) * size
         total["blocks"] += valid
     total["corrupt_blocks"] = int(core.counters.get("corrupt_blocks", tier="nvme"))
+    below = core.nvme.status()
+    for name in ("clean_segments", "segments", "write_amplification", "direct_io", "failed_syncs", "last_write_error"):
+        total[name] = below[name]
+    total["namespaces"] = core.quotas.to_dict()
     total["takes_writes"] = all(group.can_write_nvme for group in core.groups)
     total["path"] = str(core.config.nvme_path)
     return total

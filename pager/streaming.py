@@ -163,8 +163,8 @@ class SliceStream:
             filled = self._ring.filled[slot]
             if filled is not None and self._group.rules.holds(Rule.STAGING_RING_HAS_EVENTS):
                 filled.wait()  # rule 12: the bounce rows of this slot are still being copied from
-            nvme, slots = self._group.nvme, self._nvme_slots[part][chunk.on_nvme]
-            assert nvme is not None
+            assert self._group.cold is not None
+            nvme, slots = self._group.cold.tier, self._nvme_slots[part][chunk.on_nvme]
             stamps = nvme.stamps(self._group.index, slots)
             chunk.ticket = nvme.read_layer(
                 self._group.index, slots, layer, self._ring.bounce, base + chunk.on_nvme, stamps

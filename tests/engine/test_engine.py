@@ -110,6 +110,36 @@ def test_a_corrupted_block_is_computed_again_and_booked(tmp_path):
         assert engine.pager.counters.get("computed_tokens") == 16 + 4 + 2 + 5
 
 
+def test_sampled_turns_go_on_with_their_random_numbers_across_a_restart(tmp_path):
+    model, config = tiny("llama"), dict(nvme_path=tmp_path / "s", nvme_bytes="64MiB")
+    first = SamplingParams(max_tokens=6, temperature=1.0, seed=5)
+    later = SamplingParams(max_tokens=6, temperature=1.0)
+    with open_engine(model) as engine:
+        session = engine.session("a")
+        wanted = [session.send([1, 2, 3], first).token_ids, session.send([4], later).token_ids]
+        wanted.append(session.send([5], later).token_ids)
+    with open_engine(model, **config) as engine:
+        session = engine.session("a")
+        said = [session.send([1, 2, 3], first).token_ids, session.send([4], later).token_ids]
+        session.park()
+    with open_engine(model, **config) as engine:
+        said.append(engine.session("a").send([5], later).token_ids)
+    assert said == wanted
+
+
+def test_a_store_says_what_its_model_is(tmp_path):
+    import zarr
+
+    model = tiny("llama")
+    with open_engine(model, nvme_path=tmp_path / "s", nvme_bytes="16MiB") as engine:
+        engine.generate([[1, 2, 3]], SamplingParams(max_tokens=1))
+    said = zarr.open_group(str(tmp_path / "s" / "blocks.zarr"), mode="r").attrs["kvtier"]
+    assert said["about"]["model_type"] == "llama" and said["about"]["rope_parameters"]["rope_theta"] == 10000.0
+    assert said["format"] == 3 and said["version"] and said["layouts"][0]["num_layers"] == 4
+    array = zarr.open_group(str(tmp_path / "s" / "blocks.zarr"), mode="r")["g0"]
+    assert array.attrs["kvtier"]["codec"] == "none" and array.attrs["kvtier"]["dtype"] == "float32"
+
+
 def flip_a_byte_of_block(store, slot: int, layout) -> None:
     from kvtier.tiers.nvme.identity import segment_path, stored_geometries
     from kvtier.tiers.nvme.maintenance import stored_identity

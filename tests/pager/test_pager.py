@@ -11,6 +11,8 @@ from kvtier.pager.lease import Span
 from kvtier.pager.pager import Pager
 from kvtier.tiers.errors import Busy, ConfigError, StoreLockedError, StoreMismatchError, TierFullError
 from kvtier.tiers.layout import KVLayout
+from kvtier.tiers.nvme.identity import stored_geometries
+from kvtier.tiers.nvme.maintenance import stored_identity
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import BLOCK, LAYOUT, WINDOWED, Rig
@@ -184,9 +186,11 @@ def test_a_flipped_byte_in_the_store_is_a_miss_and_only_that_block_is_computed_a
     rig.prefill(seq)
     rig.pager.park("chat", seq)
     rig.close()
-    segment = next((tmp_path / "store" / "blocks.zarr" / "g0").glob("c.0*"))
+    store = tmp_path / "store"
+    number, offset = stored_geometries(store, stored_identity(store))[0].place(2)
+    segment = next((store / "blocks.zarr" / "g0").glob(f"c.{number}.*"))
     raw = bytearray(segment.read_bytes())
-    raw[4096 + 2 * 4096 + 5] ^= 1
+    raw[offset + 5] ^= 1
     segment.write_bytes(raw)
     again = Rig(1, pages=8, host=12, path=tmp_path / "store")
     seq, _ = again.pager.resume("chat")

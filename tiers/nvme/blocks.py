@@ -48,6 +48,7 @@ class BlockIo:
         self._hashing = threading.Semaphore(NUM_HASHING)
         self._trailers: OrderedDict[tuple[int, int, int], npt.NDArray[np.uint64]] = OrderedDict()
         self.bytes_read = self.bytes_written = 0
+        self.last_write_error: str | None = None
 
     def write(self, group: int, run: Run, source: Rows, rows: IntArray, stamps: Stamps, *, is_empty: bool) -> bool:
         """Write the run's blocks and fill in their checksums. False when not all bytes went down.
@@ -68,7 +69,8 @@ class BlockIo:
         try:
             with self._files.use((group, run.segment), create=True, is_empty=is_empty) as fd:
                 written = self._files.calls.pwritev(fd, buffers, run.offset)
-        except OSError:
+        except OSError as error:
+            self.last_write_error = error.strerror or str(error)
             return False
         self.bytes_written += written
         return written == wanted

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +149,7 @@ def _write_metadata(
     """By zarr-python itself, so that it is always stock."""
     import zarr
 
-    from ... import __version__
-
-    said = {"version": __version__, "about": dict(about), **identity.to_dict()}
+    said = {"version": _version(), "about": dict(about), **identity.to_dict()}
     group = zarr.create_group(str(folder), overwrite=True, attributes={"kvtier": said})
     for index, (layout, geometry, slots) in enumerate(zip(identity.layouts, geometries, num_slots, strict=True)):
         _make_array(group, index, layout, geometry, slots)
@@ -246,6 +245,13 @@ def _reached(folder: Path, geometry: Geometry) -> int:
     """Slots in the segments that there are files of."""
     numbers = [int(file.name.split(".")[1]) for file in folder.glob("c.*")]
     return (max(numbers, default=0) + 1) * geometry.slots_per_segment
+
+
+def _version() -> str:
+    try:
+        return version("kvtier")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _sum_of(value: Any) -> str:

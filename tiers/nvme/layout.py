@@ -55,12 +55,12 @@ class Geometry:
 
     @classmethod
     def of(cls, layout: KVLayout, slots_per_segment: int) -> Geometry:
-        return cls(layout.block_bytes, layout.num_layers, _stride(layout), slots_per_segment)
+        return cls(layout.block_bytes, layout.num_layers, bytes_on_disk(layout), slots_per_segment)
 
     @classmethod
     def for_room(cls, layout: KVLayout, num_slots: int) -> Geometry:
         """Segments for a store that shall hold num_slots blocks."""
-        return cls.of(layout, max(1, min(SEGMENT_BYTES // _stride(layout), num_slots // MIN_SEGMENTS)))
+        return cls.of(layout, max(1, min(SEGMENT_BYTES // bytes_on_disk(layout), num_slots // MIN_SEGMENTS)))
 
     @property
     def header_bytes(self) -> int:
@@ -126,7 +126,8 @@ class Geometry:
         return Trailer(key, generation, checksum, tokens, sums, int.from_bytes(sealed[:CRC_BYTES], "little"))
 
 
-def _stride(layout: KVLayout) -> int:
+def bytes_on_disk(layout: KVLayout) -> int:
+    """Of one block with its checksums and padding."""
     return _whole_pages(layout.block_bytes + CRC_BYTES + _HEAD.size + 8 * layout.num_layers + _SEAL.size)
 
 

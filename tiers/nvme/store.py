@@ -288,12 +288,17 @@ class NvmeTier:
             "bytes_read": self._io.bytes_read,
             "moved_bytes": self.moved_bytes,
             "write_amplification": self.write_amplification,
+            "last_write_error": self._io.last_write_error,
             "failed_syncs": self._listing.failed_syncs,
             "torn_indexes": self._listing.torn_indexes,
             "durability": self._durability,
             "direct_io": self._files.is_direct,
             "sessions": len(self._listing.sessions()),
         }
+
+    @property
+    def last_write_error(self) -> str | None:
+        return self._io.last_write_error
 
     @property
     def write_amplification(self) -> float:

@@ -1,0 +1,238 @@
+"""The cold side of one layer group: which of its blocks are on nvme, and every copy to, from and within that tier.
+
+What fails here is never fatal: a block that cannot be written stays above, one that cannot be read is a miss, and a
+disk that refuses everything is left alone for a while, said so, and tried again.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..tiers.errors import KvTierError
+from ..tiers.nvme.manifest import STAMP
+from .quota import Quotas
+from .states import NOWHERE, IntArray
+
+if TYPE_CHECKING:
+    from ..tiers.nvme.store import NvmeTier
+    from .group import BlockGroup, Move
+
+MAX_WRITE_ERRORS = 3  # in a row; then the tier takes no writes for a while and the pager goes on without it
+RETRY_S = 30.0
+_LOG = logging.getLogger("kvtier.pager")
+
+
+class ColdSide:
+    """Blocks of one group on nvme. The group's lock is held by whoever calls."""
+
+    def __init__(self, group: BlockGroup, tier: NvmeTier, quotas: Quotas) -> None:
+        self.group, self.tier, self.quotas = group, tier, quotas
+        self.index = group.index
+        self._errors_in_row = 0
+        self._paused_until_s = float("-inf")
+        self._left: list[tuple[int, int]] = []  # blocks and the slots that they were moved out of
+
+    # ------------------------------------------------------------------ room
+    @property
+    def takes_writes(self) -> bool:
+        return self.group.clock() >= self._paused_until_s
+
+    def room(self) -> int:
+        """Slots that could be had now: free ones, and those of blocks that nobody refers to."""
+        return self.tier.free_slots(self.index) + len(self._victims(1 << 30))
+
+    def may_sink(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether each block's namespace still has room below."""
+        return self.quotas.allows(self.group, blocks)
+
+    def admit(self, blocks: IntArray) -> IntArray:
+        """Those of these blocks that their namespaces' quotas let in, after evicting for them what the quotas say."""
+        admitted, victims = self.quotas.admit(self.group, blocks)
+        if len(victims):
+            self.drop_copies(victims, "quota")
+        return admitted
+
+    def _victims(self, n: int) -> IntArray:
+        d = self.group.directory
+        blocks = np.flatnonzero(d.nvme_valid & (d.refs == 0) & (d.nvme_holds == 0))
+        return self.group.policy.victims(n, self.group.unpinned_by_ttl(blocks))
+
+    def _take_slots(self, n: int) -> IntArray | None:
+        short = n - self.tier.free_slots(self.index)
+        if short > 0:
+            victims = self._victims(short)
+            if len(victims) < short:
+                return None
+            self.drop_copies(victims, "pressure")
+        try:
+            return self.tier.allocate(self.index, n)
+        except KvTierError:
+            return None
+
+    # ------------------------------------------------------------------ leaving
+    def leave(self, blocks: IntArray) -> None:
+        """Give the slots of these blocks back; for blocks that end, or whose copy is stale."""
+        d = self.group.directory
+        stored = blocks[d.nvme_slot[blocks] >= 0]
+        if len(stored):
+            self.tier.free(self.index, d.nvme_slot[stored])
+            d.nvme_slot[stored] = NOWHERE
+            d.nvme_valid[stored] = False
+
+    def drop_copies(self, blocks: IntArray, reason: str) -> None:
+        """Evict: the copies on nvme go, and with them blocks that no other tier holds."""
+        self.leave(blocks)
+        self.group.count_eviction("nvme", blocks, reason)
+        self.group.dirty_if_alone(blocks)
+        self.group.forget_lost(blocks, "nvme")
+
+    def lose_copies(self, blocks: IntArray) -> None:
+        """A checksum, key or generation did not match: the copy is gone, counted, and never served."""
+        group, d = self.group, self.group.directory
+        group.counters.add("corrupt_blocks", len(blocks), tier="nvme")
+        self.tier.quarantine(self.index, d.nvme_slot[blocks])
+        d.nvme_slot[blocks] = NOWHERE
+        d.nvme_valid[blocks] = False
+        group.dirty_if_alone(blocks)
+        group.unname_lost(blocks)
+
+    # ------------------------------------------------------------------ moves: submit
+    def read(self, blocks: IntArray, host_slots: IntArray, reason: str) -> None:
+        """Nvme -> host, into free host slots; checked against what the manifest says."""
+        group, d = self.group, self.group.directory
+        source = d.nvme_slot[blocks]
+        group.host.stage(host_slots, blocks)
+        d.host_slot[blocks] = host_slots
+        d.nvme_holds[blocks] += 1
+        d.nvme_hit[blocks] = True
+        ticket = self.tier.read(self.index, source, group.slab.rows, host_slots, self.tier.stamps(self.index, source))
+        group.submit("nvme_to_host", blocks, source, host_slots, ticket.event, reason, ticket)
+
+    def write(self, blocks: IntArray, reason: str) -> int:
+        """Host -> nvme for blocks VALID in the host tier. Returns how many were submitted (0: no room below)."""
+        group, d = self.group, self.group.directory
+        targets = self._take_slots(len(blocks))
+        if targets is None:
+            return 0
+        slots = d.host_slot[blocks]
+        group.host.holds[slots] += 1  # rule 7
+        d.nvme_slot[blocks] = targets
+        d.nvme_holds[blocks] += 1
+        d.nvme_hit[blocks] = False
+        stamps, parents = self._stamps_for(blocks)
+        ticket = self.tier.write(self.index, targets, group.slab.rows, slots, stamps, parents)
+        group.submit("host_to_nvme", blocks, slots, targets, ticket.event, reason, ticket)
+        return len(blocks)
+
+    def relocate(self, blocks: IntArray, targets: IntArray) -> None:
+        """Nvme -> nvme: out of a segment that shall become clean."""
+        group, d = self.group, self.group.directory
+        source = d.nvme_slot[blocks]
+        d.nvme_holds[blocks] += 1
+        ticket = self.tier.relocate(self.index, source, targets)
+        group.submit("nvme_to_nvme", blocks, source, targets, ticket.event, "reclaim", ticket)
+
+    def _stamps_for(self, blocks: IntArray) -> tuple[npt.NDArray[Any], list[bytes]]:
+        d = self.group.directory
+        stamps = np.zeros(len(blocks), STAMP)
+        stamps["owner"] = d.owner[blocks]
+        parents = []
+        for i, block in enumerate(blocks.tolist()):
+            key = d.key[block]
+            stamps[i]["key"] = key if key is not None else _private_key(block, int(d.version[block]))
+            stamps[i]["tokens"] = d.tokens[block] if key is not None else 0  # 0: means nothing after a restart
+            parents.append(d.parent[block] or b"")
+        return stamps, parents
+
+    # ------------------------------------------------------------------ moves: completion
+    def finish_read(self, move: Move, failed: bool) -> None:
+        assert move.ticket is not None
+        group, d = self.group, self.group.directory
+        d.nvme_holds[move.blocks] -= 1
+        good = move.ticket.ok & (not failed)
+        group.host.publish(move.target[good])
+        group.host.drop(move.target[~good])
+        bad = move.blocks[~good]
+        d.host_slot[bad] = NOWHERE
+        if len(bad):
+            self.lose_copies(bad)
+
+    def finish_write(self, move: Move, failed: bool) -> None:
+        assert move.ticket is not None
+        group, d = self.group, self.group.directory
+        group.host.holds[move.source] -= 1
+        d.nvme_holds[move.blocks] -= 1
+        current = d.version[move.blocks] == move.versions
+        written = move.ticket.ok & (not failed)
+        good = written & current
+        d.nvme_valid[move.blocks[good]] = True
+        bad = ~good
+        if bad.any():
+            self.tier.free(self.index, move.target[bad])
+            d.nvme_slot[move.blocks[bad]] = NOWHERE
+        self._note_writes(written)
+        stale = move.blocks[~current]
+        for block in stale[d.in_host(stale)].tolist():
+            if group.host.holds[d.host_slot[block]] == 0:
+                group.leave_host(np.array([block]))
+
+    def finish_relocate(self, move: Move, failed: bool) -> None:
+        """The block is at its new place; the old one is given back once nobody reads there."""
+        assert move.ticket is not None
+        d = self.group.directory
+        d.nvme_holds[move.blocks] -= 1
+        moved = move.ticket.ok & (not failed)
+        d.nvme_slot[move.blocks[moved]] = move.target[moved]
+        d.nvme_hit[move.blocks[moved]] = False
+        self.tier.free(self.index, move.target[~moved])
+        self._left += zip(move.blocks[moved].tolist(), move.source[moved].tolist(), strict=True)
+        self.give_back_left()
+
+    def give_back_left(self) -> None:
+        """Free the slots that blocks were moved out of, but for those that a reader still has."""
+        d = self.group.directory
+        read = [(block, slot) for block, slot in self._left if d.nvme_holds[block] > 0]
+        gone = [slot for block, slot in self._left if d.nvme_holds[block] == 0]
+        self._left = read
+        if gone:
+            self.tier.free(self.index, np.array(gone))
+
+    def abandon(self, move: Move) -> None:
+        """The mover is gone, its copy has ended one way or the other."""
+        d = self.group.directory
+        if move.kind == "nvme_to_nvme":
+            self.finish_relocate(move, failed=False)
+        elif move.kind == "nvme_to_host":
+            d.nvme_holds[move.blocks] -= 1
+            self.group.host.drop(move.target)
+            d.host_slot[move.blocks] = NOWHERE
+        else:
+            self.group.host.holds[move.source] -= 1
+            d.nvme_holds[move.blocks] -= 1
+            d.nvme_slot[move.blocks] = NOWHERE
+            self.tier.free(self.index, move.target)
+
+    def _note_writes(self, written: npt.NDArray[np.bool_]) -> None:
+        """Several calls in a row of which nothing went down: leave the disk alone for a while, and say so."""
+        if written.any():
+            self._errors_in_row = 0
+            return
+        self._errors_in_row += 1
+        self.group.counters.add("nvme_write_errors", 1)
+        if self._errors_in_row >= MAX_WRITE_ERRORS:
+            self._errors_in_row = 0
+            self._paused_until_s = self.group.clock() + RETRY_S
+            _LOG.warning(
+                "nvme tier takes no writes (%s); going on without it, next try in %d s",
+                self.tier.last_write_error or "unknown error",
+                RETRY_S,
+            )
+
+
+def _private_key(block: int, version: int) -> bytes:
+    """A name for an unnamed block while it is on disk; tokens=0 in its stamp tells that it means nothing later."""
+    return b"private" + block.to_bytes(12, "little") + version.to_bytes(13, "little")

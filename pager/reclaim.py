@@ -1,0 +1,78 @@
+"""Keeps segments of the cold tier clean, so that puts go to the front of an empty one and never wait.
+
+The emptiest segment goes first where it holds little: its blocks are moved, nothing is lost. Where the tier is full, the
+oldest goes (FIFO): blocks that were read since they were written, that are pinned or that somebody refers to are moved,
+up to a share of the segment, and the others are evicted. A segment that must keep more than that stays as it is and
+counts as young again, so that the bytes written twice stay within 1 / (1 - share) of those that were put.
+Source: CacheLib's block cache reclaims regions in FIFO order and re-inserts hit items; the emptiest-first step is the
+cleaning of a log-structured file system (Rosenblum and Ousterhout, 1992).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ..tiers.errors import TierFullError
+from .cold import ColdSide
+from .states import IntArray
+
+CLEAN_SEGMENTS = 2  # kept ready
+MIN_SEGMENTS = 8  # a tier of fewer has none to spare: its holes are filled instead
+MOVED_SHARE = 0.25  # of a segment, at most, is written again
+FULL_SEGMENTS = 4  # with this many segments' worth of holes the tier is not full, and nothing is evicted
+LOOKS = 8  # segments looked at in one go
+REST_S = 1.0  # after nothing could be done
+
+
+class Reclaimer:
+    """Of one layer group. The pager's lock is held by whoever calls."""
+
+    def __init__(self, cold: ColdSide) -> None:
+        self._cold, self._group, self._tier, self._index = cold, cold.group, cold.tier, cold.index
+        self._size = self._tier.geometry(self._index).slots_per_segment
+        self._cap = max(1, int(self._size * MOVED_SHARE))
+        self._rests_until_s = float("-inf")
+
+    def keep_clean(self) -> None:
+        """Start making one segment clean if there are too few and none is on its way."""
+        self._cold.give_back_left()
+        if self._tier.num_segments(self._index) < MIN_SEGMENTS or self._tier.num_clean(self._index) >= CLEAN_SEGMENTS:
+            return
+        if self._group.clock() < self._rests_until_s or any(m.kind == "nvme_to_nvme" for m in self._group.moves):
+            return
+        if not any(self._reclaim(int(segment)) for segment in self._candidates()):
+            self._rests_until_s = self._group.clock() + REST_S
+
+    def _candidates(self) -> IntArray:
+        segments, used = self._tier.sealed(self._index)
+        if not len(segments):
+            return segments
+        emptiest = segments[[int(np.argmin(used))]] if int(used.min()) <= self._cap else segments[:0]
+        is_full = self._tier.free_slots(self._index) < FULL_SEGMENTS * self._size
+        return np.concatenate([emptiest, segments[:LOOKS]]) if is_full else emptiest
+
+    def _reclaim(self, segment: int) -> bool:
+        """Evict and move until nothing is left in the segment. False when it has to stay."""
+        d, group = self._group.directory, self._group
+        first = segment * self._size
+        blocks = np.flatnonzero((d.nvme_slot >= first) & (d.nvme_slot < first + self._size))
+        if (d.nvme_holds[blocks] > 0).any() or not d.nvme_valid[blocks].all():
+            return False
+        must = (d.refs[blocks] > 0) | (d.pinned_until[blocks] > group.clock())
+        if int(must.sum()) > self._cap:
+            self._tier.retain(self._index, segment)
+            group.counters.add("retained_segments", 1)
+            return False
+        kept = blocks[must]
+        may_stay = blocks[~must] if len(blocks) <= self._cap else blocks[~must & d.nvme_hit[blocks]]
+        coldest_first = group.policy.victims(len(may_stay), may_stay)
+        kept = np.concatenate([kept, coldest_first[max(0, len(may_stay) - (self._cap - len(kept))) :]])
+        try:
+            targets = self._tier.allocate(self._index, len(kept), not_in=segment)
+        except TierFullError:
+            return False
+        self._cold.drop_copies(np.setdiff1d(blocks, kept), "reclaim")
+        group.counters.add("reclaimed_segments", 1)
+        if len(kept):
+            self._cold.relocate(kept[np.argsort(d.nvme_slot[kept])], targets)
+        return True
