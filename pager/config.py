@@ -91,12 +91,16 @@ class PagerConfig:
             raise ConfigError(f"sinks={self.sinks}: the number of sink tokens must not be negative")
         if self.backend not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"backend={self.backend!r} is unknown; choose auto, cpu or cuda")
+        for setting in ("namespace_quotas", "namespace_secrets"):
+            if not isinstance(getattr(self, setting), Mapping):
+                raise ConfigError(f"{setting}={getattr(self, setting)!r}: give a mapping from namespace to value")
         if self.namespace_quotas and self.nvme_path is None:
             raise ConfigError("namespace_quotas are of the nvme tier; say where it is with nvme_path")
         for name in self.namespace_quotas:
-            if self.quota(name) < 0:
+            if self.quota(check_namespace(name)) < 0:
                 raise ConfigError(f"namespace_quotas[{name!r}] must not be negative")
         for name, secret in self.namespace_secrets.items():
+            check_namespace(name)
             try:
                 too_long = len(bytes.fromhex(secret)) > 64
             except ValueError:
@@ -104,6 +108,13 @@ class PagerConfig:
             if too_long:
                 raise ConfigError(f"namespace_secrets[{name!r}] is longer than 64 bytes")
         return self
+
+
+def check_namespace(name: str) -> str:
+    """The name of a namespace, as it is. Raises: ConfigError."""
+    if not name or len(name) > 64 or not all(c.isalnum() or c in "_-" for c in name):
+        raise ConfigError(f"namespace={name!r}: use 1 to 64 letters, digits, '_' or '-'")
+    return name
 
 
 def load_config(
@@ -162,6 +173,15 @@ def _parse(key: str, text: str, kind: str) -> Any:
             return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
         if kind.startswith("int |") or kind == "int":
             return int(text)
+        if kind.startswith("Mapping"):  # a=1GiB,b=2GiB
+            return dict(_pair(part) for part in text.split(",") if part.strip())
     except (ValueError, KeyError):
         raise ConfigError(f"environment {_ENV_PREFIX}{key.upper()}={text!r} is not a {kind}") from None
     return text
+
+
+def _pair(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(text)
+    return name.strip(), value.strip()

@@ -18,7 +18,7 @@ from ..tiers.errors import Busy, ConfigError, InvariantError
 from ..tiers.layout import KVLayout
 from ..tiers.streams import Backend
 from .accounting import Counters, Ghosts
-from .config import PagerConfig
+from .config import PagerConfig, check_namespace
 from .group import BlockGroup
 from .keys import KeyChain
 from .page_table import BlockTable, Sequence, num_blocks_of
@@ -90,9 +90,7 @@ class Core:
     # ------------------------------------------------------------------ sequences
     def chain(self, namespace: str) -> KeyChain:
         if namespace not in self._chains:
-            if not namespace or len(namespace) > 64 or not all(c.isalnum() or c in "_-" for c in namespace):
-                raise ConfigError(f"namespace={namespace!r}: use 1 to 64 letters, digits, '_' or '-'")
-            secret = self.config.secret(namespace)
+            secret = self.config.secret(check_namespace(namespace))
             self._chains[namespace] = KeyChain(self.fingerprint, namespace, secret, self.block_size)
         return self._chains[namespace]
 
@@ -167,14 +165,14 @@ class Core:
         if n <= 0 or not len(group.host):
             return 0
         dirty = group.pages.block[(group.pages.state == PageState.DIRTY) & group.pages.idle()]
-        return self.write_back_blocks(group, group.policy.victims(n, dirty), reason)
+        return self.write_back_blocks(group, group.policy.victims(n, dirty), reason, keep_clean=True)
 
-    def write_back_blocks(self, group: BlockGroup, blocks: IntArray, reason: str) -> int:
+    def write_back_blocks(self, group: BlockGroup, blocks: IntArray, reason: str, *, keep_clean: bool = False) -> int:
         """Demote these dirty, idle blocks as far as host slots can be had now."""
         started = 0
         for batch in group.batches(blocks):
-            batch = batch[: group.host_room()]
-            slots = group.take_host_slots(len(batch)) if len(batch) else None
+            batch = batch[: group.host_room(keep_clean=keep_clean)]
+            slots = group.take_host_slots(len(batch), keep_clean=keep_clean) if len(batch) else None
             if slots is None:
                 break
             group.demote(batch, slots, reason)

@@ -75,6 +75,9 @@ class BlockGroup:
         self.directory = Directory(self.pages, self.host)
         self.policy, self.counters, self.ghosts, self.rules, self.clock = policy, counters, ghosts, rules, clock
         self.moves: list[Move] = []
+        self.awaited: list[
+            IntArray
+        ] = []  # what leases wait for: read from nvme on its way up, it makes room for nobody
         self.epoch = 0
         self.tick = 1
         self._finish: dict[MoveKind, Callable[[Move, bool], None]] = {
@@ -235,26 +238,31 @@ class BlockGroup:
             self.pages.step(page, PageState.DIRTY)
 
     # ------------------------------------------------------------------ host slots and nvme slots
-    def take_host_slots(self, n: int) -> IntArray | None:
-        """n free host slots, dropping copies that exist elsewhere, then unreferenced cache; None when short."""
+    def take_host_slots(self, n: int, *, keep_clean: bool = False) -> IntArray | None:
+        """n free host slots, dropping copies that exist elsewhere, then unreferenced cache; None when short.
+
+        `keep_clean`: not those that make a page clean which could be evicted; with them gone it would have to go down.
+        """
         short = n - self.host.num_free
         if short > 0:
-            victims = self._host_victims(short)
+            victims = self._host_victims(short, keep_clean)
             if len(victims) < short:
                 return None
             self._drop_host_copies(victims)
         return self.host.take_free(n)
 
-    def host_room(self) -> int:
+    def host_room(self, *, keep_clean: bool = False) -> int:
         """Host slots that could be taken without any copy."""
-        return self.host.num_free + len(self._host_victims(len(self.host)))
+        return self.host.num_free + len(self._host_victims(len(self.host), keep_clean))
 
-    def _host_victims(self, n: int) -> IntArray:
+    def _host_victims(self, n: int, keep_clean: bool) -> IntArray:
         d = self.directory
         held = self.host.holds > 0
         if not self.rules.holds(Rule.HOST_SLOT_HELD_WHILE_READ):
             held = np.zeros(len(held), bool)
         blocks = self.unpinned_by_ttl(self.host.block[(self.host.state == SlotState.VALID) & ~held])
+        if self.awaited:
+            blocks = blocks[~np.isin(blocks, np.concatenate(self.awaited)) | d.in_device(blocks)]
         below, above = d.nvme_valid[blocks], d.in_device(blocks) & (d.page[blocks] >= 0)
         busy = above & (self.pages.state[np.maximum(d.page[blocks], 0)] == PageState.WRITING_BACK)
         cache_only = ~below & ~above & (d.refs[blocks] == 0)
@@ -264,7 +272,10 @@ class BlockGroup:
         if len(chosen) < n:
             chosen = np.concatenate([chosen, self.policy.victims(n - len(chosen), blocks[cache_only])])
         if len(chosen) < n:
-            chosen = np.concatenate([chosen, self.policy.victims(n - len(chosen), blocks[above & ~below & ~busy])])
+            doubles = above & ~below & ~busy
+            if keep_clean:
+                doubles &= ~self._evictable()[np.maximum(d.page[blocks], 0)]
+            chosen = np.concatenate([chosen, self.policy.victims(n - len(chosen), blocks[doubles])])
         return chosen
 
     def _nvme_takes_more(self) -> bool:

@@ -172,8 +172,16 @@ class LeaseFiller:
     # ------------------------------------------------------------------ promotion
     def _bring_in(self, lease: Lease, held: GroupLease, group: BlockGroup, blocks: IntArray, deadline_s: float) -> None:
         """Make all these blocks readable in the device tier and pin them, as they come."""
+        with self._core.lock:
+            group.awaited.append(blocks)
+        try:
+            self._await(lease, held, group, blocks, deadline_s)
+        finally:
+            with self._core.lock:
+                group.awaited = [other for other in group.awaited if other is not blocks]
+
+    def _await(self, lease: Lease, held: GroupLease, group: BlockGroup, waiting: IntArray, deadline_s: float) -> None:
         core = self._core
-        waiting = blocks
         while True:
             with core.locked():
                 ready = group.directory.in_device(waiting)
@@ -204,12 +212,17 @@ class LeaseFiller:
                 self._lost(seq, int(hit[0]))
 
     def _start_promotions(self, group: BlockGroup, blocks: IntArray) -> int:
-        """Start demand copies for blocks that are nowhere on their way yet. Returns how many copies started."""
+        """Start demand copies for blocks that are nowhere on their way yet. Returns how many copies started.
+
+        Reads from nvme leave host slots for the dirty pages that have to go down before the blocks can come up.
+        """
         d, core, started = group.directory, self._core, 0
         still = blocks[d.page[blocks] < 0]
         from_host = still[d.in_host(still)]
+        from_nvme = still[(d.host_slot[still] < 0) & d.nvme_valid[still]]
+        if len(from_host) or len(from_nvme):
+            core.make_room(group, len(from_host) + len(from_nvme))
         if len(from_host):
-            core.make_room(group, len(from_host))
             fit = min(len(from_host), group.pages.num_free + group.clean_pages())
             for batch in group.batches(from_host[:fit]):
                 pages = group.take_pages(len(batch))
@@ -217,11 +230,16 @@ class LeaseFiller:
                     break
                 group.promote(batch, pages, "demand")
                 started += len(batch)
-        from_nvme = still[(d.host_slot[still] < 0) & d.nvme_valid[still]]
         if group.cold is not None and len(from_nvme):
             core.make_host_room(group, len(from_nvme))
-            for batch in group.batches(from_nvme[: group.host_room()]):
-                slots = group.take_host_slots(len(batch))
+            room, ready = group.host_room(keep_clean=True), group.pages.num_free + group.clean_pages()
+            must_sink = max(0, len(still) - started - ready - int((group.pages.state == PageState.WRITING_BACK).sum()))
+            count = max(min(ready, room), room - must_sink, 0)
+            is_stuck = not count and not started and not core.in_flight()
+            if is_stuck:  # one page of two may get dirty again, and a block comes up in the other
+                count = min(group.host_room(), max(1, ready // 2))
+            for batch in group.batches(from_nvme[:count]):
+                slots = group.take_host_slots(len(batch), keep_clean=not is_stuck)
                 if slots is None:
                     break
                 group.cold.read(batch, slots, "demand")

@@ -36,6 +36,12 @@ def writer(path: str, first: int, seed: int, pipe: int) -> None:
         assert put(tier, slots, numbers).all()
         held += slots.tolist()
         waiting += numbers
+        if step % 5 == 4:  # out of their segment, as a reclaim does
+            moved, targets = np.array(held[:4]), tier.allocate(0, len(held[:4]))
+            ticket = tier.relocate(0, moved, targets)
+            assert ticket.event.wait(30) and ticket.ok.all()
+            tier.free(0, moved)
+            held[:4] = targets.tolist()
         if step % 3 == 0:
             tier.flush()
             os.write(pipe, b"".join(b"+" + key_of(n) for n in waiting))

@@ -9,15 +9,18 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvtier.tiers.errors import KvTierError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from blocks_of import CpuBackend, SystemCalls, open_tier, put, wrong_blocks
+from blocks_of import CpuBackend, SystemCalls, key_of, open_tier, put, wrong_blocks
 
+from kvtier.tiers.nvme.identity import PROBE_FILE
 from kvtier.tiers.nvme.manifest import _replay
 
 
@@ -130,7 +133,15 @@ def quarantine(tier) -> None:
     tier.flush()
 
 
-@pytest.mark.parametrize("script", [fill, rewrite, read_all, sessions, many_commits, quarantine])
+def relocate(tier) -> None:
+    slots, targets = tier.recovered()[0][0][:6], tier.allocate(0, 6)
+    ticket = tier.relocate(0, slots, targets)
+    assert ticket.event.wait(30) and ticket.event.error is None
+    tier.free(0, np.concatenate([slots[ticket.ok], targets[~ticket.ok]]))
+    tier.flush()
+
+
+@pytest.mark.parametrize("script", [fill, rewrite, read_all, sessions, many_commits, quarantine, relocate])
 @pytest.mark.parametrize("how", ["EIO", "ENOSPC", "short"])
 def test_a_fault_at_every_call_is_never_served_and_never_a_foreign_exception(tmp_path, backend, script, how):
     pristine = tmp_path / "pristine"
@@ -161,6 +172,109 @@ def test_a_fault_at_every_call_is_never_served_and_never_a_foreign_exception(tmp
         assert wrong_blocks(again)[0] == 0
         again.close()
     raise AssertionError("the script makes more calls than were tried")
+
+
+# ---------------------------------------------------------------------- power loss
+class Unsynced(SystemCalls):
+    """Remembers what lay under every write since its file was last synced: a power loss may bring it back."""
+
+    def __init__(self) -> None:
+        self.lock, self.under = threading.RLock(), {}
+
+    def _remember(self, fd, offset, nbytes):
+        name = os.readlink(f"/proc/self/fd/{fd}")
+        plain = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
+        before = os.pread(plain, nbytes, offset)
+        os.close(plain)
+        if not name.endswith(PROBE_FILE):
+            self.under.setdefault(os.fstat(fd).st_ino, []).append((offset, nbytes, before))
+
+    def pwritev(self, fd, buffers, offset):
+        with self.lock:
+            self._remember(fd, offset, sum(len(b) for b in buffers))
+            return super().pwritev(fd, buffers, offset)
+
+    def append(self, fd, frame):
+        with self.lock:
+            self._remember(fd, os.fstat(fd).st_size, len(frame))
+            return super().append(fd, frame)
+
+    def fdatasync(self, fd):
+        with self.lock:
+            super().fdatasync(fd)
+            self.under.pop(os.fstat(fd).st_ino, None)
+
+    def lose_power(self, path, copy, choose) -> None:
+        """A copy of the store in which any part of what was not synced may be missing, pages of a write one by one."""
+        with self.lock:
+            shutil.copytree(path, copy, ignore=shutil.ignore_patterns("*.sock"))
+            names = {file.stat().st_ino: file.relative_to(path) for file in path.rglob("*") if file.is_file()}
+            for inode, writes in self.under.items():
+                if inode in names:
+                    self._undo(copy / names[inode], writes, choose)
+
+    def _undo(self, file, writes, choose) -> None:
+        with open(file, "r+b") as handle:
+            for offset, nbytes, before in reversed(writes):
+                if len(before) < nbytes:  # the file grew: it ends somewhere in between
+                    handle.truncate(offset + choose.randrange(nbytes + 1) if choose.random() < 0.5 else offset)
+                    continue
+                for at in range(0, nbytes, 4096):
+                    if choose.random() < 0.5:
+                        handle.seek(offset + at)
+                        handle.write(before[at : at + 4096])
+
+
+def lose_power_often(path, backend, times: int, seed: int) -> dict[str, int]:
+    choose, calls, totals = random.Random(seed), Unsynced(), {"acknowledged": 0, "lost": 0, "wrong": 0, "unsynced": 0}
+    tier = open_tier(path / "s", backend, calls=calls)
+    held, number, safe, listed = [], 0, set(), set()
+    for loop in range(times):
+        for _ in range(choose.randrange(1, 5)):
+            if tier.free_slots(0) < 40:
+                gone = np.array([held.pop(choose.randrange(len(held))) for _ in range(24)])
+                keys = {stamp["key"].tobytes() for stamp in tier.stamps(0, gone)}
+                safe, listed = safe - keys, listed - keys
+                tier.free(0, gone)
+            slots = tier.allocate(0, choose.randrange(1, 9))
+            put(tier, slots, list(range(number, number + len(slots))))
+            listed |= {key_of(n) for n in range(number, number + len(slots))}
+            number += len(slots)
+            held += slots.tolist()
+            if choose.random() < 0.3:
+                sources, targets = np.array(held[:4]), tier.allocate(0, len(held[:4]))
+                ticket = tier.relocate(0, sources, targets)
+                assert ticket.event.wait(30) and ticket.ok.all()
+                tier.free(0, sources)
+                held[:4] = targets.tolist()
+        if choose.random() < 0.5:
+            tier.flush()
+            safe = set(listed)
+        copy = path / f"copy{loop}"
+        totals["unsynced"] += bool(calls.under)
+        calls.lose_power(path / "s", copy, choose)
+        again = open_tier(copy, backend)
+        wrong, right = wrong_blocks(again)
+        again.close()
+        shutil.rmtree(copy)
+        totals["acknowledged"] += len(safe)
+        totals["lost"] += len(safe - right)
+        totals["wrong"] += wrong
+    tier.close()
+    return totals
+
+
+def test_a_power_loss_takes_only_what_was_not_committed(tmp_path, backend, seed):
+    totals = lose_power_often(tmp_path, backend, 60, seed)
+    assert totals["acknowledged"] > 1000 and totals["unsynced"] > 5
+    assert (totals["lost"], totals["wrong"]) == (0, 0), totals
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+def test_many_power_losses(tmp_path, backend, seed):
+    totals = lose_power_often(tmp_path, backend, 3000, seed + 1)
+    assert (totals["lost"], totals["wrong"]) == (0, 0), totals
 
 
 # ---------------------------------------------------------------------- flipped bits

@@ -6,6 +6,9 @@ an order that the seed picks. A missing wait anywhere shows as a wrong value her
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+
 import numpy as np
 
 from kvtier.pager.config import PagerConfig
@@ -46,6 +49,7 @@ class Rig:
         rules: Rules = ALL_RULES,
         backend=None,
         staging: int = 0,
+        clock: Callable[[], float] = time.monotonic,
         **config,
     ) -> None:
         self.layouts = layouts or [LAYOUT]
@@ -64,6 +68,7 @@ class Rig:
             model_fingerprint="rig",
             backend=self.backend,
             rules=rules,
+            clock=clock,
         )
         self._counted: list[list[str]] = []  # mismatches of each step that was committed; kernels may still add to them
         self._found: list[str] = []  # those of the step being computed
@@ -74,8 +79,8 @@ class Rig:
         return [mismatch for step in self._counted for mismatch in step]
 
     # ------------------------------------------------------------------ the engine's verbs
-    def start(self, token_ids: list[int]) -> int:
-        seq = self.pager.begin()
+    def start(self, token_ids: list[int], namespace: str = "default") -> int:
+        seq = self.pager.begin(namespace)
         self.pager.attach(seq, token_ids[:-1])
         self.pager.append(seq, token_ids[self.pager.num_computed(seq) :])
         return seq

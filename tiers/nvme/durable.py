@@ -1,8 +1,9 @@
 """What a store lists, and how that becomes durable.
 
-Order: data, then the index pages, synced; then the journal that lists them, synced. A segment whose sync failed is never
-synced again and trusted: its blocks leave the listing. One lock guards books, listing and journal; it is not held while
-segments are synced.
+Order: data, then the index pages, synced; then the journal that lists them, synced. Where a sync fails, what was written
+since the last one that did not is in doubt: it leaves the listing, and is not trusted because a later sync succeeds. An
+index that could not be written costs nobody anything but foreign readers: it is written again with the next commit. One
+lock guards books, listing and journal; it is not held while segments are synced.
 """
 
 from __future__ import annotations
@@ -41,16 +42,17 @@ class DurableListing:
         self._durability, self._on_distrust = durability, on_distrust
         self.lock = threading.Lock()
         self._commit_lock = threading.Lock()  # one commit at a time
-        self._unsynced: set[Segment] = set()  # written since the last commit
+        self._unsynced: dict[Segment, list[IntArray]] = {}  # slots written since the segment was last synced
         self._stale_index: set[Segment] = set()  # their index pages say something else than the journal
-        self.failed_syncs = self.torn_indexes = 0
+        self.failed_syncs = self.failed_index_writes = self.torn_indexes = 0
 
     # ------------------------------------------------------------------ changes
     def put(self, group: int, slots: IntArray, stamps: Stamps) -> None:
         """List blocks whose bytes are written. Raises OSError when the journal takes no more."""
         with self.lock:
             self._manifest.put(group, slots, stamps)
-            self._changed(group, slots, written=True)
+            self._changed(group, slots)
+            self._wrote(group, slots)
 
     def move(self, group: int, left: IntArray, slots: IntArray, stamps: Stamps) -> None:
         """List blocks at other slots. Raises OSError."""
@@ -62,7 +64,7 @@ class DurableListing:
     def wrote(self, group: int, slots: IntArray) -> None:
         """Bytes went down that are not listed yet; the next commit syncs them."""
         with self.lock:
-            self._unsynced |= self._segments(group, slots)
+            self._wrote(group, slots)
 
     def drop_locked(self, group: int, slots: IntArray) -> None:
         """Take slots out of the journal; the lock is held. A journal that refuses costs nothing: the blocks fail their
@@ -90,9 +92,14 @@ class DurableListing:
             for group, book in enumerate(self._books):
                 self._stale_index |= self._segments(group, book.listing.slots())
 
+    @property
+    def num_stale(self) -> int:
+        """Segments whose index on disk says something else than the journal."""
+        return len(self._stale_index)
+
     def forget_segment(self, segment: Segment) -> None:
         with self.lock:
-            self._unsynced.discard(segment)
+            self._unsynced.pop(segment, None)
             self._stale_index.discard(segment)
 
     # ------------------------------------------------------------------ commit
@@ -103,14 +110,18 @@ class DurableListing:
                 torn, self._files.torn = self._files.torn, set()
                 self.torn_indexes += len(torn)
                 stale, self._stale_index = self._stale_index | torn, set()
-                unsynced, self._unsynced = self._unsynced | stale, set()
+                unsynced, self._unsynced = self._unsynced, {}
                 pages = {segment: self._listed(segment) for segment in stale}
-            refused = [segment for segment in sorted(unsynced) if not self._settle(segment, pages.get(segment))]
+            late = {segment for segment in sorted(stale) if not self._write_index(segment, pages[segment])}
+            touched = sorted(stale | unsynced.keys())
+            refused = [segment for segment in touched if not self._sync(segment)]
             for segment in refused:
-                self._distrust(segment)
+                self._distrust(segment, unsynced.get(segment, []))
+            with self.lock:
+                self._stale_index |= late
             try:
                 with self.lock:
-                    if unsynced and not self._stale_index:
+                    if touched and not self._stale_index:
                         self._manifest.commit()
                     if self._durability != "none":
                         self._manifest.sync()
@@ -158,32 +169,42 @@ class DurableListing:
     def _segments(self, group: int, slots: IntArray) -> set[Segment]:
         return {(group, number) for number in segments_of(self._books[group].geometry, slots)}
 
-    def _changed(self, group: int, slots: IntArray, *, written: bool = False) -> None:
-        segments = self._segments(group, slots)
-        self._stale_index |= segments
-        if written:
-            self._unsynced |= segments
+    def _changed(self, group: int, slots: IntArray) -> None:
+        self._stale_index |= self._segments(group, slots)
 
-    def _settle(self, segment: Segment, listed: npt.NDArray[np.bool_] | None) -> bool:
-        """Write the index and sync one segment. A failed sync is never repeated and trusted."""
+    def _wrote(self, group: int, slots: IntArray) -> None:
+        for segment in self._segments(group, slots):
+            self._unsynced.setdefault(segment, []).append(slots)
+
+    def _write_index(self, segment: Segment, listed: npt.NDArray[np.bool_]) -> bool:
         try:
-            if listed is not None:
-                self._files.write_index(segment, listed)
+            self._files.write_index(segment, listed)
+        except FileNotFoundError:
+            return True  # somebody deleted it; its blocks fail their checks, and a new file may be made
+        except OSError:
+            self.failed_index_writes += 1
+            return False
+        return True
+
+    def _sync(self, segment: Segment) -> bool:
+        try:
             if self._durability != "none":
                 self._files.sync(segment)
         except FileNotFoundError:
-            return True  # somebody deleted it; its blocks fail their checks, and a new file may be made
+            return True
         except OSError:
             self.failed_syncs += 1
             return False
         return True
 
-    def _distrust(self, segment: Segment) -> None:
-        """Nothing in this segment can be relied upon any more: its blocks are not listed, its file is opened anew."""
+    def _distrust(self, segment: Segment, written: list[IntArray]) -> None:
+        """What was written to this segment and never synced is not listed any more; its file is opened anew."""
         group, number = segment
-        size = self._books[group].geometry.slots_per_segment
+        book = self._books[group]
         with self.lock:
-            slots = number * size + np.flatnonzero(self._listed(segment))
+            slots = np.unique(np.concatenate([*written, np.empty(0, np.int64)])).astype(np.int64)
+            slots = slots[slots // book.geometry.slots_per_segment == number]
+            slots = slots[book.listing.listed[slots]]
             if len(slots):
                 self.drop_locked(group, slots)
         self._on_distrust(group, slots)

@@ -266,6 +266,8 @@ class NvmeTier:
         """Write the index of every segment that holds a block anew. Raises TierUnavailableError."""
         self._listing.distrust_indexes()
         self._listing.commit()
+        if self._listing.num_stale:
+            raise TierUnavailableError(f"store {self._path}: {self._listing.num_stale} indexes could not be written")
 
     def drop_segment(self, group: int, number: int) -> None:
         """Forget a segment that holds no block; its file may be removed."""
@@ -290,6 +292,7 @@ class NvmeTier:
             "write_amplification": self.write_amplification,
             "last_write_error": self._io.last_write_error,
             "failed_syncs": self._listing.failed_syncs,
+            "failed_index_writes": self._listing.failed_index_writes,
             "torn_indexes": self._listing.torn_indexes,
             "durability": self._durability,
             "direct_io": self._files.is_direct,
