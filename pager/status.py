@@ -103,8 +103,7 @@ def _nvme(core: Core) -> dict[str, Any]:
         total["blocks"] += valid
     total["corrupt_blocks"] = int(core.counters.get("corrupt_blocks", tier="nvme"))
     below = core.nvme.status()
-    for name in ("clean_segments", "segments", "write_amplification", "direct_io", "failed_syncs", "last_write_error"):
-        total[name] = below[name]
+    total |= {name: below[name] for name in _COLD_ONLY}
     total["namespaces"] = core.quotas.to_dict()
     total["takes_writes"] = all(group.can_write_nvme for group in core.groups)
     total["path"] = str(core.config.nvme_path)
@@ -127,6 +126,17 @@ def _moved(core: Core, part: str, *, prefix: bool = False) -> int:
     moved = (row for row in core.counters.to_list() if row["name"] == "moved_bytes")
     match = str.startswith if prefix else str.endswith
     return int(sum(row["value"] for row in moved if match(row["labels"]["direction"], part)))
+
+
+_COLD_ONLY = (
+    "clean_segments",
+    "segments",
+    "write_amplification",
+    "direct_io",
+    "failed_syncs",
+    "failed_index_writes",
+    "last_write_error",
+)
 
 
 class StatusServer:

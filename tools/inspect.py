@@ -83,6 +83,30 @@ def _print_pager(status: dict[str, Any]) -> None:
         cells = [*map(_size, sizes), f"{t['hit_tokens']:,}", f"{t['evicted_blocks']:,}", *map(_size, flows)]
         print(("{:<7}" + "{:>11}" * len(cells)).format(name, *cells))
     print(f"missed {status['miss_tokens']:,} tokens, {status['ghost_tokens']:,} of them evicted before")
+    if "nvme" in status["tiers"]:
+        _print_cold(status["tiers"]["nvme"])
+
+
+def _print_cold(cold: dict[str, Any]) -> None:
+    """What only the cold tier has: its ring of segments, its disk, its quotas."""
+    clean, segments = cold["clean_segments"], cold["segments"]
+    ring = ", ".join(f"{c} of {n}" for c, n in zip(clean, segments, strict=True))
+    way = "past the page cache" if cold["direct_io"] else "through the page cache (O_DIRECT refused)"
+    amplified = f"written {cold['write_amplification']:.2f} times"
+    print(f"nvme at {cold['path']}: {ring} segments clean, blocks {amplified}, {way}")
+    if not cold["takes_writes"]:
+        print(f"nvme takes no writes: {cold['last_write_error'] or 'unknown error'}; tried again every 30 s")
+    elif cold["last_write_error"]:
+        print(f"nvme refused a write earlier: {cold['last_write_error']}")
+    for count, what in (
+        (cold["corrupt_blocks"], "blocks failed their checks and were dropped"),
+        (cold["failed_syncs"], "syncs failed; what they were for is not listed"),
+        (cold["failed_index_writes"], "segment indexes could not be written; only stock Zarr readers notice"),
+    ):
+        if count:
+            print(f"nvme: {count:,} {what}")
+    for name, quota in cold["namespaces"].items():
+        print(f"nvme namespace {name}: {_size(quota['used_bytes'])} of {_size(quota['limit_bytes'])}")
 
 
 def _print_store(store: dict[str, Any]) -> None:

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import errno
 import json
 
 import pytest
 
 from kvtier import KVLayout, Pager, PagerConfig
+from kvtier.pager import cold
+from kvtier.pager.lease import Span
+from kvtier.tiers.errors import KvTierError
+from kvtier.tiers.nvme.files import SystemCalls
 from kvtier.tools import cli, inspect, pagerd
 
 
@@ -52,6 +57,31 @@ def test_a_store_of_another_model_is_refused(capsys, tmp_path):
     assert demo(capsys, "--store", tmp_path / "s")[0] == 0
     code, _, err = demo(capsys, "--store", tmp_path / "s", "--dtype", "bfloat16")
     assert code == 2 and "was made with" in err
+
+
+def test_inspect_says_what_a_disk_that_refuses_writes_does(capsys, tmp_path, monkeypatch):
+    config = PagerConfig(
+        "1MiB", "1MiB", nvme_path=tmp_path / "s", nvme_bytes="4MiB", backend="cpu", namespace_quotas={"mine": "1MiB"}
+    )
+    layout = KVLayout(2, 1, 8, 16, "float32")
+    with Pager.open(layout, config) as pager:
+        code, out, _ = run(capsys, inspect.main, "status", tmp_path / "s")
+        assert code == 0 and "segments clean" in out and "namespace mine: 0 B of 1.0 MiB" in out
+        assert "takes no writes" not in out
+
+        def refuse(self, fd, buffers, offset):
+            raise OSError(errno.ENOSPC, "no space left")
+
+        monkeypatch.setattr(SystemCalls, "pwritev", refuse)
+        for number in range(cold.MAX_WRITE_ERRORS):
+            seq = pager.begin()
+            pager.append(seq, [number] * 16)
+            with pager.lease([Span(seq, 0, 16)]) as lease:
+                lease.commit()
+            with pytest.raises(KvTierError):
+                pager.park(f"s{number}", seq, timeout_s=1.0)
+        _, out, _ = run(capsys, inspect.main, "status", tmp_path / "s")
+        assert "nvme takes no writes: no space left; tried again every 30 s" in out
 
 
 def test_inspect_reads_a_running_pager_and_then_its_store_at_rest(capsys, tmp_path):

@@ -13,12 +13,10 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
-import crc32c
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
-from ..checksum import block_sum, layer_sums_and_crc
+from ..checksum import block_sum, layer_sums_and_crc, slice_sum
 from ..layout import KVLayout
 from ..streams import IntArray, Rows
 from .files import Scratch, Segment, SegmentFiles, is_aligned
@@ -111,7 +109,7 @@ class BlockIo:
             if not self._pread(group, segment, [around.data], offset + first, wanted):
                 return False
             row[:] = around[start - first : start - first + size]
-        return xxhash.xxh3_64_intdigest(row.data) == int(sums[layer])
+        return slice_sum(row) == int(sums[layer])
 
     def forget(self, group: int, slots: IntArray) -> None:
         """These slots hold other blocks from now on."""
@@ -158,7 +156,7 @@ class BlockIo:
         if not self._with_checksums:
             return True
         with self._hashing:  # the seal binds this crc to the key and to the layer sums that the manifest lists
-            return crc32c.crc32c(row.data) == trailer.crc
+            return slice_sum(row) == trailer.crc
 
     def _trailer_sums(self, group: int, slot: int, stamp: Any) -> npt.NDArray[np.uint64] | None:
         """Layer sums of the block that the stamp names, from memory or from its trailer; None when it is not there."""
