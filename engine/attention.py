@@ -54,14 +54,16 @@ class Step:
     layers: list[LayerPages]
     block_size: int
     dtype: torch.dtype
-    read_spans: list[int]  # spans whose last row's logits are read
+    reads: list[tuple[int, int]]  # (span, how many of its last rows' logits are read)
     rows: Tensor = field(init=False)  # packed rows whose logits are read
     reads_all: bool = field(init=False)
     _plans: dict[tuple[int, bool], StepPlan] = field(default_factory=dict)
     _slots: dict[int, SlotPlan] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.rows = torch.from_numpy(self.lease.cu_q[1:][self.read_spans].astype(np.int64) - 1)
+        ends = self.lease.cu_q[1:].tolist()
+        rows = [np.arange(ends[span] - count, ends[span]) for span, count in self.reads]
+        self.rows = torch.from_numpy(np.concatenate([*rows, np.empty(0, np.int64)]).astype(np.int64))
         self.reads_all = len(self.rows) == int(self.lease.cu_q[-1])
 
     def plan(self, pages: LayerPages, *, last_rows: bool) -> StepPlan:
@@ -71,8 +73,9 @@ class Step:
             held, cu_q = self.lease.groups[pages.group], self.lease.cu_q
             tables, lens = held.tables, held.kv_lens
             if last_rows:
-                tables, lens = tables[self.read_spans], lens[self.read_spans]
-                cu_q = np.arange(len(self.read_spans) + 1, dtype=np.int32)
+                spans = [span for span, _ in self.reads]
+                tables, lens = tables[spans], lens[spans]
+                cu_q = np.cumsum([0, *(count for _, count in self.reads)], dtype=np.int32)
             self._plans[key] = plan_step(pages.k, tables, lens, cu_q)
         return self._plans[key]
 
@@ -133,7 +136,7 @@ def paged(
         out = _attend(step, pages, q, scale, softcap, s_aux, last_rows=False)
     else:
         out = q.new_zeros(*q.shape[:2], pages.v.shape[3])
-        if step.read_spans:
+        if step.reads:
             rows = step.rows.to(q.device)
             out[rows] = _attend(step, pages, q[rows], scale, softcap, s_aux, last_rows=True).to(q.dtype)
     return out[None].to(query.dtype).contiguous(), None

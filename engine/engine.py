@@ -1,35 +1,33 @@
-"""Engine: an unmodified Hugging Face decoder over the pager's pages. Steps of several sequences, prefill in chunks.
+"""Engine: an unmodified Hugging Face decoder over the pager's pages. Runs what its scheduler plans, step by step.
 
-A step takes decodes first, then prompt chunks, under one token budget; where the device tier cannot hold a step, the step
-shrinks; where it cannot hold one sequence, that sequence streams alone. A lost block costs computing it again and never
-an answer. Invariant: before a forward, a sequence has at least one token that is not computed.
+Where the device tier cannot hold a step after all, the step shrinks; where it cannot hold one sequence, that sequence
+streams alone; where no tier has room, somebody waits. A lost block costs computing it again and never an answer.
+Invariant: before a forward, a sequence has at least one token that is not computed. One thread runs an engine: its
+caller's, or that of an EngineLoop.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..kernels import write_kv
 from ..pager.config import PagerConfig
 from ..pager.lease import Span
 from ..pager.pager import Pager, stored_block_size
 from ..tiers.errors import BlockMissError, ConfigError, TierFullError, TierUnavailableError
-from . import attention
-from .attention import STEP, Step, layers_of
 from .hf import ModelSpec, describe, discover, fingerprint
 from .loading import load_checkpoint
 from .request import Request, phase
-from .sampling import Output, Sampler, SamplingParams, margin
+from .runner import ModelRunner, Progress
+from .sampling import Output, Sampler, SamplingParams
+from .scheduler import Scheduler, SchedulerLimits, Work
 from .session import Session
+from .speculative import Drafter, ModelDrafter, NgramDrafter
 
-Progress = Callable[[int, int], None]
-OnToken = Callable[[Request, int], None]
-Work = list[tuple[Request, int]]
 MAX_BATCH_TOKENS = 2048
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE, SMALLEST_BLOCK_SIZE = 256, 64, 16
 MIN_PAGES_WANTED = 32  # a smaller device tier gets smaller blocks
@@ -39,17 +37,25 @@ SPARE_MISSES = 16  # lost blocks per request beyond two for each of its blocks, 
 class Engine:
     """Open with `Engine.from_model` or `Engine.from_pretrained`."""
 
-    def __init__(self, model: Any, spec: ModelSpec, pager: Pager, tokenizer: Any, max_batch_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        spec: ModelSpec,
+        pager: Pager,
+        tokenizer: Any,
+        max_batch_tokens: int,
+        limits: SchedulerLimits | None = None,
+        draft: Engine | None = None,
+    ) -> None:
         self.model, self.spec, self.pager, self.tokenizer = model, spec, pager, tokenizer
         self.progress: Progress | None = None
-        self._device = next(model.parameters()).device
-        self._dtype = next(model.parameters()).dtype
-        self._layers = layers_of(pager, spec, self._dtype)
         self._sessions: dict[str, Session] = {}
-        self._budget = min(max_batch_tokens, pager.max_span_tokens())
-        if self._budget < 1:
+        budget = min(max_batch_tokens, pager.max_span_tokens())
+        if budget < 1:
             raise ConfigError("device_bytes: the device tier is too small for a single step; give it more")
-        attention.install(model)
+        self.scheduler = Scheduler(pager, budget, limits)
+        self._draft = draft
+        self._runner = ModelRunner(model, spec, pager)
         self._is_closed = False
 
     @classmethod
@@ -61,10 +67,13 @@ class Engine:
         *,
         block_size: int | None = None,
         max_batch_tokens: int = MAX_BATCH_TOKENS,
+        limits: SchedulerLimits | None = None,
+        draft: Engine | None = None,
     ) -> Engine:
         """Put a loaded Hugging Face decoder over a new pager.
 
         `block_size` is that of the store at config.nvme_path where there is one, else chosen from device and size.
+        `draft` is an engine of a smaller model with the same vocabulary, for SamplingParams(speculation="model").
         Raises: UnsupportedModelError, ConfigError; nothing is written before all checks have passed.
         """
         config.validate()
@@ -72,7 +81,7 @@ class Engine:
         size = block_size or stored_block_size(config.nvme_path) or _default_block_size(model, spec, config)
         pager = Pager.open(spec.layouts(size), config, model_fingerprint=fingerprint(model), about=describe(model))
         try:
-            return cls(model, spec, pager, tokenizer, max_batch_tokens)
+            return cls(model, spec, pager, tokenizer, max_batch_tokens, limits, draft)
         except BaseException:
             pager.close()
             raise
@@ -98,17 +107,14 @@ class Engine:
         The n outputs of a prompt compute it once: the others are forks of it.
         """
         params = params or SamplingParams()
-        for prompt in prompts:
-            self.check_length(len(prompt) + params.max_tokens)
         firsts: list[Request] = []
         try:
             for prompt in prompts:
-                firsts.append(self._begin(list(prompt), params, namespace))
+                firsts.append(self.request(prompt, params, namespace))
             self.run(firsts)
         finally:
-            for request in (r for first in firsts for r in (first, *first.twins)):
-                if request.seq >= 0:
-                    self.pager.finish(request.seq)
+            for request in firsts:
+                self.drop(request)
         return [request.output for first in firsts for request in (first, *first.twins)]
 
     def session(self, session_id: str, namespace: str = "default") -> Session:
@@ -144,16 +150,52 @@ class Engine:
         if num_tokens < 1:
             raise ConfigError("a prompt needs at least one token")
 
-    def _begin(self, prompt: list[int], params: SamplingParams, namespace: str) -> Request:
+    def request(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        namespace: str = "default",
+        *,
+        priority: int = 0,
+        deadline_s: float | None = None,
+    ) -> Request:
+        """A request over a new sequence. `run` it or give it to the scheduler; one that never ran has to be dropped.
+
+        Raises: ConfigError for a prompt that is empty or too long.
+        """
+        self.check_length(len(prompt) + params.max_tokens)
+        drafter = self._drafter(params, namespace)
         seq = self.pager.begin(namespace)
-        request = Request(seq, params, Sampler(params), len(prompt), 0)
-        with request.ledger.phase("match"):
-            match = self.pager.attach(seq, prompt[:-1])
-            self.pager.append(seq, prompt[match.tokens :])
-        request.found(match)
-        request.known_tokens = match.tokens + match.ghost_tokens
-        request.twins = [Request(-1, params, Sampler(params, i), len(prompt), 0) for i in range(1, params.n)]
+        self.pager.append(seq, list(prompt))
+        request = Request(seq, params, Sampler(params), len(prompt), namespace=namespace, drafter=drafter)
+        request.priority, request.deadline_s = priority, deadline_s
+        request.twins = [
+            Request(-1, params, Sampler(params, i), len(prompt), namespace=namespace, priority=priority)
+            for i in range(1, params.n)
+        ]
         return request
+
+    def drop(self, request: Request) -> None:
+        """Give back what a request and its twins hold; their blocks stay as cache. Those that ended need it no more."""
+        for one in (request, *request.twins):
+            self._free(one)
+
+    def _free(self, request: Request) -> None:
+        if request.drafter is not None:
+            request.drafter.close()
+            request.drafter = None
+        if request.seq >= 0 and not request.keeps_sequence:
+            self.pager.finish(request.seq)
+            request.seq = -1
+
+    def _drafter(self, params: SamplingParams, namespace: str) -> Drafter | None:
+        if params.speculation == "ngram":
+            return NgramDrafter(self.pager)
+        if params.speculation == "model":
+            if self._draft is None:
+                raise ConfigError("speculation='model' needs an engine with a draft model; open it with draft=...")
+            return ModelDrafter(self.pager, self._draft, namespace)
+        return None
 
     def continue_request(
         self, seq: int, num_new: int, params: SamplingParams, rng_state: bytes | None = None
@@ -164,140 +206,189 @@ class Engine:
         """
         total = self.pager.num_tokens(seq)
         request = Request(seq, params, Sampler(params, state=rng_state), total, max(0, total - num_new - 1))
+        request.keeps_sequence, request.namespace = True, self.pager.namespace(seq)
+        request.drafter = self._drafter(params, request.namespace)
         request.found(self.pager.residency(seq))
         return request
 
-    @torch.inference_mode()
-    def run(self, requests: Iterable[Request], on_token: OnToken | None = None) -> None:
-        """Step until every request is done. Raises TierUnavailableError when blocks are lost again and again."""
-        running = [r for r in requests if not r.is_done]
-        while running:
-            work = self._plan(running)
+    def run(self, requests: Iterable[Request]) -> None:
+        """Step until all of these are done. Raises TierUnavailableError when blocks are lost again and again."""
+        wanted = [r for r in requests if not r.is_done]
+        for request in wanted:
+            self.scheduler.add(request)
+        try:
+            while not all(r.is_done for first in wanted for r in (first, *first.twins)):
+                self.step()
+                self._report(wanted)
+        finally:
+            for request in (r for first in wanted for r in (first, *first.twins)):
+                request.is_cancelled |= not request.is_done
+            for request in self.scheduler.take_ended():
+                self._settle(request)
+        for request in wanted:
+            if request.error is not None:
+                raise request.error
+
+    def step(self) -> list[Request]:
+        """Run one step, if there is anything to run. Returns the requests that ended since the last one."""
+        ended = self.scheduler.take_ended()
+        work = self.scheduler.plan()
+        if work:
             busy = {id(request) for request, _ in work}
-            with phase((r for r in running if id(r) not in busy), "queued"):
-                self._step_shrinking(work, on_token)
-            if self.progress is not None:
-                totals = [(self.pager.num_computed(r.seq), self.pager.num_tokens(r.seq)) for r in running]
-                self.progress(sum(done for done, _ in totals), sum(total for _, total in totals))
-            running += [twin for r in running for twin in r.twins if twin.seq >= 0 and twin not in running]
-            running = [r for r in running if not r.is_done]
+            with phase((r for r in self.scheduler.requests() if id(r) not in busy), "queued"):
+                self._step_shrinking(work)
+        ended += self.scheduler.take_ended()
+        for request in ended:
+            self._settle(request)
+        return ended
 
-    def _plan(self, running: list[Request]) -> Work:
-        """Decodes first, then prompt chunks in order, within the budget."""
-        left, work = self._budget, []
-        remaining = {id(r): self.pager.num_tokens(r.seq) - self.pager.num_computed(r.seq) for r in running}
-        for request in sorted(running, key=lambda r: remaining[id(r)] > 1):
-            if left <= 0:
-                break
-            take = 1 if remaining[id(request)] == 1 else self.pager.plan_prefill(request.seq, left)
-            if take > 0:
-                work.append((request, take))
-                left -= take
-        return work
+    def _settle(self, request: Request) -> None:
+        """After its last step: give back what it held, end the twins that never began, say so."""
+        self._free(request)
+        for twin in request.twins:
+            if twin.seq < 0 and not twin.is_done:
+                twin.end(request.output.finish_reason, request.error)
+        if request.on_end is not None:
+            request.on_end(request)
 
-    def _step_shrinking(self, work: Work, on_token: OnToken | None) -> None:
+    def extend(self, seq: int, limit: int) -> list[int]:
+        """Greedily continue a sequence by at most `limit` tokens, its uncomputed ones first. For drafting."""
+        request = self.continue_request(seq, 0, SamplingParams(max_tokens=limit))
+        self.run([request])
+        return request.output.token_ids
+
+    def _report(self, wanted: list[Request]) -> None:
+        if self.progress is not None:
+            totals = [self._progress_of(request) for request in wanted]
+            self.progress(sum(done for done, _ in totals), sum(total for _, total in totals))
+
+    def _progress_of(self, request: Request) -> tuple[int, int]:
+        if request.seq >= 0:
+            return self.pager.num_computed(request.seq), self.pager.num_tokens(request.seq)
+        total = request.prompt_tokens + len(request.output.token_ids)
+        return total, total
+
+    # ------------------------------------------------------------------ one step
+    def _step_shrinking(self, work: Work) -> None:
         """Run one step over as much of the work as the device tier can hold."""
         while True:
             try:
-                self._step(work, on_token)
+                self._step(work)
                 return
             except BlockMissError as error:
+                self._undraft(work)
                 self._count_miss(next(r for r, _ in work if r.seq == error.seq), error)
                 return  # the pager has cut the sequence; the next plan computes what is missing
-            except TierFullError:
-                if len(work) > 1:
+            except TierFullError as error:
+                if any(request.draft for request, _ in work):
+                    self._undraft(work)
+                    work = [(request, 1 if self._is_decode(request) else count) for request, count in work]
+                elif len(work) > 1:
                     work = work[: len(work) // 2]
                 elif work[0][1] > 1:
                     work = [(work[0][0], work[0][1] // 2)]
-                else:
-                    raise
+                elif not self.scheduler.relieve(work[0][0]):
+                    work[0][0].end("error", error)
+                    return
+
+    def _is_decode(self, request: Request) -> bool:
+        return self.pager.num_tokens(request.seq) - self.pager.num_computed(request.seq) == 1
+
+    def _undraft(self, work: Work) -> None:
+        """Take unproven tokens back."""
+        for request, _ in work:
+            if request.draft:
+                self.pager.truncate(request.seq, self.pager.num_tokens(request.seq) - len(request.draft))
+                request.draft = []
 
     def _count_miss(self, request: Request, error: BlockMissError) -> None:
         request.num_misses += 1
         limit = SPARE_MISSES + 2 * self.pager.num_tokens(request.seq) // self.pager.block_size
         if request.num_misses > limit:
-            raise TierUnavailableError(
+            lost = TierUnavailableError(
                 f"sequence {request.seq} lost a block {request.num_misses} times; the store keeps losing what is "
                 "written to it: check the disk under nvme_path"
-            ) from error
+            )
+            lost.__cause__ = error
+            request.end("error", lost)
 
-    def _step(self, work: Work, on_token: OnToken | None) -> None:
+    def _step(self, work: Work) -> None:
         starts = [self.pager.num_computed(request.seq) for request, _ in work]
         spans = [Span(r.seq, start, start + count) for (r, count), start in zip(work, starts, strict=True)]
-        reading = [i for i, span in enumerate(spans) if span.end == self.pager.num_tokens(span.seq)]
+        reads = [
+            (i, 1 + len(request.draft))
+            for i, ((request, _), span) in enumerate(zip(work, spans, strict=True))
+            if span.end == self.pager.num_tokens(span.seq)
+        ]
         requests = [request for request, _ in work]
         with phase(requests, "wait_for_blocks"):
             lease = self.pager.lease(spans)
+        started_s = time.perf_counter()
         with lease:
             with phase(requests, "decode" if all(count == 1 for _, count in work) else "prefill"):
-                logits = self._forward(lease, spans, reading)
+                logits = self._runner.forward(lease, spans, reads)
             lease.commit()
+        self.scheduler.ran(work, time.perf_counter() - started_s)
         for request, span in zip(requests, spans, strict=True):
             request.computed(span.start, span.end)
-        for row, index in enumerate(reading):
-            self._take_token(requests[index], logits[row], on_token)
+        row = 0
+        for index, count in reads:
+            self._take_tokens(requests[index], logits[row : row + count])
+            row += count
 
-    def _forward(self, lease: Any, spans: list[Span], reading: list[int]) -> Tensor:
-        """Logits [len(reading), vocab] of the last row of the spans in `reading`."""
-        tokens = torch.tensor([t for s in spans for t in self.pager.token_ids(s.seq, s.start, s.end)])[None]
-        positions = torch.cat([torch.arange(s.start, s.end) for s in spans])[None]
-        step = Step(lease, self.spec, self._layers, self.pager.block_size, self._dtype, reading)
-        keep = step.rows if reading else torch.tensor([0])
-        token = STEP.set(step)
-        try:
-            out = self.model(
-                input_ids=tokens.to(self._device),
-                position_ids=positions.to(self._device),
-                attention_mask=None,
-                past_key_values=None,
-                use_cache=False,
-                logits_to_keep=keep.to(self._device),
-            )
-        finally:
-            STEP.reset(token)
-        return out.logits[0]
+    def _take_tokens(self, request: Request, logits: Tensor) -> None:
+        """Sample for the request from logits [1 + drafted tokens, vocab], and at its first token for its twins."""
+        for twin in request.twins:
+            if twin.seq < 0:
+                self._begin_twin(request, twin, logits[0])
+        request.ledger.first_token()
+        if request.params.max_tokens == 0:
+            request.end_if_full()
+            return
+        draft, request.draft = request.draft, []
+        known, num_right = self.pager.num_tokens(request.seq) - len(draft), 0
+        for place, row in enumerate(logits):
+            token = self._choose(request, row)
+            is_right = place < len(draft) and draft[place] == token
+            num_right += is_right
+            if request.is_done or not is_right:
+                break
+        if draft:
+            self.pager.truncate(request.seq, known + num_right)
+            request.usage.drafted_tokens += len(draft)
+            request.usage.accepted_tokens += num_right
+        if not is_right:
+            self.pager.append(request.seq, [token])
 
-    def _take_token(self, request: Request, logits: Tensor, on_token: OnToken | None) -> None:
-        """Sample from logits [vocab] for the request, and at its first token for its twins."""
-        first = [twin for twin in request.twins if twin.seq < 0]
-        for twin in first:
-            twin.seq, twin.known_tokens = self.pager.fork(request.seq), request.known_tokens
-        for one in (request, *first):
-            one.ledger.first_token()
-            if one.params.max_tokens > 0:
-                token = one.sampler.choose(logits)
-                if one.params.top2_margin:
-                    one.output.margins.append(margin(logits))
-                self.pager.append(one.seq, [token])
-                one.take(token)
-                if on_token is not None:
-                    on_token(one, token)
-            one.end_if_full()
+    def _choose(self, request: Request, logits: Tensor) -> int:
+        token = request.sampler.choose(logits)
+        request.output.note(request.params, logits, token)
+        request.take(token)
+        request.end_if_full()
+        return token
+
+    def _begin_twin(self, first: Request, twin: Request, logits: Tensor) -> None:
+        twin.seq, twin.known_tokens = self.pager.fork(first.seq), first.known_tokens
+        twin.drafter = self._drafter(twin.params, twin.namespace)
+        twin.on_token, twin.on_end = first.on_token, first.on_end
+        self.scheduler.add_twin(first, twin)
+        twin.ledger.first_token()
+        if twin.params.max_tokens > 0:
+            self.pager.append(twin.seq, [self._choose(twin, logits)])
+        else:
+            twin.end_if_full()
 
     # ------------------------------------------------------------------ prebuilt caches
-    @torch.inference_mode()
     def inject(self, seq: int, cache: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Write the K/V of the sequence's uncomputed tokens from a prebuilt cache instead of computing them.
-
-        Shapes: per layer K [kv_heads, tokens, head_dim], V [kv_heads, tokens, value_dim], over all tokens of the sequence.
-        """
-        total = int(cache[0][0].shape[1])
-        while (start := self.pager.num_computed(seq)) < total:
-            end = min(total, start + self._budget)
-            with self.pager.lease([Span(seq, start, end)]) as lease:
-                for pages, (k, v) in zip(self._layers, cache, strict=True):
-                    new_k, new_v = (t[:, start:end].transpose(0, 1) for t in (k, v))
-                    write_kv(new_k, new_v, pages.k, pages.v, lease.slots[pages.group])
-                lease.commit()
-            if self.progress is not None:
-                self.progress(end, total)
+        """Write the K/V of the sequence's uncomputed tokens from a prebuilt cache; see ModelRunner.inject."""
+        self._runner.inject(seq, cache, self.scheduler.budget, self.progress)
 
     # ------------------------------------------------------------------ end
     def close(self) -> None:
         """End the pager and give the model its own attention back. Parked sessions stay in the store."""
         if not self._is_closed:
             self._is_closed = True
-            attention.uninstall(self.model)
+            self._runner.close()
             self.pager.close()
 
     def __enter__(self) -> Engine:

@@ -7,36 +7,69 @@ since evicted), and is computed now. So a lost block that is found again elsewhe
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from ..pager.ledger import RequestLedger
 from ..pager.prefix import Match
 from .sampling import Output, Sampler, SamplingParams, Usage
 
+if TYPE_CHECKING:
+    from .speculative import Drafter
 
-@dataclass(slots=True)
+OnToken = Callable[["Request", int], None]
+OnEnd = Callable[["Request"], None]
+
+
+@dataclass(slots=True, eq=False)
 class Request:
-    """One sequence being generated. `twins` share its prompt and get their own sequences at its first token."""
+    """One sequence being generated. `twins` share its prompt and get their own sequences at its first token.
+
+    Higher `priority` goes first; `deadline_s` and `waiting_since_s` are times of the scheduler's clock. `keeps_sequence`: the
+    sequence belongs to somebody else (a session) and outlives the request.
+    """
 
     seq: int
     params: SamplingParams
     sampler: Sampler
     prompt_tokens: int
-    known_tokens: int  # the first so many had been computed before this request came
+    known_tokens: int = 0  # the first so many had been computed before this request came
+    namespace: str = "default"
+    priority: int = 0
+    deadline_s: float | None = None
+    waiting_since_s: float = 0.0
+    keeps_sequence: bool = False
+    drafter: Drafter | None = None
+    on_token: OnToken | None = None
+    on_end: OnEnd | None = None
     usage: Usage = field(default_factory=Usage)
     ledger: RequestLedger = field(default_factory=lambda: RequestLedger(time.perf_counter))
     output: Output = field(default_factory=Output)
     twins: list[Request] = field(default_factory=list)
+    draft: list[int] = field(default_factory=list)  # appended to the sequence, not yet proven
     num_misses: int = 0
+    num_preempted: int = 0
+    admitted_s: float | None = None  # when it last became active; None while it waits
+    admitted_level: int = 0  # its priority then, with what waiting had added: it holds for the quantum
+    is_large: bool = False  # its context alone is more than the device tier holds
+    is_matched: bool = False  # the cache was asked for its prompt
+    is_cancelled: bool = False
     is_done: bool = False
+    error: BaseException | None = None
 
     def found(self, match: Match) -> None:
         """Book what the cache held when the request came."""
+        self.is_matched = True
         self.usage.cached_tokens = match.tokens
         self.usage.device_tokens, self.usage.host_tokens = match.device_tokens, match.host_tokens
         self.usage.disk_tokens = match.nvme_tokens
+
+    def adopted(self, num_tokens: int) -> None:
+        """Book what somebody else computed while this request waited; it is in the device tier."""
+        self.usage.cached_tokens += num_tokens
+        self.usage.device_tokens += num_tokens
 
     def computed(self, start: int, end: int) -> None:
         """Tokens [start, end) have just been computed."""
@@ -48,13 +81,28 @@ class Request:
         self.output.token_ids.append(token)
         if token in self.params.stop_token_ids:
             self.output.finish_reason, self.is_done = "stop", True
+        if self.on_token is not None:
+            self.on_token(self, token)
 
     def end_if_full(self) -> None:
         self.is_done |= len(self.output.token_ids) >= self.params.max_tokens
         if self.is_done:
-            self.usage.prompt_tokens, self.usage.completion_tokens = self.prompt_tokens, len(self.output.token_ids)
-            self.usage.ttft_s = self.ledger.ttft_s or 0.0
-            self.output.usage, self.output.ledger = self.usage, self.ledger.to_dict()
+            self._settle()
+
+    def end(self, reason: str, error: BaseException | None = None) -> None:
+        """End before the answer is whole."""
+        self.output.finish_reason, self.error, self.is_done = reason, error, True
+        self._settle()
+
+    def stop(self) -> None:
+        """The answer ends with what is there; for whoever reads along and found a stop text."""
+        if not self.is_done:
+            self.end("stop")
+
+    def _settle(self) -> None:
+        self.usage.prompt_tokens, self.usage.completion_tokens = self.prompt_tokens, len(self.output.token_ids)
+        self.usage.ttft_s = self.ledger.ttft_s or 0.0
+        self.output.usage, self.output.ledger = self.usage, self.ledger.to_dict()
 
 
 @contextmanager

@@ -10,10 +10,17 @@ from torch import Tensor
 
 from ..tiers.errors import ConfigError
 
+MAX_LOGPROBS = 20
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """temperature 0 is greedy. top2_margin: also report best minus second-best logit of each token, in nats."""
+    """temperature 0 is greedy.
+
+    top2_margin: also report best minus second-best logit of each token, in nats. logprobs: also report the natural log
+    of each token's probability (before temperature and cuts) and of so many best ones. speculation: "ngram" (what
+    followed the same tokens before) or "model" (the engine's draft model) proposes tokens; the output stays the same.
+    """
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -24,6 +31,8 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     n: int = 1
     top2_margin: bool = False
+    logprobs: int | None = None
+    speculation: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0 or self.n < 1:
@@ -33,6 +42,10 @@ class SamplingParams:
                 f"temperature={self.temperature}, top_p={self.top_p}, min_p={self.min_p}, top_k={self.top_k}: need "
                 "temperature >= 0, 0 < top_p <= 1, 0 <= min_p < 1, top_k >= 0"
             )
+        if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
+            raise ConfigError(f"logprobs={self.logprobs}: need 0 to {MAX_LOGPROBS}")
+        if self.speculation not in (None, "ngram", "model"):
+            raise ConfigError(f"speculation={self.speculation!r} is unknown; choose 'ngram' or 'model'")
 
 
 @dataclass(slots=True)
@@ -46,19 +59,44 @@ class Usage:
     host_tokens: int = 0
     disk_tokens: int = 0
     recomputed_tokens: int = 0
+    drafted_tokens: int = 0  # proposed by speculation
+    accepted_tokens: int = 0  # and right
     ttft_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural logs of probabilities: of the token, and of the best ones, best first."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(slots=True)
 class Output:
-    """One finished sequence. `margins` in nats when asked for; `ledger` says where the time to first token went."""
+    """One finished sequence. `margins` in nats when asked for; `ledger` says where the time to first token went.
+
+    finish_reason: length, stop, cancelled, deadline or error.
+    """
 
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = "length"
     usage: Usage = field(default_factory=Usage)
     margins: list[float] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     ledger: dict[str, float] = field(default_factory=dict)
     text: str | None = None
+
+    def note(self, params: SamplingParams, logits: Tensor, token: int) -> None:
+        """Keep what the parameters ask for of the logits [vocab] that a token was chosen from."""
+        if params.top2_margin:
+            self.margins.append(margin(logits))
+        if params.logprobs is not None:
+            scores = logits.float().log_softmax(-1)
+            best = scores.topk(params.logprobs)
+            top = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+            self.logprobs.append(TokenLogprob(token, float(scores[token]), top))
 
 
 class Sampler:

@@ -82,7 +82,12 @@ class Session:
         else:
             engine.pager.append(self.seq, new)
         request = engine.continue_request(self.seq, len(new), params, self._rng_state)
-        engine.run([request], None if on_token is None else (lambda _, token: on_token(token)))
+        if on_token is not None:
+            request.on_token = lambda _, token: on_token(token)
+        try:
+            engine.run([request])
+        finally:
+            engine.drop(request)
         if params.temperature > 0:
             self._rng_state = request.sampler.rng_state
         if engine.tokenizer is not None:

@@ -59,6 +59,33 @@ class LeaseFiller:
         lease.wait_s = core.clock() - started_s
         core.counters.add("lease_wait_seconds", lease.wait_s)
 
+    def bring_up(self, seq: Sequence, num_new: int) -> int:
+        """Start copies for what the sequence's next num_new tokens read. Returns blocks that are not readable yet."""
+        missing = 0
+        for group in self._core.groups:
+            logical = visible_blocks(group.layout, seq.num_computed, seq.num_computed + num_new)
+            table = seq.tables[group.index].ids
+            context = table[logical[logical < num_blocks_of(seq.num_computed, self._core.block_size)]]
+            waiting = context[~group.directory.in_device(context)]
+            if len(waiting):
+                group.touch(context)
+                self._start_promotions(group, waiting)
+                missing += len(waiting)
+        return missing
+
+    def pages_needed(self, work: list[tuple[Sequence, int]]) -> list[tuple[int, int]]:
+        """Per group: pages that these sequences need to be resident together with so many new tokens, and pages there are."""
+        found, size = [], self._core.block_size
+        for group in self._core.groups:
+            context, new = [np.empty(0, np.int64)], 0
+            for seq, num_new in work:
+                logical = visible_blocks(group.layout, seq.num_computed, seq.num_computed + num_new)
+                num_existing = num_blocks_of(seq.num_computed, size)
+                context.append(seq.tables[group.index].ids[logical[logical < num_existing]])
+                new += num_blocks_of(seq.num_computed + num_new, size) - num_existing + (seq.num_computed % size > 0)
+            found.append((len(np.unique(np.concatenate(context))) + new, len(group.pages)))
+        return found
+
     def _check_spans(self, spans: list[Span]) -> None:
         if not spans:
             raise ConfigError("lease: no spans; give at least one Span(seq, start, end)")

@@ -31,7 +31,7 @@ from .leasing import LeaseFiller
 from .page_table import dropped_from_window, num_blocks_of
 from .parking import Parking
 from .prefetching import Prefetcher
-from .prefix import Match, adopt, next_cached_block, peek, residency, rewind
+from .prefix import Match, adopt, bring_back_s, next_cached_block, peek, residency, rewind
 from .rules import ALL_RULES, Rules
 from .sessions import ParkedSession
 from .sizing import plan_sizes, split_blocks
@@ -169,6 +169,9 @@ class Pager:
         """The known tokens [start, end) of a sequence, computed or not."""
         return self._core.sequence(seq).token_ids[start:end]
 
+    def namespace(self, seq: int) -> str:
+        return self._core.sequence(seq).namespace
+
     def num_tokens(self, seq: int) -> int:
         return len(self._core.sequence(seq).token_ids)
 
@@ -201,6 +204,18 @@ class Pager:
             self._core.counters.add("ghost_tokens", match.ghost_tokens)
             return match
 
+    def adopt(self, seq: int) -> Match:
+        """A sequence of known tokens, none of them computed, takes over their longest cached prefix but the last token.
+
+        Hits are counted for the tier that holds them now.
+        """
+        with self._core.locked():
+            state = self._core.idle_sequence(seq, "adopting")
+            match = adopt(self._core, state, len(state.token_ids) - 1)
+            self._core.counters.add("miss_tokens", len(state.token_ids) - 1 - state.num_computed)
+            self._core.counters.add("ghost_tokens", match.ghost_tokens)
+            return match
+
     def plan_prefill(self, seq: int, max_tokens: int) -> int:
         """How many tokens to compute next, at most max_tokens; adopts first what others have computed meanwhile.
 
@@ -216,6 +231,22 @@ class Pager:
             if cached is not None and cached * self.block_size < end:
                 end = cached * self.block_size
             return end - state.num_computed
+
+    def pages_needed(self, work: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+        """What it takes to run these (sequence, new tokens) in turns without moving blocks between them.
+
+        Per layer group: pages of all their visible context, shared ones once, and of the new tokens; and pages there are.
+        """
+        with self._core.lock:
+            return self._filler.pages_needed([(self._core.sequence(seq), count) for seq, count in work])
+
+    def block_keys(self, seq: int, start: int, end: int) -> list[bytes]:
+        """Keys of the whole blocks that lie within the known tokens [start, end) of a sequence."""
+        with self._core.lock:
+            state, size = self._core.sequence(seq), self.block_size
+            end = min(end, len(state.token_ids))
+            state.chain.extend(state.keys, state.token_ids[: end // size * size])
+            return state.keys[num_blocks_of(start, size) : end // size]
 
     def truncate(self, seq: int, num_tokens: int) -> int:
         """Forget the tokens past num_tokens. Returns how many of the rest still count as computed."""
@@ -400,6 +431,27 @@ class Pager:
         """Bring blocks of this sequence up as far as there is free room. Returns how many copies started."""
         with self._core.locked():
             return self._prefetcher.start(self._core.sequence(seq))
+
+    def bring_up(self, seq: int, num_new: int = 1) -> int:
+        """Start the copies that the next num_new tokens of this sequence wait for, evicting for them as a lease would.
+
+        Returns how many blocks are not readable yet; 0 means that a lease would not wait.
+        """
+        with self._core.locked():
+            return self._filler.bring_up(self._core.sequence(seq), num_new)
+
+    def seconds_to_bring_back(self, seq: int) -> float:
+        """What it would take to make this sequence's blocks resident again if its pages were given up now.
+
+        From the rates that copies have had in this pager (HOST_RATE and NVME_RATE before there were any).
+        """
+        with self._core.lock:
+            return bring_back_s(self._core, self._core.sequence(seq))
+
+    def discard(self, seq: int) -> None:
+        """Compute this sequence anew when it runs again; its blocks are the first to leave, its token ids stay."""
+        with self._core.locked():
+            self._core.drop_tables(self._core.idle_sequence(seq, "discarding"), released=True)
 
     def demote(self, seq: int) -> None:
         """This sequence will not run soon: give its pages back, writing down what is dirty."""

@@ -16,6 +16,8 @@ from .core import Core
 from .page_table import Sequence, lowest_visible, num_blocks_of
 from .states import NOWHERE, IntArray
 
+HOST_RATE, NVME_RATE = 5e9, 1e9  # bytes per second, until copies have been measured
+
 
 @dataclass(frozen=True, slots=True)
 class Match:
@@ -153,6 +155,24 @@ def residency(core: Core, seq: Sequence) -> Match:
     tokens = np.clip(seq.num_computed - np.arange(len(tiers)) * size, 0, size)
     device, host, nvme = (int(tokens[tiers == tier].sum()) for tier in range(3))
     return Match(seq.num_computed, device, host, nvme)
+
+
+def bring_back_s(core: Core, seq: Sequence) -> float:
+    """Seconds to bring a sequence's blocks up from the host tier as far as it has room for them, else from nvme."""
+    total_s = 0.0
+    for group, table in zip(core.groups, seq.tables, strict=True):
+        blocks = table.ids[table.ids >= 0]
+        d = group.directory
+        not_hosted = int((~d.in_host(blocks)).sum())
+        from_nvme = max(0, not_hosted - group.host_room()) * group.layout.block_bytes
+        total_s += len(blocks) * group.layout.block_bytes / _rate(core, "host_to_device", HOST_RATE)
+        total_s += from_nvme / _rate(core, "nvme_to_host", NVME_RATE)
+    return total_s
+
+
+def _rate(core: Core, direction: str, unmeasured: float) -> float:
+    seconds = core.counters.get("move_seconds", direction=direction)
+    return core.counters.get("moved_bytes", direction=direction) / seconds if seconds > 0 else unmeasured
 
 
 def _blocks_by_tier(core: Core, found: list[IntArray]) -> tuple[int, int, int]:

@@ -1,0 +1,262 @@
+"""Scheduler: which requests run in the next step, who is let in, and who makes room.
+
+A step has one token budget: decodes first, then prompt chunks. Requests are active while the blocks that they read fit
+the device tier together; a request larger than that runs alone, streamed. What waits on copies is left out of the step
+and joins when its pages are there. Two requests with one prefix compute it once: the second waits for the first's blocks.
+
+Who is next: priority, then the namespace that has been served least, then age. Waiting raises priority, and who has run
+for a quantum while others wait makes room, so every wait is bounded. Room is made by parking the request that is cheapest
+to bring back, or by forgetting what it computed where computing it again is cheaper by measured rates.
+Sources: iteration-level batching (Orca, 2022), chunked prefill (Sarathi, 2023), virtual token counters (Sheng, 2024).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from ..pager.pager import Pager
+from .request import Request
+
+Work = list[tuple[Request, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Seconds are of the scheduler's clock."""
+
+    max_active: int = 64  # requests in turns on the device tier
+    quantum_s: float = 1.0  # a request may run so long before it makes room for one that waits
+    aging_s: float = 30.0  # a wait of this length counts as one step of priority
+    draft_tokens: int = 8  # of speculation per step and request
+
+
+class Scheduler:
+    """Of one engine; not thread-safe: the engine's loop owns it."""
+
+    def __init__(
+        self,
+        pager: Pager,
+        budget: int,
+        limits: SchedulerLimits | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.limits, self.clock = limits or SchedulerLimits(), clock
+        self.budget = budget  # tokens per step
+        self.waiting: list[Request] = []
+        self.active: list[Request] = []
+        self.num_preempted = self.num_discarded = 0
+        self._pager = pager
+        self._served: defaultdict[str, float] = defaultdict(float)  # tokens by namespace
+        self._rate_tokens = self._rate_s = 0.0  # of prefill, decaying
+
+    # ------------------------------------------------------------------ coming and going
+    def add(self, request: Request) -> None:
+        request.waiting_since_s = self.clock()
+        present = {r.namespace for r in self.requests()}
+        if present and request.namespace not in present:  # who was away has saved nothing up
+            least = min(self._served[name] for name in present)
+            self._served[request.namespace] = max(self._served[request.namespace], least)
+        self.waiting.append(request)
+
+    def add_twin(self, first: Request, twin: Request) -> None:
+        """A fork of an active request shares its blocks and runs beside it."""
+        twin.admitted_level, twin.admitted_s, twin.is_matched = first.admitted_level, self.clock(), True
+        self.active.append(twin)
+
+    def requests(self) -> Iterator[Request]:
+        yield from self.active
+        yield from self.waiting
+
+    def take_ended(self) -> list[Request]:
+        """Requests that are done, cancelled or past their deadline; they are known no longer."""
+        now_s = self.clock()
+        for request in self.requests():
+            if request.is_done:
+                continue
+            if request.is_cancelled:
+                request.end("cancelled")
+            elif request.deadline_s is not None and now_s > request.deadline_s:
+                request.end("deadline")
+        ended = [r for r in self.requests() if r.is_done]
+        if ended:
+            self.active = [r for r in self.active if not r.is_done]
+            self.waiting = [r for r in self.waiting if not r.is_done]
+        return ended
+
+    # ------------------------------------------------------------------ one step
+    def plan(self) -> Work:
+        """What to run now; empty only when nothing is left that could. Starts copies for what comes after."""
+        self._shed()
+        self._admit()
+        work: Work = []
+        late: Work = []
+        left, computing = self.budget, set[bytes]()
+        for request in sorted(self.active, key=self._turn):
+            if left <= 0:
+                break
+            count = self._count(request, left, computing)
+            if count <= 0:
+                continue
+            if not request.is_large and self._pager.bring_up(request.seq, count):
+                late.append((request, count))
+                continue
+            computing.update(self._keys(request, count))
+            work.append((request, count))
+            left -= count
+        for request in self.waiting[:2]:
+            if request.num_preempted:
+                self._pager.prefetch(request.seq)
+        return work or late[:1]  # with nothing else to do, wait for the first
+
+    def ran(self, work: Work, seconds: float) -> None:
+        """These spans were computed in so many seconds."""
+        tokens = sum(count for _, count in work)
+        for request, count in work:
+            self._served[request.namespace] += count
+        if tokens > 2 * len(work):
+            self._rate_tokens, self._rate_s = 0.8 * self._rate_tokens + tokens, 0.8 * self._rate_s + seconds
+
+    def relieve(self, needed_by: Request) -> bool:
+        """No tier has room for another page: somebody else's blocks are forgotten. False when there is nobody."""
+        others = [r for r in self.requests() if r is not needed_by and self._pager.num_computed(r.seq) > 0]
+        if not others:
+            return False
+        victim = max(others, key=lambda r: (r.admitted_s is None, -self._importance(r)))
+        self._discard(victim)
+        if victim in self.active:
+            self._back_to_waiting(victim)
+        return True
+
+    # ------------------------------------------------------------------ order
+    def _importance(self, request: Request) -> float:
+        """Priority, raised by waiting."""
+        waited_s = 0.0 if request.admitted_s is not None else self.clock() - request.waiting_since_s
+        return request.priority + waited_s / self.limits.aging_s
+
+    def _turn(self, request: Request) -> tuple[bool, float, float]:
+        """Order within a step: decodes, then the least served namespace's prompts."""
+        is_prefill = self._remaining(request) > 1
+        return is_prefill, -request.priority, self._served[request.namespace] if is_prefill else 0.0
+
+    def _queue(self) -> list[Request]:
+        """Who is let in next: who ran before, then by importance, service and age."""
+
+        def rank(request: Request) -> tuple[int, bool, float, float]:
+            level = -int(self._importance(request))
+            return level, request.num_preempted == 0, self._served[request.namespace], request.waiting_since_s
+
+        return sorted(self.waiting, key=rank)
+
+    # ------------------------------------------------------------------ how much
+    def _remaining(self, request: Request) -> int:
+        return self._pager.num_tokens(request.seq) - self._pager.num_computed(request.seq)
+
+    def _count(self, request: Request, left: int, computing: set[bytes]) -> int:
+        """Tokens of this request in this step; 0 while somebody else computes what comes next in it."""
+        if self._remaining(request) == 1:
+            return self._with_draft(request, left)
+        before = self._pager.num_computed(request.seq)
+        count = self._pager.plan_prefill(request.seq, left)
+        request.adopted(self._pager.num_computed(request.seq) - before)
+        keys = self._keys(request, count)
+        return 0 if keys and keys[0] in computing else count
+
+    def _with_draft(self, request: Request, left: int) -> int:
+        if request.drafter is None or left < 2:
+            return 1
+        room = request.params.max_tokens - len(request.output.token_ids) - 1
+        limit = min(left - 1, room, self.limits.draft_tokens)
+        if limit > 0:
+            request.draft = request.drafter.propose(request.seq, limit)
+            self._pager.append(request.seq, request.draft)
+        return 1 + len(request.draft)
+
+    def _keys(self, request: Request, count: int) -> list[bytes]:
+        start = self._pager.num_computed(request.seq)
+        if start % self._pager.block_size or count < self._pager.block_size:
+            return []
+        return self._pager.block_keys(request.seq, start, start + count)
+
+    # ------------------------------------------------------------------ letting in, making room
+    def _admit(self) -> None:
+        for request in self._queue():
+            if len(self.active) >= self.limits.max_active or not self._fits(request):
+                if self._make_room(request) and self._fits(request):
+                    self._activate(request)
+                return  # nobody passes who waits for room
+            self._activate(request)
+
+    def _shed(self) -> None:
+        """Answers grow: who no longer fits beside the others waits."""
+        while len(self.active) > 1 and not self._hold([(r.seq, 1) for r in self.active]):
+            least = min(r.priority for r in self.active)
+            self._preempt(min((r for r in self.active if r.priority == least), key=lambda r: min(self._costs_s(r))))
+
+    def _activate(self, request: Request) -> None:
+        self.waiting.remove(request)
+        if not request.is_matched:
+            with request.ledger.phase("match"):
+                match = self._pager.adopt(request.seq)
+            request.found(match)
+            request.known_tokens = match.tokens + match.ghost_tokens
+        request.admitted_level, request.admitted_s = int(self._importance(request)), self.clock()
+        self.active.append(request)
+
+    def _fits(self, request: Request) -> bool:
+        request.is_large = not self._hold([(request.seq, self._growth(request))])
+        if request.is_large or any(r.is_large for r in self.active):
+            return not self.active
+        return self._hold([(r.seq, self._growth(r)) for r in (*self.active, request)])
+
+    def _hold(self, work: list[tuple[int, int]]) -> bool:
+        """Whether the device tier holds all that these sequences read and so many new tokens each."""
+        return all(need <= there for need, there in self._pager.pages_needed(work))
+
+    def _growth(self, request: Request) -> int:
+        """Tokens that are certain to come: the rest of the prompt, and a step's."""
+        return max(1, self._remaining(request)) + (request.drafter is not None) * self.limits.draft_tokens
+
+    def _make_room(self, request: Request) -> bool:
+        """Send somebody back to wait who had its quantum and is no more important. False when nobody is."""
+        now_s = self.clock()
+        had_enough = [
+            r
+            for r in self.active
+            if r.admitted_s is not None
+            and now_s - r.admitted_s > max(self.limits.quantum_s, 10 * min(self._costs_s(r)))
+            and r.priority <= self._importance(request)
+        ]
+        less = [r for r in self.active if r.admitted_level < request.priority and r not in had_enough]
+        for victims in (had_enough, less):
+            if victims:
+                self._preempt(min(victims, key=lambda r: min(self._costs_s(r))))
+                return True
+        return False
+
+    def _preempt(self, request: Request) -> None:
+        park_s, compute_s = self._costs_s(request)
+        if compute_s < park_s:
+            self._discard(request)
+        else:
+            self._pager.demote(request.seq)
+        self._back_to_waiting(request)
+
+    def _discard(self, request: Request) -> None:
+        self._pager.discard(request.seq)
+        self.num_discarded += 1
+
+    def _back_to_waiting(self, request: Request) -> None:
+        self.active.remove(request)
+        self.waiting.append(request)
+        request.num_preempted += 1
+        request.admitted_s, request.waiting_since_s = None, self.clock()
+        self.num_preempted += 1
+
+    def _costs_s(self, request: Request) -> tuple[float, float]:
+        """Seconds to bring the request back from where it would be parked, and to compute it again."""
+        tokens = self._pager.num_computed(request.seq)
+        computing = tokens * self._rate_s / self._rate_tokens if self._rate_tokens else float("inf")
+        return self._pager.seconds_to_bring_back(request.seq), computing
