@@ -44,11 +44,18 @@ class Row:
         return cls(case, metric, ours_s * scale, unit, reference, reference_s * scale, reference_s / ours_s, n)
 
 
-def interleave(cases: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every case in every round, the cases taking turns."""
+def interleave(
+    cases: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    before: Mapping[str, Callable[[], object]] | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of every case in every round, the cases taking turns; `before` a case runs what is not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(warmup + rounds):
         for name, run in cases.items():
+            if before is not None and name in before:
+                before[name]()
             start_s = time.perf_counter()
             run()
             spent_s = time.perf_counter() - start_s
