@@ -44,7 +44,7 @@ class SlabBench:
     def rows(self, rounds: int) -> list[Row]:
         """GB/s. Raises OSError when the folder takes no file of that size."""
         with tempfile.NamedTemporaryFile(dir=self._folder, prefix="kvtier-bench-") as file:
-            file.write(self._source)
+            file.write(self._source.data)
             file.flush()
             os.fdatasync(file.fileno())
             fd = self._open(file.name)
