@@ -279,7 +279,10 @@ class CudaBackend:
     def near_node(self) -> int | None:
         import cupy
 
-        return Machine().node_of_pci(str(cupy.cuda.runtime.deviceGetPCIBusId(self.device.index)))
+        try:
+            return Machine().node_of_pci(str(cupy.cuda.runtime.deviceGetPCIBusId(self.device.index)))
+        except RuntimeError:  # a driver that does not say; host memory then lies near our CPUs
+            return None
 
     def alloc_host(self, rows: int, row_bytes: int, *, huge_pages: str = "auto") -> npt.NDArray[np.uint8]:
         """Faulted in by the driver, in pages that it chooses: `huge_pages` has no say here."""
