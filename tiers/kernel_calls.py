@@ -1,6 +1,6 @@
 """Four calls of the Linux kernel that Python has no name for, made through the C library. All let go of the GIL.
 
-`mmap.madvise` holds the GIL: populating 1 GiB with it stopped every other thread for 0.8 s, this way for none. Failures
+`mmap.madvise` holds the GIL: populating 1 GiB with it stopped every other thread for up to 0.8 s, this way for none. Failures
 are OSError; on other systems, and for processors whose call numbers are not listed, ENOSYS.
 """
 

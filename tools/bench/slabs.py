@@ -1,14 +1,17 @@
 """Part of `kvtier bench host`: what faulting host memory in ahead and huge pages give, to copies and to disk reads.
 
 A fresh slab is made anew before every round and is not touched before the clock runs. The memory compared with takes
-its turn in the same round, and ratios are medians over rounds, because a disk changes its mind between two of them.
+its turn in the same round, in an order drawn for each, and ratios are medians of same-round ratios, because a disk
+changes its mind between two rounds.
 """
 
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,6 +29,8 @@ from .harness import Row, interleave
 Call = Callable[[], object]
 Slab = npt.NDArray[np.uint8]
 KINDS = {"huge pages": "auto", "4 KiB pages": "off"}
+NAMES = [f"{how}, {kind}" for how in ("prefaulted", "fresh") for kind in KINDS]
+PAUSE_S = 0.1  # before a read: a disk behind a rate limiter gathers tokens meanwhile
 
 
 class SlabBench:
@@ -49,25 +54,29 @@ class SlabBench:
             os.fdatasync(file.fileno())
             fd = self._open(file.name)
             try:
-                cases, before = self._cases(fd)
-                seconds = interleave(cases, rounds, warmup=1, before=before)
+                seconds = self._times(self._copies(), rounds) | self._times(self._reads(fd), rounds)
             finally:
                 os.close(fd)
         pairs = self._pairs() if self._has_huge else [pair for pair in self._pairs() if "huge" not in pair[1]]
         return [self._row(*pair, seconds, rounds) for pair in pairs]
 
-    def _cases(self, fd: int) -> tuple[dict[str, Call], dict[str, Call]]:
-        cases: dict[str, Call] = {}
-        before: dict[str, Call] = {}
-        for kind in KINDS:
-            for how in ("prefaulted", "fresh"):
-                name = f"{how}, {kind}"
-                cases[f"put {name}"] = partial(self._put, name)
-                cases[f"read {name}"] = partial(self._read, fd, name)
-                if how == "fresh":
-                    before |= {f"{verb} {name}": partial(self._renew, name) for verb in ("put", "read")}
-            cases[f"get prefaulted, {kind}"] = partial(self._get, f"prefaulted, {kind}")
-        return cases, before
+    def _copies(self) -> dict[str, Call]:
+        cases: dict[str, Call] = {f"put {name}": partial(self._put, name) for name in NAMES}
+        return cases | {f"get {name}": partial(self._get, name) for name in NAMES if not name.startswith("fresh")}
+
+    def _reads(self, fd: int) -> dict[str, Call]:
+        return {f"read {name}": partial(self._read, fd, name) for name in NAMES}
+
+    def _times(self, cases: dict[str, Call], rounds: int) -> dict[str, list[float]]:
+        before = {case: partial(self._prepare, *case.split(" ", 1)) for case in cases}
+        return interleave(cases, rounds, warmup=1, before=before, order=random.Random(0))
+
+    def _prepare(self, verb: str, name: str) -> None:
+        if name.startswith("fresh"):
+            self._slabs.pop(name, None)
+            self._slabs[name] = self._make(name.partition(", ")[2])
+        if verb == "read":
+            time.sleep(PAUSE_S)
 
     def _pairs(self) -> list[tuple[str, str, str]]:
         """(verb, memory, memory that it is compared with)"""
@@ -91,10 +100,6 @@ class SlabBench:
 
     def _make(self, kind: str) -> Slab:
         return self._backend.alloc_host(*self._source.shape, huge_pages=KINDS[kind])
-
-    def _renew(self, name: str) -> None:
-        self._slabs.pop(name, None)
-        self._slabs[name] = self._make(name.partition(", ")[2])
 
     def _put(self, name: str) -> None:
         self._backend.demote.copy_rows(self._slabs[name], self._t, self._source, self._s)
