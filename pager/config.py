@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..tiers.errors import ConfigError
+from ..tiers.host import check_huge_pages
 from ..tiers.layout import parse_bytes
+from ..tiers.numa import check_numa
 
 Size = int | str
 _ENV_PREFIX = "KVTIER_"
@@ -39,6 +41,9 @@ class PagerConfig:
     high_watermark: float = 0.12  # and goes on up to this share
     staging_bytes: Size | None = None  # part of device_bytes for streaming; None: an eighth
     require_pinned: bool = False
+    host_prefault: bool = True  # fault the host tier in, in the background, as far as memory limits allow
+    host_huge_pages: str = "auto"  # auto (transparent ones) | off | reserved (from vm.nr_hugepages)
+    host_numa: str | int = "auto"  # auto (near the device, else near our CPUs) | off | interleave | number of a node
     status_socket: str | None = (
         None  # Unix socket for pager-inspect; None: <nvme_path>/status.sock when there is a store
     )
@@ -94,6 +99,10 @@ class PagerConfig:
         for setting in ("namespace_quotas", "namespace_secrets"):
             if not isinstance(getattr(self, setting), Mapping):
                 raise ConfigError(f"{setting}={getattr(self, setting)!r}: give a mapping from namespace to value")
+        if not isinstance(self.host_prefault, bool):
+            raise ConfigError(f"host_prefault={self.host_prefault!r}: choose true or false")
+        check_huge_pages(self.host_huge_pages)
+        check_numa(self.host_numa)
         if self.namespace_quotas and self.nvme_path is None:
             raise ConfigError("namespace_quotas are of the nvme tier; say where it is with nvme_path")
         for name in self.namespace_quotas:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..tiers.errors import Busy, ConfigError, InvariantError
+from ..tiers.host import HostMemory
 from ..tiers.layout import KVLayout
 from ..tiers.streams import Backend
 from .accounting import Counters, Ghosts
@@ -58,11 +59,13 @@ class Core:
         self.counters, self.ghosts = Counters(), Ghosts()
         self.lock = threading.RLock()
         quotas = self.quotas = Quotas({name: config.quota(name) for name in config.namespace_quotas})
+        self.memory = HostMemory(backend, numa=config.host_numa, huge_pages=config.host_huge_pages)
         self.groups = [
             BlockGroup(
                 i,
                 layout,
                 backend,
+                self.memory,
                 num_pages=sizes.pages[i],
                 num_host_slots=sizes.host_slots[i],
                 nvme=nvme,
@@ -78,7 +81,9 @@ class Core:
         quotas.watch(self.groups)
         self._reclaimers = [Reclaimer(group.cold) for group in self.groups if group.cold is not None]
         self.rings = [
-            StagingRing(group, sizes.staging_bytes[i], nvme is not None) if sizes.staging_bytes[i] else None
+            StagingRing(group, self.memory, sizes.staging_bytes[i], nvme is not None)
+            if sizes.staging_bytes[i]
+            else None
             for i, group in enumerate(self.groups)
         ]
         self.sequences: dict[int, Sequence] = {}

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..tiers.device import DevicePool
 from ..tiers.errors import InvariantError
-from ..tiers.host import HostSlab
+from ..tiers.host import HostMemory, HostSlab
 from ..tiers.layout import KVLayout
 from ..tiers.streams import Backend, Event
 from .accounting import Counters, Ghost, Ghosts
@@ -57,6 +57,7 @@ class BlockGroup:
         index: int,
         layout: KVLayout,
         backend: Backend,
+        memory: HostMemory,
         *,
         num_pages: int,
         num_host_slots: int,
@@ -70,7 +71,7 @@ class BlockGroup:
     ) -> None:
         self.index, self.layout, self.backend = index, layout, backend
         self.pool = DevicePool(layout, num_pages, backend)
-        self.slab = HostSlab(layout, num_host_slots, backend)
+        self.slab = HostSlab(layout, num_host_slots, memory)
         self.pages, self.host = Pages(num_pages), HostSlots(num_host_slots)
         self.directory = Directory(self.pages, self.host)
         self.policy, self.counters, self.ghosts, self.rules, self.clock = policy, counters, ghosts, rules, clock

@@ -561,6 +561,7 @@ class Pager:
             self._status_server.close()
         if self._thread is not None:
             self._thread.join(timeout_s)
+        self._core.memory.close()
         self.drain(timeout_s)
         if self._core.nvme is not None:
             self._core.nvme.close()
@@ -578,6 +579,8 @@ class Pager:
         """Threads of a real pager; the simulated backend runs without, so that a seed decides everything."""
         if self._core.backend.name == "simulated":
             return
+        if self._core.config.host_prefault:
+            self._core.memory.start_prefault()
         self._core.backend.on_progress = self._wake.set
         self._thread = threading.Thread(target=self._run, name="kvtier-pager", daemon=True)
         self._thread.start()

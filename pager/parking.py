@@ -7,6 +7,7 @@ missing is a miss and is computed again.
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,7 @@ class Parking:
             self._seal_tail(seq)
         self._write_down(seq, timeout_s)
         entry = SessionEntry(session_id, seq.namespace, list(seq.token_ids), seq.num_computed, extra)
+        entry.summary = _summary(seq)
         if core.nvme is not None:
             core.nvme.put_session(session_id, entry.to_record())
             core.nvme.flush(timeout_s)
@@ -202,6 +204,17 @@ class Parking:
         now = residency(self._core, seq)
         for tier in ("device", "host", "nvme"):
             self._core.counters.add("hit_tokens", getattr(now, f"{tier}_tokens"), tier=tier)
+
+
+def _summary(seq: Sequence) -> dict[str, Any]:
+    """What the store's table of sessions says of one; blocks by the name of their array."""
+    return {
+        "namespace": seq.namespace,
+        "tokens": len(seq.token_ids),
+        "computed_tokens": seq.num_computed,
+        "blocks": {f"g{i}": int((table.ids >= 0).sum()) for i, table in enumerate(seq.tables)},
+        "parked_at": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _recover_blocks(group: BlockGroup, slots: IntArray, stamps: Any) -> None:

@@ -40,7 +40,7 @@ class SessionEntry:
     tables: list[BlockTable] | None = None
     active_seq: int | None = None
     is_durable: bool = False
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)  # for whoever opens the store without kvtier; JSON values
 
     def to_record(self) -> dict[str, Any]:
         return {
@@ -49,6 +49,7 @@ class SessionEntry:
             "token_ids": np.asarray(self.token_ids, "<u4").tobytes(),
             "num_computed": self.num_computed,
             "extra": self.extra,
+            "summary": self.summary,
         }
 
     @classmethod
@@ -59,7 +60,13 @@ class SessionEntry:
             )
         token_ids = np.frombuffer(record["token_ids"], "<u4").tolist()
         return cls(
-            session_id, record["namespace"], token_ids, int(record["num_computed"]), record["extra"], is_durable=True
+            session_id,
+            record["namespace"],
+            token_ids,
+            int(record["num_computed"]),
+            record["extra"],
+            is_durable=True,
+            summary=record.get("summary", {}),
         )
 
 

@@ -87,6 +87,7 @@ def _host(core: Core) -> dict[str, Any]:
         total["dirty_bytes"] += int((~d.nvme_valid[valid]).sum()) * size if group.cold is not None else 0
         total["in_flight_bytes"] += int((host.state == SlotState.STAGING).sum()) * size
         total["blocks"] += used
+    total["memory"] = core.memory.status()
     return total
 
 

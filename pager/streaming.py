@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ..tiers.host import HostMemory
 from ..tiers.streams import Backend, Event
 from .group import BlockGroup
 from .rules import Rule
@@ -27,12 +28,12 @@ MAX_CHUNK_BYTES = 16 << 20
 class StagingRing:
     """Device rows for layer slices and, with an nvme tier, host rows to read them into; made once per group."""
 
-    def __init__(self, group: BlockGroup, staging_bytes: int, with_bounce: bool) -> None:
+    def __init__(self, group: BlockGroup, memory: HostMemory, staging_bytes: int, with_bounce: bool) -> None:
         slice_bytes = group.layout.layer_bytes
         self.chunk_slices = max(1, min(staging_bytes // RING_SLOTS, MAX_CHUNK_BYTES) // slice_bytes)
         num_rows = RING_SLOTS * self.chunk_slices
         self.rows = group.backend.alloc_device(num_rows, slice_bytes)
-        self.bounce = group.backend.alloc_host(num_rows if with_bounce else 0, slice_bytes)
+        self.bounce = memory.alloc(num_rows if with_bounce else 0, slice_bytes)
         self.nbytes = num_rows * slice_bytes
         self.bounce_nbytes = self.nbytes if with_bounce else 0
         self.reader: list[Event | None] = [None] * RING_SLOTS  # last compute on this slot

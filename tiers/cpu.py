@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import QueueFullError, TierUnavailableError
-from .streams import DONE, POISON, Event, IntArray, Progress, Rows, aligned_rows, copy_rows_now
+from .memory import aligned_rows
+from .streams import DONE, POISON, Event, IntArray, Progress, Rows, copy_rows_now
 
 READ_WORKERS, WRITE_WORKERS = 8, 8  # requests in flight on the disk; threads that wait cost no core
 QUEUE_LIMIT = 1 << 16  # operations waiting in one queue
@@ -206,6 +207,7 @@ class CpuBackend:
 
     name = "cpu"
     pinned = False
+    near_node = None
 
     def __init__(self, *, poison: bool = False, delay_s: float = 0.0) -> None:
         self._progress = Progress()
@@ -227,8 +229,8 @@ class CpuBackend:
     def alloc_device(self, rows: int, row_bytes: int) -> npt.NDArray[np.uint8]:
         return aligned_rows(rows, row_bytes)
 
-    def alloc_host(self, rows: int, row_bytes: int) -> npt.NDArray[np.uint8]:
-        return aligned_rows(rows, row_bytes)
+    def alloc_host(self, rows: int, row_bytes: int, *, huge_pages: str = "auto") -> npt.NDArray[np.uint8]:
+        return aligned_rows(rows, row_bytes, huge_pages=huge_pages)
 
     def wait_any(self, timeout_s: float) -> None:
         self._progress.wait_any(timeout_s)

@@ -23,6 +23,7 @@ from .copy_paths import PROBE_ROW_BYTES, PROBE_ROWS, copy_by_calls, copy_by_tens
 from .copy_plan import CopyPlan, plan_copy, row_space
 from .cpu import READ_WORKERS, WRITE_WORKERS, Workers
 from .errors import ConfigError, TierUnavailableError
+from .machine import Machine
 from .memcpy_batch import LEGACY_STREAMS, MemcpyBatch, dotted, driver_too_old_for, driver_version
 from .streams import Event, IntArray, Progress, Rows
 
@@ -274,7 +275,17 @@ class CudaBackend:
         torch.cuda.current_stream(self.device).synchronize()
         return pool
 
-    def alloc_host(self, rows: int, row_bytes: int) -> npt.NDArray[np.uint8]:
+    @property
+    def near_node(self) -> int | None:
+        import cupy
+
+        try:
+            return Machine().node_of_pci(str(cupy.cuda.runtime.deviceGetPCIBusId(self.device.index)))
+        except RuntimeError:  # a driver that does not say; host memory then lies near our CPUs
+            return None
+
+    def alloc_host(self, rows: int, row_bytes: int, *, huge_pages: str = "auto") -> npt.NDArray[np.uint8]:
+        """Faulted in by the driver, in pages that it chooses: `huge_pages` has no say here."""
         return pinned_rows(rows, row_bytes, self.device)
 
     def wait_any(self, timeout_s: float) -> None:

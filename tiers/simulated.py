@@ -14,7 +14,8 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from .streams import POISON, Event, IntArray, Rows, aligned_rows, copy_rows_now
+from .memory import aligned_rows
+from .streams import POISON, Event, IntArray, Rows, copy_rows_now
 
 Step = Callable[[], bool]  # runs once more; True when the operation is over
 
@@ -140,6 +141,7 @@ class SimulatedBackend:
 
     name = "simulated"
     pinned = False
+    near_node = None
 
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
@@ -154,8 +156,8 @@ class SimulatedBackend:
     def alloc_device(self, rows: int, row_bytes: int) -> npt.NDArray[np.uint8]:
         return aligned_rows(rows, row_bytes)
 
-    def alloc_host(self, rows: int, row_bytes: int) -> npt.NDArray[np.uint8]:
-        return aligned_rows(rows, row_bytes)
+    def alloc_host(self, rows: int, row_bytes: int, *, huge_pages: str = "auto") -> npt.NDArray[np.uint8]:
+        return aligned_rows(rows, row_bytes, huge_pages=huge_pages)
 
     def run_one(self) -> bool:
         """Run one step of one operation that may run. False when nothing may."""

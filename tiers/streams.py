@@ -7,7 +7,6 @@ poisons targets and picks any operation that may run, so that a forgotten wait s
 
 from __future__ import annotations
 
-import mmap
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from .memory import aligned_rows as aligned_rows
 from .runs import IntArray, plan_runs
 
 Rows = Any  # uint8 [rows, row_bytes]: numpy (host, CPU device) or a torch CUDA tensor (device)
@@ -90,7 +90,13 @@ class Backend(Protocol):
 
     def alloc_device(self, rows: int, row_bytes: int) -> Rows: ...
 
-    def alloc_host(self, rows: int, row_bytes: int) -> npt.NDArray[np.uint8]: ...
+    @property
+    def near_node(self) -> int | None:
+        """The NUMA node that the device hangs on, where there is one and the machine says so."""
+
+    def alloc_host(self, rows: int, row_bytes: int, *, huge_pages: str = "auto") -> npt.NDArray[np.uint8]:
+        """Zeroed host memory; pinned and faulted in where `pinned`, else fresh. `huge_pages` as in memory.py; a hint
+        where the driver chooses the pages."""
 
     def wait_any(self, timeout_s: float) -> None:
         """Park until something may have completed since the caller last looked."""
@@ -166,21 +172,3 @@ def copy_rows_now(target: Rows, target_rows: IntArray, source: Rows, source_rows
     starts = (part.tolist() for part in plan_runs(target_rows, source_rows))
     for t, s, n in zip(*starts, strict=True):
         np.copyto(target[t : t + n], source[s : s + n])
-
-
-def aligned_rows(rows: int, row_bytes: int) -> npt.NDArray[np.uint8]:
-    """Zeroed host rows of exactly that size, page aligned, in huge pages where the system grants them.
-
-    Source: huge pages make disk reads into such memory 1.1 to 1.2 times faster; `mmap(-1, n)` alone is shared
-    memory, which never gets them.
-    """
-    size = rows * row_bytes
-    if size == 0:
-        return np.empty((rows, row_bytes), np.uint8)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= 2 << 20:
-        try:
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        except OSError:  # a kernel without huge pages: only slower
-            pass
-    return np.frombuffer(memory, np.uint8).reshape(rows, row_bytes)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import mmap
 import os
-import re
 import resource
 import shutil
 from collections.abc import Callable
@@ -16,25 +16,35 @@ from pathlib import Path
 
 from ..tiers.backends import cuda_missing
 from ..tiers.errors import ConfigError
+from ..tiers.kernel_calls import memory_policy, populate
 from ..tiers.layout import format_bytes
+from ..tiers.machine import Machine
+from ..tiers.memory import address_of, aligned_rows
+from ..tiers.numa import Placement
 from ..tiers.nvme.calibrate import probe_disk
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing looked at. `cost` says what its absence costs, empty when it is there."""
+    """One thing looked at. `cost` says what its absence costs and `mend` what to do; both empty when it is there."""
 
     name: str
     is_good: bool
     found: str
     cost: str = ""
+    mend: str = ""
+
+    @classmethod
+    def of(cls, name: str, is_good: bool, found: str, cost: str, mend: str) -> Finding:
+        return cls(name, True, found) if is_good else cls(name, False, found, cost, mend)
 
 
 def run_doctor(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
     if not path.is_dir():
         raise ConfigError(f"--path {str(path)!r} is not a directory")
-    checks: list[Callable[[], Finding]] = [_torch, _cuda, _cupy, _triton, _memlock, _memory, _huge_pages, _numa]
+    checks: list[Callable[[], Finding]] = [_torch, _cuda, _cupy, _triton, _memory, _memlock]
+    checks += [_huge_pages, _reserved_pages, _prefault, _numa]
     findings = [check() for check in checks] + [_disk(path), *_disk_speed(path)]
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings]))
@@ -42,31 +52,36 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     for f in findings:
         print(
             f"{'ok  ' if f.is_good else 'miss'}  {f.name:<14} {f.found}"
-            + (f"\n      costs: {f.cost}" if f.cost else "")
+            + (f"\n      costs: {f.cost}\n      mend:  {f.mend}" if f.cost else "")
         )
     return 0
 
 
 def _cuda() -> Finding:
     missing = cuda_missing()
-    if missing is None:
-        return Finding("CUDA", True, "torch and CuPy both see a device")
-    return Finding("CUDA", False, missing, "the device tier is capped CPU memory, and host memory is not pinned")
+    return Finding.of(
+        "CUDA",
+        missing is None,
+        missing or "torch and CuPy both see a device",
+        "the device tier is capped CPU memory, and host memory is not pinned",
+        "install kvtier[cuda] and an NVIDIA driver, on a machine with a GPU",
+    )
 
 
 def _torch() -> Finding:
-    found = importlib.util.find_spec("torch") is not None
-    return Finding("torch", found, _version("torch"), "" if found else "no engine; install kvtier[hf]")
+    return _package("torch", "torch", "no engine", "install kvtier[hf]")
 
 
 def _cupy() -> Finding:
-    found = importlib.util.find_spec("cupy") is not None
-    return Finding("CuPy", found, _version("cupy"), "" if found else "host memory is not pinned; install kvtier[cuda]")
+    return _package("CuPy", "cupy", "host memory is not pinned", "install kvtier[cuda]")
 
 
 def _triton() -> Finding:
-    found = importlib.util.find_spec("triton") is not None
-    return Finding("Triton", found, _version("triton"), "" if found else "no GPU kernels")
+    return _package("Triton", "triton", "no GPU kernels", "install triton, which comes with torch for CUDA")
+
+
+def _package(name: str, package: str, cost: str, mend: str) -> Finding:
+    return Finding.of(name, importlib.util.find_spec(package) is not None, _version(package), cost, mend)
 
 
 def _version(package: str) -> str:
@@ -82,22 +97,34 @@ def _version(package: str) -> str:
 def _memlock() -> Finding:
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     unlimited = soft == resource.RLIM_INFINITY
-    text = "unlimited" if unlimited else format_bytes(soft)
-    return Finding("memlock limit", unlimited, text, "" if unlimited else "pinning more than this fails")
+    return Finding.of(
+        "memlock limit",
+        unlimited,
+        "unlimited" if unlimited else format_bytes(soft),
+        "where the driver counts it, no more host memory than this can be pinned",
+        "ulimit -l unlimited (systemd: LimitMEMLOCK=infinity; docker: --ulimit memlock=-1)",
+    )
 
 
 def _memory() -> Finding:
-    limit = Path("/sys/fs/cgroup/memory.max")
-    text = limit.read_text().strip() if limit.exists() else "max"
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    cap = f", container limit {format_bytes(int(text))}" if text.isdigit() else ", no container limit"
-    return Finding("memory", True, f"{format_bytes(total)}{cap}")
+    """What the machine has and what is left of it; a host tier larger than that is not prefaulted."""
+    machine = Machine()
+    total, limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), machine.memory_limit_bytes()
+    cap = f"container limit {format_bytes(limit)}" if limit is not None else "no container limit"
+    room = machine.memory_room_bytes()
+    return Finding.of(
+        "memory",
+        room > 1 << 30,
+        f"{format_bytes(total)}, {cap}, {format_bytes(room)} can be taken now",
+        "a host tier larger than what is left is not prefaulted, and using it all may end the process",
+        "raise the limit (docker: --memory), or lower host_bytes",
+    )
 
 
 def _disk(path: Path) -> Finding:
     free = shutil.disk_usage(path).free
-    enough = free > 8 << 30
-    return Finding("disk", enough, f"{format_bytes(free)} free at {path}", "" if enough else "few parked sessions fit")
+    text = f"{format_bytes(free)} free at {path}"
+    return Finding.of("disk", free > 8 << 30, text, "few parked sessions fit", "put the store on a larger disk")
 
 
 def _disk_speed(path: Path) -> list[Finding]:
@@ -105,31 +132,79 @@ def _disk_speed(path: Path) -> list[Finding]:
     try:
         probe = probe_disk(path)
     except OSError as error:
-        return [Finding("disk probe", False, error.strerror or str(error), "no store can be kept here")]
+        reason = error.strerror or str(error)
+        return [Finding("disk probe", False, reason, "no store can be kept here", "give --path on a writable disk")]
     depth = probe.best_depth
     rates = (
         f"write {max(probe.write_rates.values()) / 1e9:.1f} GB/s, read {max(probe.read_rates.values()) / 1e9:.1f} GB/s"
     )
     return [
-        Finding(
+        Finding.of(
             "O_DIRECT",
             probe.is_direct,
             f"accepted at {path}" if probe.is_direct else "refused",
-            "" if probe.is_direct else "reads and writes go through the page cache",
+            "reads and writes go through the page cache",
+            "put the store on ext4 or xfs on a local disk",
         ),
         Finding("disk probe", True, f"{rates} in bursts; best from {depth} requests of 2 MiB in flight"),
     ]
 
 
 def _huge_pages() -> Finding:
-    file = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-    chosen = re.search(r"\[(\w+)\]", file.read_text()) if file.exists() else None
-    mode = chosen[1] if chosen else "unknown"
-    good = mode in ("always", "madvise")
-    return Finding("huge pages", good, mode, "" if good else "disk reads into the host tier are up to a fifth slower")
+    mode = Machine().huge_page_mode()
+    return Finding.of(
+        "huge pages",
+        mode in ("always", "madvise"),
+        f"transparent: {mode}",
+        "disk reads into the host tier are some tenth slower, first copies half as fast (`kvtier bench host` measures it)",
+        "echo madvise > /sys/kernel/mm/transparent_hugepage/enabled, or reserve some and set host_huge_pages='reserved'",
+    )
+
+
+def _reserved_pages() -> Finding:
+    """Not needed where there are transparent ones."""
+    machine = Machine()
+    free, size = machine.huge_pages_free(), machine.huge_page_bytes()
+    has_other = machine.huge_page_mode() in ("always", "madvise")
+    return Finding.of(
+        "reserved pages",
+        bool(free) or has_other,
+        f"{free} free of {format_bytes(size)}" + ("" if free else "; transparent ones serve" if has_other else ""),
+        "host_huge_pages='reserved' is refused",
+        "sysctl vm.nr_hugepages=N, as root and soon after the machine has started",
+    )
+
+
+def _prefault() -> Finding:
+    rows, reason = aligned_rows(1, mmap.PAGESIZE), ""
+    try:
+        populate(*address_of(rows))
+    except OSError as error:
+        reason = error.strerror or str(error)
+    return Finding.of(
+        "prefault",
+        not reason,
+        f"MADV_POPULATE_WRITE: {reason}" if reason else "in the background (MADV_POPULATE_WRITE)",
+        "the first copy into each page of the host tier also faults it in: 1.6 times slower in huge pages, 3.2 in small ones",
+        "Linux 5.14 or later",
+    )
 
 
 def _numa() -> Finding:
-    nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or 1
-    cost = "" if nodes == 1 else "the host tier is not bound to a node: start under numactl --membind"
-    return Finding("NUMA nodes", nodes == 1, str(nodes), cost)
+    """Good where the host tier will lie near this process, or there is one node only."""
+    machine, reason = Machine(), ""
+    placement = Placement.choose("auto", machine=machine)
+    nodes = machine.memory_nodes()
+    if placement.policy != "none":
+        try:
+            memory_policy()
+        except OSError as error:
+            reason = error.strerror or str(error)
+    text = placement.notice or f"{len(nodes)}; host memory: {placement.policy} {', '.join(map(str, placement.nodes))}"
+    return Finding.of(
+        "NUMA nodes",
+        not reason,
+        f"{len(nodes)}, memory policies are refused: {reason}" if reason else text,
+        "the host tier cannot be bound: it lies wherever it is first touched",
+        "in a container allow SYS_NICE (docker: --cap-add SYS_NICE), or start under numactl --membind",
+    )

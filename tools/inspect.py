@@ -82,6 +82,7 @@ def _print_pager(status: dict[str, Any]) -> None:
         flows = [t["bytes_in"], t["bytes_out"], t["rate_in_bytes_per_s"], t["rate_out_bytes_per_s"]]
         cells = [*map(_size, sizes), f"{t['hit_tokens']:,}", f"{t['evicted_blocks']:,}", *map(_size, flows)]
         print(("{:<7}" + "{:>11}" * len(cells)).format(name, *cells))
+    print(_memory_line(status["tiers"]["host"]["memory"]))
     print(f"missed {status['miss_tokens']:,} tokens, {status['ghost_tokens']:,} of them evicted before")
     if "nvme" in status["tiers"]:
         _print_cold(status["tiers"]["nvme"])
@@ -107,6 +108,18 @@ def _print_cold(cold: dict[str, Any]) -> None:
             print(f"nvme: {count:,} {what}")
     for name, quota in cold["namespaces"].items():
         print(f"nvme namespace {name}: {_size(quota['used_bytes'])} of {_size(quota['limit_bytes'])}")
+
+
+def _memory_line(memory: dict[str, Any]) -> str:
+    """How much of the host tier is in memory, in what pages and where; then what could not be had, a line each."""
+    huge = memory["huge_page_bytes"]
+    line = (
+        f"host memory: prefault {memory['prefault']}, {_size(memory['prefaulted_bytes'])} of "
+        f"{_size(memory['prefault_total_bytes'])}"
+        + (f", {_size(huge)} in huge pages" if huge is not None else "")
+        + f", NUMA {memory['numa_policy']} {', '.join(map(str, memory['numa_nodes']))}"
+    )
+    return "\n  ".join([line, *memory["notices"]])
 
 
 def _print_store(store: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ import torch
 from kvtier.tiers.copy_plan import plan_copy, row_space
 from kvtier.tiers.cuda import COPY_PATHS, CudaBackend, unavailable_reason
 from kvtier.tiers.errors import ConfigError, TierUnavailableError
+from kvtier.tiers.host import HostMemory
+from kvtier.tiers.machine import Machine
 from kvtier.tiers.memcpy_batch import (
     MAX_DESCRIPTORS,
     CopyAttributes,
@@ -165,6 +167,17 @@ def test_the_slab_is_exact_zeroed_and_page_locked(backend):
         assert slab.nbytes == rows * row_bytes and slab.flags.writeable and not slab.any()
         if rows:
             assert slab.ctypes.data % 4096 == 0 and torch.from_numpy(slab).is_pinned()
+
+
+@gpu
+def test_host_memory_is_placed_near_the_device_and_pinned(backend):
+    assert backend.near_node is None or backend.near_node in Machine().memory_nodes()
+    memory = HostMemory(backend)
+    slab = memory.alloc(4, 1 << 20)
+    memory.start_prefault()
+    assert torch.from_numpy(slab).is_pinned() and not slab.any()
+    assert memory.status()["prefault"] == "pinned" and memory.status()["prefaulted_bytes"] == slab.nbytes
+    memory.close()
 
 
 @gpu

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from functools import partial
 
 import pytest
 
@@ -56,6 +58,14 @@ def test_cases_take_turns():
     order = []
     seconds = interleave({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, rounds=3, warmup=1)
     assert order == ["a", "b"] * 4 and [len(values) for values in seconds.values()] == [3, 3]
+
+
+def test_cases_can_take_turns_in_another_order_each_round_after_what_is_not_timed():
+    seen: list[str] = []
+    cases = {name: partial(seen.append, name) for name in "abcd"}
+    interleave(cases, 5, before={"a": partial(seen.append, "-")}, order=random.Random(0))
+    rounds = ["".join(seen[i : i + 5]) for i in range(0, len(seen), 5)]
+    assert all("-a" in one and sorted(one) == sorted("-abcd") for one in rounds) and len(set(rounds)) > 1
 
 
 def test_a_ratio_is_higher_when_kvtier_is_faster():

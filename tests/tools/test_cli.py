@@ -111,5 +111,9 @@ def test_pagerd_checks_a_configuration_and_says_that_it_serves_nobody_yet(capsys
 def test_doctor_says_what_each_missing_thing_costs(capsys, tmp_path):
     code, out, _ = run(capsys, cli.main, "doctor", "--path", tmp_path, "--json")
     findings = json.loads(out)
-    assert code == 0 and all(f["is_good"] or f["cost"] for f in findings)
+    assert code == 0 and all(f["is_good"] or (f["cost"] and f["mend"]) for f in findings)
+    assert {"huge pages", "reserved pages", "prefault", "NUMA nodes", "memlock limit"} <= {f["name"] for f in findings}
+    assert run(capsys, cli.main, "doctor", "--path", tmp_path)[1].count("mend:") == sum(
+        not f["is_good"] for f in findings
+    )
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,8 @@ lock guards books, listing and journal; it is not held while segments are synced
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from ..streams import IntArray
 from .commit import Durability
 from .files import Segment, SegmentFiles
 from .manifest import Manifest
+from .session_table import SessionTable
 from .slots import SlotBook, segments_of
 
 Stamps = npt.NDArray[Any]
@@ -40,6 +42,7 @@ class DurableListing:
     ) -> None:
         self._path, self._manifest, self._books, self._files = path, manifest, books, files
         self._durability, self._on_distrust = durability, on_distrust
+        self._table = SessionTable(path, manifest.listing.sessions)
         self.lock = threading.Lock()
         self._commit_lock = threading.Lock()  # one commit at a time
         self._unsynced: dict[Segment, list[IntArray]] = {}  # slots written since the segment was last synced
@@ -77,10 +80,14 @@ class DurableListing:
 
     def put_session(self, session_id: str, record: dict[str, Any]) -> None:
         """Raises TierUnavailableError when the journal takes no more."""
-        self._record(lambda: self._manifest.put_session(session_id, record))
+        with self._recording():
+            self._manifest.put_session(session_id, record)
+            self._table.put(session_id, record)
 
     def drop_session(self, session_id: str) -> None:
-        self._record(lambda: self._manifest.drop_session(session_id))
+        with self._recording():
+            self._manifest.drop_session(session_id)
+            self._table.drop(session_id)
 
     def sessions(self) -> dict[str, dict[str, Any]]:
         with self.lock:
@@ -121,6 +128,7 @@ class DurableListing:
                 self._stale_index |= late
             try:
                 with self.lock:
+                    table = self._table.snapshot()
                     if touched and not self._stale_index:
                         self._manifest.commit()
                     if self._durability != "none":
@@ -132,6 +140,8 @@ class DurableListing:
                 raise TierUnavailableError(
                     f"store {self._path}: {error.strerror}; what was written may not last"
                 ) from error
+            if table is not None:
+                self._table.write(table)
             if refused:
                 raise TierUnavailableError(f"store {self._path}: {len(refused)} segments could not be made durable")
 
@@ -146,6 +156,9 @@ class DurableListing:
         for group, slots in self._manifest.listing.uncommitted:
             if group < len(self._books) and len(slots):
                 self._stale_index |= self._segments(group, slots)
+        table = self._table.snapshot()
+        if table is not None:
+            self._table.write(table)
         if self._stale_index:
             self.commit_quietly()
 
@@ -159,10 +172,11 @@ class DurableListing:
         self._manifest.close()
 
     # ------------------------------------------------------------------ inside
-    def _record(self, record: Callable[[], None]) -> None:
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
         try:
             with self.lock:
-                record()
+                yield
         except OSError as error:
             raise TierUnavailableError(f"store {self._path}: the journal takes no more: {error.strerror}") from error
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
@@ -44,11 +45,25 @@ class Row:
         return cls(case, metric, ours_s * scale, unit, reference, reference_s * scale, reference_s / ours_s, n)
 
 
-def interleave(cases: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
-    """Seconds of every case in every round, the cases taking turns."""
+def interleave(
+    cases: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    before: Mapping[str, Callable[[], object]] | None = None,
+    order: random.Random | None = None,
+) -> dict[str, list[float]]:
+    """Seconds of every case in every round, the cases taking turns; `before` a case runs what is not timed.
+
+    With `order`, every round has an order of its own: behind a rate limiter it matters who comes first.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(warmup + rounds):
-        for name, run in cases.items():
+        turns = list(cases.items())
+        if order is not None:
+            order.shuffle(turns)
+        for name, run in turns:
+            if before is not None and name in before:
+                before[name]()
             start_s = time.perf_counter()
             run()
             spent_s = time.perf_counter() - start_s

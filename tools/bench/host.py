@@ -1,13 +1,15 @@
 """`kvtier bench host`: moving scattered 2 MiB blocks between the tiers' memory, against one large memcpy of the same bytes.
 
 The copies go through the backend's streams, as the pager's do: what is measured holds the submission, the worker's
-wake-up and the event. Both sides are memory that was faulted in before.
+wake-up and the event. Both sides are memory that was faulted in before; what that and huge pages give is measured in
+slabs.py, whose rows follow.
 """
 
 from __future__ import annotations
 
 import argparse
 import threading
+from pathlib import Path
 
 import numpy as np
 
@@ -16,6 +18,7 @@ from kvtier import KVLayout
 from ...tiers.cpu import CpuBackend
 from ...tiers.errors import ConfigError
 from .harness import Row, interleave, medians
+from .slabs import SlabBench
 
 LAYOUT = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, block_size=32, dtype="bfloat16")  # 2 MiB blocks
 
@@ -23,10 +26,11 @@ LAYOUT = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, block_size=32, dt
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blocks", type=int, default=128, metavar="N", help="2 MiB blocks per round")
     parser.add_argument("--rounds", type=int, default=15, metavar="N")
+    parser.add_argument("--path", default=".", metavar="PATH", help="where a file of the blocks is read from")
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
-    """Rows in GB/s. Raises ConfigError for no blocks."""
+    """Rows in GB/s. Raises ConfigError for no blocks, or where no file can be made at --path."""
     if arguments.blocks < 2 or arguments.rounds < 1:
         raise ConfigError(f"--blocks {arguments.blocks}, --rounds {arguments.rounds}: need two blocks and one round")
     backend = CpuBackend()
@@ -65,7 +69,14 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         "two memcpy": two_threads,
     }
     seconds = medians(interleave(cases, arguments.rounds, warmup=2))
-    backend.close(5.0)
+    try:
+        slabs = SlabBench(backend, device, Path(arguments.path)).rows(arguments.rounds)
+    except OSError as error:
+        raise ConfigError(
+            f"--path {arguments.path!r} takes no file of the blocks: {error.strerror or error}"
+        ) from error
+    finally:
+        backend.close(5.0)
     moved = arguments.blocks * LAYOUT.block_bytes * 1e-9
     case = f"{arguments.blocks} scattered blocks of 2 MiB"
     limits = {
@@ -85,4 +96,4 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             arguments.rounds,
         )
         for name, limit in limits.items()
-    ]
+    ] + slabs
