@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 
 from kvtier.tools import cli
-from kvtier.tools.bench import harness
+from kvtier.tools.bench import harness, lmcache
 from kvtier.tools.bench.harness import Row, interleave
 
 SMALL = {
@@ -18,6 +21,7 @@ SMALL = {
     "nvme": ["--blocks", "16", "--rounds", "1"],
     "metadata": ["--context", "512", "--rounds", "2"],
 }
+WITHOUT_LMCACHE = pytest.mark.skipif(find_spec("lmcache") is not None, reason="lmcache is installed here")
 FIELDS = {"case", "metric", "value", "unit", "reference", "reference_value", "ratio", "rounds"}
 
 
@@ -35,6 +39,11 @@ def test_a_benchmark_prints_one_object_and_keeps_it(name, capsys, tmp_path):
     for row in result["rows"]:
         assert set(row) == FIELDS and row["value"] > 0 and row["reference"]
         assert row["ratio"] is None or row["ratio"] > 0
+    if name == "nvme":
+        assert {row["metric"] for row in result["rows"] if "not installed: pass --lmcache" in row["reference"]} == {
+            "write_vs_lmcache",
+            "read_vs_lmcache",
+        }
     harness.show(result)
     assert "ratio" in capsys.readouterr().out
 
@@ -46,12 +55,30 @@ def test_a_benchmark_prints_one_object_and_keeps_it(name, capsys, tmp_path):
         (["decode", "--contexts", "0"], "--contexts '0'"),
         (["metadata", "--context", "3"], "--context 3"),
         (["metadata", "--block-size", "24"], "block_size=24"),
+        (["nvme", "--blocks", "1", "--lmcache", "/no/such/python"], "'/no/such/python' is not a program"),
+        (["nvme", "--blocks", "1", "--lmcache", "true"], "it ended without a word"),
+        pytest.param(["nvme", "--blocks", "1", "--lmcache", sys.executable], "'lmcache'", marks=WITHOUT_LMCACHE),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(argv, message, capsys):
     assert cli.main(["bench", *argv]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("kvtier: error: ") and err.count("\n") == 1 and message in err
+
+
+def test_without_lmcache_its_rows_say_so_and_hold_no_ratio():
+    values = {"write_checksummed": [1.0, 3.0, 2.0], "read_checksummed": [4.0, 5.0, 6.0]}
+    found = lmcache.rows(values, None, "c", 3)
+    assert [(row.metric, row.value) for row in found] == [("write_vs_lmcache", 2.0), ("read_vs_lmcache", 5.0)]
+    for row in found:
+        assert (row.reference_value, row.ratio) == (None, None)
+        assert "not installed: pass --lmcache PYTHON" in row.reference
+
+
+def test_the_peer_is_a_program_of_its_own():
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); print({'kvtier', 'numpy', 'torch'} & set(sys.modules))"
+    run = [sys.executable, "-I", "-c", code, lmcache._SCRIPT]
+    assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == "set()"
 
 
 def test_cases_take_turns():

@@ -95,7 +95,7 @@ def show(result: Mapping[str, Any]) -> None:
 
     machine = result["machine"]
     title = f"{result['bench']}: {machine['cpu']}, {machine['cores']} cores"
-    table = Table("case", "metric", "kvtier", "unit", "reference", "its value", "ratio", title=title)
+    table = Table("case", "metric", "value", "unit", "reference", "its value", "ratio", title=title)
     for row in result["rows"]:
         known = row["reference_value"] is not None
         table.add_row(

@@ -1,4 +1,4 @@
-"""`kvtier bench nvme`: writing and cold reading 2 MiB blocks through the store, against fio and zarr-python on one disk.
+"""`kvtier bench nvme`: 2 MiB blocks written and read cold through the store, against fio, zarr-python and LMCache.
 
 Everything bypasses or drops the page cache. fio works on files of the same size beside the store's, with O_DIRECT, the
 better of its engines counts, and rounds are interleaved. A write round ends when the bytes are written; `committed`
@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,9 @@ from kvtier import KVLayout
 from ...tiers.cpu import CpuBackend
 from ...tiers.errors import ConfigError
 from ...tiers.nvme.store import STAMP, IoTicket, NvmeTier, StoreIdentity
+from . import lmcache
 from .harness import Row
+from .lmcache import LmcachePeer
 
 LAYOUT = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, block_size=32, dtype="bfloat16")  # 2 MiB blocks
 FIO_ENGINES = {"psync": ["--ioengine=psync", "--thread"], "io_uring": ["--ioengine=io_uring"]}
@@ -44,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--path", default=".", metavar="DIR", help="a directory on the disk to measure")
     parser.add_argument("--blocks", type=int, default=256, metavar="N", help="2 MiB blocks per round")
     parser.add_argument("--rounds", type=int, default=7, metavar="N")
+    parser.add_argument(
+        "--lmcache", metavar="PYTHON", help="also measure LMCache, which this interpreter has installed"
+    )
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
@@ -52,15 +57,19 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         raise ConfigError(f"--blocks {arguments.blocks}, --rounds {arguments.rounds}: need positive numbers")
     if not Path(arguments.path).is_dir():
         raise ConfigError(f"--path {arguments.path!r} is not a directory")
-    with tempfile.TemporaryDirectory(dir=arguments.path, prefix="kvtier-bench-") as folder:
-        return _Disk(Path(folder), arguments.blocks, arguments.rounds).rows()
+    with tempfile.TemporaryDirectory(dir=arguments.path, prefix="kvtier-bench-") as name, ExitStack() as stack:
+        folder, peer = Path(name), None
+        if arguments.lmcache:
+            peer = stack.enter_context(LmcachePeer(arguments.lmcache, folder / "lmcache", arguments.blocks))
+            assert peer.block_bytes == LAYOUT.block_bytes
+        return _Disk(folder, arguments.blocks, arguments.rounds, peer).rows()
 
 
 class _Disk:
     """The cases of one run, side by side in one folder."""
 
-    def __init__(self, folder: Path, blocks: int, rounds: int) -> None:
-        self._folder, self._blocks, self._rounds = folder, blocks, rounds
+    def __init__(self, folder: Path, blocks: int, rounds: int, peer: LmcachePeer | None) -> None:
+        self._folder, self._blocks, self._rounds, self._peer = folder, blocks, rounds, peer
         self._backend = CpuBackend()
         self._slab = self._backend.alloc_host(ROWS, LAYOUT.block_bytes)
         self._slab[:] = np.random.default_rng(0).integers(0, 256, self._slab.shape, np.uint8)
@@ -89,6 +98,12 @@ class _Disk:
                 partial(self._take, f"fio {engine} committed", partial(self._fio, engine, "write", "--end_fsync=1")),
                 partial(self._take, f"fio {engine} read", partial(self._fio, engine, "read")),
             ]
+        if peer := self._peer:
+            cases += [
+                partial(self._take, lmcache.value_name(name, setting), partial(peer.gb_s, name, setting))
+                for name in lmcache.CASES
+                for setting in peer.settings
+            ]
         checked = stores["_checksummed"]
         cases += [
             partial(self._take, "zarr write", zarr.write),
@@ -104,10 +119,15 @@ class _Disk:
             for case in cases:
                 time.sleep(PAUSE_S)
                 case()
+        found = self._report(list(engines))
+        if self._peer:
+            spoiled = {"one byte flipped": _flip, "truncated to half": _truncate}
+            ours = {kind: int(checked.serves(spoil, self._out)) for kind, spoil in spoiled.items()}
+            found += lmcache.damage_rows(self._peer.version, self._peer.damage(), ours)
         for store in stores.values():
             store.close()
         self._backend.close(5.0)
-        return self._report(list(engines))
+        return found
 
     def _report(self, engines: list[str]) -> list[Row]:
         middle = {name: statistics.median(values) for name, values in self._values.items()}
@@ -124,6 +144,7 @@ class _Disk:
             ours, stock = middle[f"{name}_checksummed"], middle[f"zarr {name}"]
             reference = f"zarr-python {_zarr_version()}, chunk = block, LocalStore"
             found.append(Row(case, f"{name}_checksummed", ours, "GB/s", reference, stock, ours / stock, self._rounds))
+        found += lmcache.rows(self._values, self._peer, case, self._rounds)
         latency, limit = middle["latency"] * 1e3, middle["latency limit"] * 1e3
         found.append(
             Row("1 block, cold", "latency", latency, "ms", "one raw pread", limit, limit / latency, self._rounds)
@@ -245,8 +266,35 @@ class _Store:
                 found.append(time.perf_counter() - start_s)
         return statistics.median(found)
 
+    def serves(self, spoil: Callable[[Path, int], None], out: Any) -> bool:
+        """Spoil the last block in its file. Whether it is served all the same."""
+        one, (segment, offset) = self._slots[-1:], self._tier.geometry(0).place(int(self._slots[-1]))
+        self._tier.write(0, one, out, self._line[:1], self._stamps[:1]).event.wait()
+        self._tier.flush()
+
+        def is_ok() -> bool:
+            ticket = self._tier.read(0, one, out, self._line[:1], self._tier.stamps(0, one))
+            ticket.event.wait()
+            return bool(ticket.ok.all())
+
+        assert is_ok()
+        spoil(next((self._path / "blocks.zarr" / "g0").glob(f"c.{segment}.*")), offset)
+        return is_ok()
+
     def close(self) -> None:
         self._tier.close()
+
+
+def _flip(path: Path, offset: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(offset + LAYOUT.block_bytes // 3)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 1]))
+
+
+def _truncate(path: Path, offset: int) -> None:
+    os.truncate(path, offset + LAYOUT.block_bytes // 2)
 
 
 class _StockZarr:
