@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -403,7 +403,7 @@ class Pager:
                     self._core.counters.add("lost_tokens", had - seq.num_computed)
 
     # ------------------------------------------------------------------ K/V in and out without a model step
-    def read_blocks(self, seq: int, group: int, *, timeout_s: float = 30.0) -> Iterator[HeldBlocks]:
+    def read_blocks(self, seq: int, group: int, *, timeout_s: float = 30.0) -> Generator[HeldBlocks]:
         """Visit the blocks of one layer group that the sequence's next token sees, each in the fastest tier that holds it.
 
         Nothing is promoted to the device tier. A piece is held until the next is asked for; close the iterator when

@@ -7,7 +7,7 @@ several readers get through a small host tier together. A block that is lost end
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,7 +43,7 @@ class BlockReader:
     def __init__(self, core: Core) -> None:
         self._core = core
 
-    def read(self, seq_id: int, group_index: int, timeout_s: float) -> Iterator[HeldBlocks]:
+    def read(self, seq_id: int, group_index: int, timeout_s: float) -> Generator[HeldBlocks]:
         """See Pager.read_blocks."""
         core, group = self._core, self._core.groups[group_index]
         deadline_s = core.clock() + timeout_s
