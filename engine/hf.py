@@ -94,10 +94,11 @@ def discover(model: Any) -> ModelSpec:
         raise _unsupported(model, f"it cannot be called as a decoder ({error})") from error
     finally:
         model.set_attn_implementation(before)
-    return _spec(model, seen)
+    return group_layers(model, seen)
 
 
-def _spec(model: Any, seen: dict[int, LayerSpec]) -> ModelSpec:
+def group_layers(model: Any, seen: dict[int, LayerSpec]) -> ModelSpec:
+    """Layers of the same window and shapes make a group. Raises UnsupportedModelError where a layer is missing."""
     num_layers = model.config.get_text_config().num_hidden_layers
     missing = sorted(set(range(num_layers)) - set(seen))
     if missing:

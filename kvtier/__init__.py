@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine.engine import Engine as Engine
+    from .engine.prefix_cache import PrefixCache as PrefixCache
     from .engine.sampling import Output as Output
     from .engine.sampling import SamplingParams as SamplingParams
     from .engine.session import Session as Session
@@ -21,6 +22,7 @@ _HOME = {
     "PagerConfig": "pager.config",
     "Pager": "pager.pager",
     "Engine": "engine.engine",
+    "PrefixCache": "engine.prefix_cache",
     "SamplingParams": "engine.sampling",
     "Output": "engine.sampling",
     "Session": "engine.session",

@@ -139,15 +139,18 @@ class Core:
         for reclaimer in self._reclaimers:
             reclaimer.keep_clean()
 
-    def wait_until(self, ready: Callable[[], bool], timeout_s: float) -> bool:
-        """Advance until ready() or the timeout; lets go of the lock between looks. False on timeout."""
+    def wait_until(self, ready: Callable[[], bool], timeout_s: float, *, may_wait_for_pins: bool = False) -> bool:
+        """Advance until ready() or the timeout; lets go of the lock between looks. False on timeout.
+
+        Gives up early when no copy is in flight; with `may_wait_for_pins` only once nobody holds a page or slot either.
+        """
         deadline_s = self.clock() + timeout_s
         while True:
             with self.lock:
                 self.advance()
                 if ready():
                     return True
-                stuck = not self.in_flight()
+                stuck = not self.in_flight() and not (may_wait_for_pins and self._is_anything_held())
             left_s = deadline_s - self.clock()
             if left_s <= 0 or stuck:
                 return False
@@ -155,6 +158,9 @@ class Core:
 
     def in_flight(self) -> bool:
         return any(group.moves for group in self.groups)
+
+    def _is_anything_held(self) -> bool:
+        return any((g.pages.pins > 0).any() or (g.host.holds > 0).any() for g in self.groups)
 
     def _balance_device(self, group: BlockGroup) -> None:
         """Below the low mark of free or clean pages, write back up to the high mark."""

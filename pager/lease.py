@@ -52,9 +52,10 @@ class Lease:
     table lists, so a kernel never meets a hole. Distances to the newest token stay true within the window.
     """
 
-    def __init__(self, pager: Pager, spans: list[Span]) -> None:
+    def __init__(self, pager: Pager, spans: list[Span], *, is_write_only: bool = False) -> None:
         self._pager = pager
         self.spans = spans
+        self.is_write_only = is_write_only  # tables list only blocks that get new tokens
         self.cu_q = np.concatenate([[0], np.cumsum([s.end - s.start for s in spans])]).astype(np.int32)
         self.groups: list[GroupLease] = []
         self.wait_s = 0.0  # how long the caller waited for blocks

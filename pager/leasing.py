@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..tiers.errors import BlockMissError, Busy, ConfigError, TierFullError
+from ..tiers.errors import Busy, ConfigError, TierFullError
 from .core import Core
 from .group import BlockGroup
 from .lease import GroupLease, Lease, Span
 from .page_table import Sequence, num_blocks_of, visible_blocks
-from .prefix import rewind
+from .prefix import lose
 from .rules import Rule
 from .states import IntArray, PageState
 from .streaming import SliceStream
@@ -109,7 +109,7 @@ class LeaseFiller:
     ) -> None:
         core = self._core
         with core.locked():
-            needs = [self._need(group, span) for span in lease.spans]
+            needs = [self._need(group, span, lease.is_write_only) for span in lease.spans]
             streamed = self._choose_streamed(group, needs, len(lease.spans) == 1 and allow_streaming)
             resident = np.unique(np.concatenate([n.context_ids for n in needs]))
             resident = np.setdiff1d(resident, streamed)
@@ -126,16 +126,16 @@ class LeaseFiller:
         with core.locked():
             self._write_tables(lease, held, group, streamed)
 
-    def _need(self, group: BlockGroup, span: Span) -> _Need:
+    def _need(self, group: BlockGroup, span: Span, is_write_only: bool) -> _Need:
         core, seq = self._core, self._core.sequences[span.seq]
         table, size = seq.tables[group.index].ids, core.block_size
-        logical = visible_blocks(group.layout, span.start, span.end)
+        logical = _listed(group, span, is_write_only)
         num_existing = num_blocks_of(span.start, size)
         context = logical[logical < num_existing]
         ids = table[context]
         valid = group.directory.is_valid(ids)
         if not valid.all():
-            self._lost(seq, int(context[np.argmin(valid)]))
+            lose(self._core, seq, int(context[np.argmin(valid)]))
         num_new = num_blocks_of(span.end, size) - num_existing
         return _Need(seq, context, ids, span.start % size != 0, num_new, num_existing)
 
@@ -148,18 +148,6 @@ class LeaseFiller:
             count("read_blocks", num_device, tier="device")
             count("read_blocks", num_host, tier="host")
             count("read_blocks", len(need.context_ids) - num_device - num_host, tier="nvme")
-
-    def _lost(self, seq: Sequence, logical: int) -> None:
-        """A block of this sequence is gone: count only what lies before it, and say so."""
-        core = self._core
-        had = seq.num_computed
-        rewind(core, seq, logical * core.block_size)
-        core.counters.add("lost_tokens", had - seq.num_computed)
-        raise BlockMissError(
-            f"sequence {seq.id}: block {logical} is in no tier any more; compute again from token {seq.num_computed}",
-            seq=seq.id,
-            num_valid=seq.num_computed,
-        )
 
     # ------------------------------------------------------------------ what fits
     def _choose_streamed(self, group: BlockGroup, needs: list[_Need], may_stream: bool) -> IntArray:
@@ -236,7 +224,7 @@ class LeaseFiller:
             seq = self._core.sequences[span.seq]
             hit = np.flatnonzero(np.isin(seq.tables[group.index].ids, gone))
             if len(hit):
-                self._lost(seq, int(hit[0]))
+                lose(self._core, seq, int(hit[0]))
 
     def _start_promotions(self, group: BlockGroup, blocks: IntArray) -> int:
         """Start demand copies for blocks that are nowhere on their way yet. Returns how many copies started.
@@ -367,7 +355,7 @@ class LeaseFiller:
         rows, lens, slots = [], [], []
         for span in lease.spans:
             table = core.sequences[span.seq].tables[group.index].ids
-            logical = visible_blocks(group.layout, span.start, span.end)
+            logical = _listed(group, span, lease.is_write_only)
             blocks = table[logical]
             keep = ~np.isin(blocks, streamed) if len(streamed) else np.ones(len(blocks), bool)
             pages = d.page[blocks[keep]]
@@ -381,3 +369,10 @@ class LeaseFiller:
             held.tables[i, : len(pages)] = pages
         held.kv_lens = np.array(lens, np.int32)
         held.slots = np.concatenate(slots)
+
+
+def _listed(group: BlockGroup, span: Span, is_write_only: bool) -> IntArray:
+    """Logical blocks that a table lists for a span: all that it reads, or only those that it writes."""
+    if is_write_only:
+        return np.arange(span.start // group.layout.block_size, num_blocks_of(span.end, group.layout.block_size))
+    return visible_blocks(group.layout, span.start, span.end)

@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -31,7 +31,8 @@ from .leasing import LeaseFiller
 from .page_table import dropped_from_window, num_blocks_of
 from .parking import Parking
 from .prefetching import Prefetcher
-from .prefix import Match, adopt, bring_back_s, next_cached_block, peek, residency, rewind
+from .prefix import Match, adopt, adopt_tail, bring_back_s, next_cached_block, peek, residency, rewind
+from .reading import BlockReader, HeldBlocks
 from .rules import ALL_RULES, Rules
 from .sessions import ParkedSession
 from .sizing import plan_sizes, split_blocks
@@ -51,6 +52,7 @@ class Pager:
         self._filler = LeaseFiller(core)
         self._parking = Parking(core)
         self._prefetcher = Prefetcher(core)
+        self._reader = BlockReader(core)
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -188,20 +190,24 @@ class Pager:
         with self._core.locked():
             return residency(self._core, self._core.sequence(seq))
 
-    def attach(self, seq: int, token_ids: Sequence[int]) -> Match:
+    def attach(self, seq: int, token_ids: Sequence[int], *, with_tail: bool = False, count: bool = True) -> Match:
         """An empty sequence takes over the longest cached prefix of these tokens. Append the rest afterwards.
 
-        Afterwards the sequence's token ids are the matched prefix. Hits are counted for the tier that holds them now.
+        Afterwards the sequence's token ids are the matched prefix. Hits are counted for the tier that holds them now
+        (unless `count` is False). `with_tail`: whole blocks, then a sealed tail that continues them, where there is one.
         """
         with self._core.locked():
             state = self._core.idle_sequence(seq, "attaching")
             if state.token_ids:
                 raise ConfigError(f"sequence {seq} is not empty; attach comes first, then append")
             state.token_ids = list(token_ids)
-            match = adopt(self._core, state, len(state.token_ids))
+            match = adopt(self._core, state, len(state.token_ids), count=count)
+            if with_tail:
+                match += adopt_tail(self._core, state, len(state.token_ids), count=count)
             del state.token_ids[state.num_computed :]
-            self._core.counters.add("miss_tokens", len(token_ids) - match.tokens)
-            self._core.counters.add("ghost_tokens", match.ghost_tokens)
+            if count:
+                self._core.counters.add("miss_tokens", len(token_ids) - match.tokens)
+                self._core.counters.add("ghost_tokens", match.ghost_tokens)
             return match
 
     def adopt(self, seq: int) -> Match:
@@ -286,13 +292,22 @@ class Pager:
             del self._core.sequences[seq]
 
     # ------------------------------------------------------------------ leases
-    def lease(self, spans: Sequence[Span], *, timeout_s: float = 30.0, allow_streaming: bool = True) -> Lease:
+    def lease(
+        self,
+        spans: Sequence[Span],
+        *,
+        timeout_s: float = 30.0,
+        allow_streaming: bool = True,
+        write_only: bool = False,
+    ) -> Lease:
         """Pages for one step: context resident and pinned (or streamed, one span only), new tokens with a place.
 
+        `write_only`: for K/V that were computed elsewhere. The context stays where it is; tables list only the blocks
+        that get new tokens, so they serve for writing and not for attention.
         Raises: TierFullError when these spans cannot be pinned together (take fewer, or shorter ones); BlockMissError
         when a block is lost (num_valid tokens still count, compute from there); Busy after timeout_s.
         """
-        lease = Lease(self, list(spans))
+        lease = Lease(self, list(spans), is_write_only=write_only)
         try:
             self._filler.fill(lease, timeout_s, allow_streaming)
         except BaseException:
@@ -418,6 +433,28 @@ class Pager:
                     rewind(self._core, seq, int(lost[0]) * self.block_size)
                     self._core.counters.add("lost_tokens", had - seq.num_computed)
 
+    # ------------------------------------------------------------------ K/V in and out without a model step
+    def read_blocks(self, seq: int, group: int, *, timeout_s: float = 30.0) -> Generator[HeldBlocks]:
+        """Visit the blocks of one layer group that the sequence's next token sees, each in the fastest tier that holds it.
+
+        Nothing is promoted to the device tier. A piece is held until the next is asked for; close the iterator when
+        stopping early. The sequence counts as leased meanwhile.
+        Raises: BlockMissError when a block is lost (num_valid tokens still count; start again); Busy after timeout_s.
+        """
+        return self._reader.read(seq, group, timeout_s)
+
+    def seal(self, seq: int) -> None:
+        """Name the partial tail block of a sequence that ends here, so that attach(with_tail=True) finds it."""
+        self._parking.seal(self._core.idle_sequence(seq, "sealing"))
+
+    def persist(self, seqs: Sequence[int], *, timeout_s: float = 120.0) -> None:
+        """Make what continuing these sequences needs durable, partial tails included; they stay as they are.
+
+        Without this (or park), blocks are cache: what only the device or host tier holds ends with the process.
+        Raises: TierFullError or TierUnavailableError when something could not be written.
+        """
+        self._parking.persist([self._core.idle_sequence(seq, "persisting") for seq in seqs], timeout_s)
+
     # ------------------------------------------------------------------ hints
     def pin(self, seq: int, ttl_s: float) -> None:
         """Keep the blocks of this sequence from leaving any tier for ttl_s seconds, also after it has ended."""
@@ -473,6 +510,16 @@ class Pager:
         """
         state = self._core.idle_sequence(seq, "parking")
         self._parking.park(session_id, state, extra or {}, timeout_s)
+
+    def checkpoint(
+        self, session_id: str, seq: int, extra: dict[str, Any] | None = None, *, timeout_s: float = 120.0
+    ) -> None:
+        """Remember a session as it is now and let it go on: after a crash it resumes here. Nothing leaves the device.
+
+        The sequence must not be leased meanwhile. Raises as park does; without an nvme tier only this process remembers.
+        """
+        state = self._core.idle_sequence(seq, "checkpointing")
+        self._parking.checkpoint(session_id, state, extra or {}, timeout_s)
 
     def resume(self, session_id: str, namespace: str = "default") -> tuple[int, ParkedSession]:
         """Bring a parked session back as a sequence; its blocks start to come up in the background."""

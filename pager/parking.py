@@ -1,4 +1,5 @@
 """Parking and resuming whole sessions: seal the tail, make every block durable, write the record, let the pages go.
+Persisting a sequence is the first half of that, for blocks that are found again by their keys alone.
 
 A park returns only when the store could rebuild the session after a crash (with an nvme tier), or raises and leaves the
 sequence as it was. Resuming takes the blocks back by key, so a session survives the loss of any of them: what is
@@ -16,7 +17,7 @@ from ..tiers.errors import Busy, ConfigError, TierFullError, TierUnavailableErro
 from .core import Core
 from .group import BlockGroup
 from .page_table import BlockTable, Sequence
-from .prefix import adopt, residency
+from .prefix import adopt, residency, take_tail
 from .sessions import ParkedSession, SessionEntry, check_session_id
 from .states import IntArray, PageState
 
@@ -44,29 +45,43 @@ class Parking:
 
     def park(self, session_id: str, seq: Sequence, extra: dict[str, Any], timeout_s: float) -> None:
         core = self._core
+        entry = self._record(session_id, seq, extra, timeout_s)
+        with core.locked():
+            self._remember(entry)
+            entry.tables = seq.tables
+            del core.sequences[seq.id]
+            for group, table in zip(core.groups, entry.tables, strict=True):
+                self._leave_device(group, table.ids[table.ids >= 0])
+            core.counters.add("parked_sessions", 1)
+
+    def checkpoint(self, session_id: str, seq: Sequence, extra: dict[str, Any], timeout_s: float) -> None:
+        entry = self._record(session_id, seq, extra, timeout_s)
+        entry.active_seq, seq.session_id = seq.id, session_id
+        with self._core.locked():
+            self._remember(entry)
+
+    def _record(self, session_id: str, seq: Sequence, extra: dict[str, Any], timeout_s: float) -> SessionEntry:
+        """Everything that the session needs is durable when this returns, its record last."""
+        core = self._core
         check_session_id(session_id)
         other = core.sessions.get(session_id)
         if other is not None and other.active_seq not in (None, seq.id):
             raise ConfigError(f"session {session_id!r} is active in another sequence; park or release that one")
-        with core.locked():
-            self._seal_tail(seq)
-        self._write_down(seq, timeout_s)
+        self.seal(seq)
+        self._write_down(seq, timeout_s, f"session {session_id!r}")
         entry = SessionEntry(session_id, seq.namespace, list(seq.token_ids), seq.num_computed, extra)
         entry.summary = _summary(seq)
         if core.nvme is not None:
             core.nvme.put_session(session_id, entry.to_record())
             core.nvme.flush(timeout_s)
             entry.is_durable = True
-        with core.locked():
-            previous = core.sessions.get(session_id)
-            if previous is not None:
-                self._let_go(previous)
-            entry.tables = seq.tables
-            core.sessions[session_id] = entry
-            del core.sequences[seq.id]
-            for group, table in zip(core.groups, entry.tables, strict=True):
-                self._leave_device(group, table.ids[table.ids >= 0])
-            core.counters.add("parked_sessions", 1)
+        return entry
+
+    def _remember(self, entry: SessionEntry) -> None:
+        previous = self._core.sessions.get(entry.session_id)
+        if previous is not None:
+            self._let_go(previous)
+        self._core.sessions[entry.session_id] = entry
 
     def resume(self, session_id: str, namespace: str) -> tuple[Sequence, ParkedSession]:
         core = self._core
@@ -92,6 +107,22 @@ class Parking:
             core.counters.add("resumed_sessions", 1)
             return seq, ParkedSession(session_id, list(seq.token_ids), seq.num_computed, dict(entry.extra))
 
+    def persist(self, seqs: list[Sequence], timeout_s: float) -> None:
+        """Make every block that resuming at the end of these sequences needs durable; one commit for all of them."""
+        core = self._core
+        for seq in seqs:
+            self.seal(seq)
+            with core.locked():
+                self._widen_windows(seq)
+            self._write_down(seq, timeout_s, f"sequence {seq.id}", may_wait_for_pins=True)
+        if core.nvme is not None:
+            core.nvme.flush(timeout_s)
+
+    def seal(self, seq: Sequence) -> None:
+        """Give the partial tail block, if there is one, a key of its own content, so that it can be found."""
+        with self._core.locked():
+            self._seal_tail(seq)
+
     def forget(self, session_id: str) -> None:
         core = self._core
         with core.locked():
@@ -104,7 +135,6 @@ class Parking:
 
     # ------------------------------------------------------------------ parking, step by step
     def _seal_tail(self, seq: Sequence) -> None:
-        """Give the partial tail block a key of its own content, so that it can be found after a restart."""
         core, size = self._core, self._core.block_size
         full, rest = divmod(seq.num_computed, size)
         if not rest:
@@ -121,7 +151,19 @@ class Parking:
                     table.ids[full] = twin
                     group.unref(np.array([block]))
 
-    def _write_down(self, seq: Sequence, timeout_s: float) -> None:
+    def _widen_windows(self, seq: Sequence) -> None:
+        """Take back, by key, the block before each window: then every point in the last block can be resumed at."""
+        for group, table in zip(self._core.groups, seq.tables, strict=True):
+            held = np.flatnonzero(table.ids >= 0)
+            if group.layout.window is None or not len(held) or held[0] == 0:
+                continue
+            before = int(held[0]) - 1
+            block = group.directory.find(seq.keys[before : before + 1])
+            if group.directory.is_valid(block).all():
+                table.ids[before] = block[0]
+                group.ref(block)
+
+    def _write_down(self, seq: Sequence, timeout_s: float, what: str, *, may_wait_for_pins: bool = False) -> None:
         """Wait until every block of the sequence is on nvme (or, without one, at least below the device or in it)."""
         core = self._core
         if core.nvme is None:
@@ -133,17 +175,15 @@ class Parking:
                 missing += self._push_down(group, table.ids[table.ids >= 0])
             return missing == 0
 
-        if core.wait_until(all_down, timeout_s):
+        if core.wait_until(all_down, timeout_s, may_wait_for_pins=may_wait_for_pins):
             return
         if not all(group.can_write_nvme for group in core.groups):
-            raise TierUnavailableError(
-                f"nvme tier at {core.config.nvme_path} takes no writes; the session is not parked"
-            )
+            raise TierUnavailableError(f"nvme tier at {core.config.nvme_path} takes no writes; {what} is not stored")
         why = core.quotas.explain(seq.namespace)
         if why:
-            raise TierFullError(f"session of {seq.num_computed} tokens is not parked: {why}", retry_after_s=1.0)
+            raise TierFullError(f"{what} of {seq.num_computed} tokens is not stored: {why}", retry_after_s=1.0)
         raise TierFullError(
-            f"session of {seq.num_computed} tokens could not be written to {core.config.nvme_path} within {timeout_s} s: "
+            f"{what} of {seq.num_computed} tokens could not be written to {core.config.nvme_path} within {timeout_s} s: "
             f"{[g.nvme_room() for g in core.groups]} blocks of room left; raise nvme_bytes or forget old sessions",
             retry_after_s=1.0,
         )
@@ -178,20 +218,10 @@ class Parking:
             adopt(core, probe, entry.num_computed, count=False)
             full, rest = divmod(entry.num_computed, size)
             if rest and probe.num_computed == full * size:
-                self._hold_tail(probe, full, rest)
+                take_tail(core, probe, rest)
             entry.tables, probe.tables = probe.tables, [BlockTable() for _ in core.groups]
         finally:
             del core.sequences[probe.id]
-
-    def _hold_tail(self, probe: Sequence, full: int, rest: int) -> None:
-        core, size = self._core, self._core.block_size
-        parent = probe.keys[full - 1] if full else None
-        key = probe.chain.seal(parent, probe.token_ids[full * size : full * size + rest])
-        found = [group.directory.find([key]) for group in core.groups]
-        if all(group.directory.is_valid(b).all() for group, b in zip(core.groups, found, strict=True)):
-            for group, table, block in zip(core.groups, probe.tables, found, strict=True):
-                table.extend(block)
-                group.ref(block)
 
     def _let_go(self, entry: SessionEntry) -> None:
         if entry.tables is not None:
@@ -213,7 +243,7 @@ def _summary(seq: Sequence) -> dict[str, Any]:
         "tokens": len(seq.token_ids),
         "computed_tokens": seq.num_computed,
         "blocks": {f"g{i}": int((table.ids >= 0).sum()) for i, table in enumerate(seq.tables)},
-        "parked_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "stored_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 

@@ -8,10 +8,12 @@ held it at match time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
 
+from ..tiers.errors import BlockMissError
 from .core import Core
 from .page_table import Sequence, lowest_visible, num_blocks_of
 from .states import NOWHERE, IntArray
@@ -28,6 +30,15 @@ class Match:
     host_tokens: int = 0
     nvme_tokens: int = 0
     ghost_tokens: int = 0
+
+    def __add__(self, other: Match) -> Match:
+        return Match(
+            self.tokens + other.tokens,
+            self.device_tokens + other.device_tokens,
+            self.host_tokens + other.host_tokens,
+            self.nvme_tokens + other.nvme_tokens,
+            self.ghost_tokens + other.ghost_tokens,
+        )
 
 
 def match_keys(core: Core, keys: list[bytes], first: int = 0) -> tuple[int, list[IntArray]]:
@@ -96,9 +107,62 @@ def adopt(core: Core, seq: Sequence, limit_tokens: int, *, count: bool = True) -
         nvme_tokens=tiers[2] * size,
         ghost_tokens=_ghosts(core, seq.keys[end : limit_tokens // size]),
     )
-    for tier in ("device", "host", "nvme") if count else ():
-        core.counters.add("hit_tokens", getattr(match, f"{tier}_tokens"), tier=tier)
+    if count:
+        _count_hits(core, match)
     return match
+
+
+def adopt_tail(core: Core, seq: Sequence, limit_tokens: int, *, count: bool = True) -> Match:
+    """After `adopt`: extend by the longest sealed tail that continues the prompt, up to limit_tokens.
+
+    Cost: one hash per token of a block at most; sealed tails are found by trying every length.
+    """
+    size = core.block_size
+    if seq.num_computed % size:
+        return Match(0)
+    for num_tokens in range(min(size - 1, limit_tokens - seq.num_computed), 0, -1):
+        if take_tail(core, seq, num_tokens):
+            tier = int(_tier_of_each(core, [table.ids[-1:] for table in seq.tables])[0])
+            match = Match(num_tokens, *(num_tokens * (tier == index) for index in range(3)))
+            if count:
+                _count_hits(core, match)
+            return match
+    return Match(0)
+
+
+def take_tail(core: Core, seq: Sequence, num_tokens: int) -> bool:
+    """Extend a sequence of whole blocks by the sealed tail of exactly so many tokens. False where none is held.
+
+    What a window sees from the end of the tail is part of what it sees from its start, so nothing else is checked.
+    """
+    start, full = seq.num_computed, seq.num_computed // core.block_size
+    key = seq.chain.seal(seq.keys[full - 1] if full else None, seq.token_ids[start : start + num_tokens])
+    found = [group.directory.find([key]) for group in core.groups]
+    if not all(group.directory.is_valid(block).all() for group, block in zip(core.groups, found, strict=True)):
+        return False
+    for group, table, block in zip(core.groups, seq.tables, found, strict=True):
+        table.extend(block)
+        group.ref(block)
+        group.touch_chain(block, np.array([full]))
+    seq.num_computed += num_tokens
+    return True
+
+
+def _count_hits(core: Core, match: Match) -> None:
+    for tier in ("device", "host", "nvme"):
+        core.counters.add("hit_tokens", getattr(match, f"{tier}_tokens"), tier=tier)
+
+
+def lose(core: Core, seq: Sequence, logical: int) -> NoReturn:
+    """A block of this sequence is gone: count only what lies before it, and say so."""
+    had = seq.num_computed
+    rewind(core, seq, logical * core.block_size)
+    core.counters.add("lost_tokens", had - seq.num_computed)
+    raise BlockMissError(
+        f"sequence {seq.id}: block {logical} is in no tier any more; compute again from token {seq.num_computed}",
+        seq=seq.id,
+        num_valid=seq.num_computed,
+    )
 
 
 def rewind(core: Core, seq: Sequence, num_tokens: int) -> None:

@@ -279,3 +279,40 @@ def test_a_streamed_step_whose_copy_failed_does_not_count():
     assert rig.wrong == []
     rig.pager.check_integrity()
     rig.close()
+
+
+def test_a_checkpoint_survives_a_crash_and_the_sequence_goes_on(tmp_path):
+    rig = Rig(0, pages=8, host=12, path=tmp_path / "store", staging=1)
+    seq = rig.start(ids(26))
+    rig.prefill(seq)
+    rig.pager.checkpoint("chat", seq, {"turn": 1})
+    rig.say(seq, [1, 2, 3])
+    rig.pager.checkpoint("chat", seq, {"turn": 2})
+    rig.say(seq, [4, 5])  # never checkpointed
+    rig.settle()
+    rig.pager.check_integrity()
+    assert rig.wrong == [] and rig.pager.sessions()["chat"]["is_active"]
+    rig.close()  # nothing is written at the end but what was: the store is as a crash would leave it
+    again = Rig(1, pages=8, host=12, path=tmp_path / "store", staging=1)
+    seq, parked = again.pager.resume("chat")
+    assert parked.token_ids == [*ids(26), 1, 2, 3] and parked.num_computed == 29 and parked.extra == {"turn": 2}
+    again.say(seq, [7])
+    assert again.pager.counters.get("computed_tokens") == 1
+    again.pager.park("chat", seq)
+    again.settle()
+    again.pager.check_integrity()
+    assert again.wrong == []
+    again.close()
+
+
+def test_an_active_session_is_not_checkpointed_from_another_sequence(rig):
+    first, second = rig.start(ids(9)), rig.start(ids(9, 1))
+    rig.prefill(first)
+    rig.prefill(second)
+    rig.pager.checkpoint("chat", first)
+    with pytest.raises(ConfigError, match="active in another sequence"):
+        rig.pager.checkpoint("chat", second)
+    rig.pager.park("chat", first)
+    with pytest.raises(ConfigError, match="sequence"):
+        rig.pager.checkpoint("chat", first)
+    rig.pager.finish(second)
