@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"{len(sessions)} parked sessions")
     for session in sessions:
         blocks = ", ".join(f"{n} in {name}" for name, n in session.get("blocks", {}).items()) or "?"
-        tokens, when = session.get("tokens", "?"), session.get("parked_at", "?")
+        tokens, when = session.get("tokens", "?"), session.get("stored_at", "?")
         print(f"  {session['id']!r}: {tokens} tokens, blocks {blocks}, parked at {when}")
 
     arrays = dict(sorted(group.arrays()))

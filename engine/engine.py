@@ -223,8 +223,7 @@ class Engine:
         finally:
             for request in (r for first in wanted for r in (first, *first.twins)):
                 request.is_cancelled |= not request.is_done
-            for request in self.scheduler.take_ended():
-                self._settle(request)
+            self.settle_ended()
         for request in wanted:
             if request.error is not None:
                 raise request.error
@@ -241,6 +240,11 @@ class Engine:
         for request in ended:
             self._settle(request)
         return ended
+
+    def settle_ended(self) -> None:
+        """Give back what requests held that were cancelled, without running anything."""
+        for request in self.scheduler.take_ended():
+            self._settle(request)
 
     def _settle(self, request: Request) -> None:
         """After its last step: give back what it held, end the twins that never began, say so."""
@@ -370,7 +374,7 @@ class Engine:
     def _begin_twin(self, first: Request, twin: Request, logits: Tensor) -> None:
         twin.seq, twin.known_tokens = self.pager.fork(first.seq), first.known_tokens
         twin.drafter = self._drafter(twin.params, twin.namespace)
-        twin.on_token, twin.on_end = first.on_token, first.on_end
+        twin.on_token = twin.on_token or first.on_token
         self.scheduler.add_twin(first, twin)
         twin.ledger.first_token()
         if twin.params.max_tokens > 0:

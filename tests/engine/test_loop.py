@@ -1,0 +1,135 @@
+"""Many threads on one engine: everybody gets what is theirs, nobody waits for somebody else's failure."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from kvtier import SamplingParams
+from kvtier.engine.loop import EngineLoop
+from kvtier.tiers.errors import Busy, ConfigError, TierUnavailableError
+
+from .test_families import stock, tiny
+from .test_scheduler import check_end, open_engine, prompt_of
+
+
+class Heard:
+    """What one submission said."""
+
+    def __init__(self, n: int = 1, stop_after: int | None = None) -> None:
+        self.tokens: list[list[int]] = [[] for _ in range(n)]
+        self.ends: dict[int, tuple[str, BaseException | None]] = {}
+        self.logprobs, self._stop_after = [], stop_after
+        self._done = threading.Event()
+
+    def on_token(self, index, token, logprob) -> bool:
+        self.tokens[index].append(token)
+        self.logprobs.append(logprob)
+        return self._stop_after is not None and len(self.tokens[index]) >= self._stop_after
+
+    def on_end(self, index, output, error) -> None:
+        self.ends[index] = (output.finish_reason, error)
+        if len(self.ends) == len(self.tokens):
+            self._done.set()
+
+    def wait(self) -> Heard:
+        assert self._done.wait(60)
+        return self
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny("llama")
+
+
+def test_requests_of_many_threads_are_served_together(llama):
+    wanted = [stock(llama, prompt_of(20 + i, i), 8) for i in range(12)]
+    with open_engine(llama, 30) as engine:
+        loop, heard = EngineLoop(engine), [Heard() for _ in range(12)]
+
+        def client(i: int) -> None:
+            loop.submit(prompt_of(20 + i, i), SamplingParams(max_tokens=8), heard[i])
+
+        threads = [threading.Thread(target=client, args=(i,)) for i in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [one.wait().tokens[0] for one in heard] == wanted
+        assert all(one.ends == {0: ("length", None)} for one in heard)
+        loop.close()
+        check_end(engine)
+
+
+def test_a_listener_stops_an_output_and_hears_all_n_of_them(llama):
+    wanted = stock(llama, prompt_of(20, 1), 5)
+    with open_engine(llama) as engine:
+        loop = EngineLoop(engine)
+        cut = Heard(stop_after=3)
+        loop.submit(prompt_of(20, 1), SamplingParams(max_tokens=5), cut)
+        assert cut.wait().tokens[0] == wanted[:3] and cut.ends[0] == ("stop", None)
+        three = Heard(3)
+        loop.submit(prompt_of(20, 1), SamplingParams(max_tokens=5, n=3, temperature=1.0, logprobs=1), three)
+        assert all(len(tokens) == 5 for tokens in three.wait().tokens)
+        assert all(entry is not None for entry in three.logprobs)
+        loop.close()
+        check_end(engine)
+
+
+def test_cancelling_ends_soon_and_leaks_nothing(llama):
+    with open_engine(llama) as engine:
+        loop, heard = EngineLoop(engine), [Heard() for _ in range(4)]
+        going = [loop.submit(prompt_of(30, i), SamplingParams(max_tokens=300), one) for i, one in enumerate(heard)]
+        for submission in going:
+            submission.cancel()
+        assert all(one.wait().ends[0][0] == "cancelled" for one in heard)
+        going[0].cancel()
+        loop.close()
+        check_end(engine)
+
+
+def test_closing_tells_everybody_who_waits(llama):
+    with open_engine(llama) as engine:
+        loop, heard = EngineLoop(engine), Heard()
+        loop.submit(prompt_of(30, 1), SamplingParams(max_tokens=400), heard)
+        loop.close()
+        assert heard.wait().ends[0][0] == "cancelled"
+        with pytest.raises(TierUnavailableError, match="ended"):
+            loop.submit([1, 2], SamplingParams(), Heard())
+        check_end(engine)
+
+
+def test_refusals_come_back_to_who_asked(llama):
+    with open_engine(llama) as engine:
+        loop = EngineLoop(engine, max_waiting=0)
+        with pytest.raises(Busy, match="wait already"):
+            loop.submit([1, 2], SamplingParams(), Heard())
+        with pytest.raises(ConfigError, match="longer than all tiers"):
+            loop.submit([1] * 100_000, SamplingParams(), Heard())
+        with pytest.raises(ConfigError, match="at least one token"):
+            loop.submit([], SamplingParams(max_tokens=0), Heard())
+        assert loop.call(lambda e: e.pager.block_size).result() == 16
+        loop.close()
+        check_end(engine)
+
+
+def test_a_step_that_fails_ends_its_requests_and_the_loop_goes_on(llama, monkeypatch):
+    wanted = stock(llama, prompt_of(20, 2), 4)
+    with open_engine(llama) as engine:
+        loop, plain = EngineLoop(engine), engine._runner.forward
+
+        def broken(*args):
+            raise RuntimeError("the model broke")
+
+        monkeypatch.setattr(engine._runner, "forward", broken)
+        heard = Heard()
+        loop.submit(prompt_of(20, 1), SamplingParams(max_tokens=4), heard)
+        reason, error = heard.wait().ends[0]
+        assert reason == "error" and "the model broke" in str(error)
+        monkeypatch.setattr(engine._runner, "forward", plain)
+        again = Heard()
+        loop.submit(prompt_of(20, 2), SamplingParams(max_tokens=4), again)
+        assert again.wait().tokens[0] == wanted
+        loop.close()
+        check_end(engine)
