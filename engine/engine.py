@@ -20,7 +20,7 @@ from ..pager.lease import Span
 from ..pager.pager import Pager, stored_block_size
 from ..tiers.errors import BlockMissError, ConfigError, TierFullError, TierUnavailableError
 from .beam import BeamGroup
-from .hf import ModelSpec, describe, discover, fingerprint
+from .hf import ModelSpec, StreamingWindow, describe, discover, fingerprint
 from .loading import load_checkpoint
 from .request import Request, phase
 from .runner import ModelRunner, Progress
@@ -70,15 +70,17 @@ class Engine:
         max_batch_tokens: int = MAX_BATCH_TOKENS,
         limits: SchedulerLimits | None = None,
         draft: Engine | None = None,
+        streaming: StreamingWindow | None = None,
     ) -> Engine:
         """Put a loaded Hugging Face decoder over a new pager.
 
         `block_size` is that of the store at config.nvme_path where there is one, else chosen from device and size.
         `draft` is an engine of a smaller model with the same vocabulary, for SamplingParams(speculation="model").
+        `streaming` gives full-attention layers a window and sinks, for texts without end.
         Raises: UnsupportedModelError, ConfigError; nothing is written before all checks have passed.
         """
         config.validate()
-        spec = discover(model)
+        spec = discover(model) if streaming is None else discover(model).streamed(streaming)
         size = block_size or stored_block_size(config.nvme_path) or _default_block_size(model, spec, config)
         pager = Pager.open(spec.layouts(size), config, model_fingerprint=fingerprint(model), about=describe(model))
         try:
