@@ -112,6 +112,11 @@ class Pager:
         return self._core.layouts
 
     @property
+    def model_fingerprint(self) -> str:
+        """What the blocks' keys say of the model, as it was given to `open`."""
+        return self._core.model_fingerprint
+
+    @property
     def block_size(self) -> int:
         return self._core.block_size
 
@@ -363,7 +368,7 @@ class Pager:
                     blocks = table.ids[dead]
                     table.ids[dead] = NOWHERE
                     group.unref(blocks)
-            core.counters.add("computed_tokens", int(lease.cu_q[-1]))
+            core.counters.add("stored_tokens" if lease.is_write_only else "computed_tokens", int(lease.cu_q[-1]))
 
     def _name_full_blocks(self, span: Span) -> None:
         core, size = self._core, self.block_size
