@@ -11,8 +11,10 @@ known, and refuses whatever does not fill it exactly. Loads numcodecs or zarr on
 
 from __future__ import annotations
 
+import logging
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +23,7 @@ import numpy.typing as npt
 from ..errors import ConfigError
 from ..layout import KVLayout
 
+_LOG = logging.getLogger("kvtier.tiers")
 NONE = "none"
 Row = npt.NDArray[np.uint8]
 
@@ -61,6 +64,32 @@ def codec_for(name: str, layout: KVLayout) -> BlockCodec | None:
     if layout.block_bytes > _BLOSC_MOST_BYTES:
         raise ConfigError(f"codec={name!r} takes blocks below 2 GiB; use a smaller block_size than {layout.block_size}")
     return make(layout)
+
+
+def check_codecs(names: Sequence[str] | None, layouts: Sequence[KVLayout]) -> list[str] | None:
+    """One name per layer group, or None for whatever there is. Raises ConfigError."""
+    if names is None:
+        return None
+    if len(names) != len(layouts):
+        raise ConfigError(f"codecs={list(names)!r}: {len(layouts)} layer groups need one each")
+    for name, layout in zip(names, layouts, strict=True):
+        codec_for(name, layout)
+    return list(names)
+
+
+def warn_of_others(path: Path, kept: Sequence[str], asked: Sequence[str] | None) -> None:
+    """Say in the log where an array keeps another codec than was asked for."""
+    for index, (has, wanted) in enumerate(zip(kept, asked or kept, strict=True)):
+        if has != wanted:
+            _LOG.warning(
+                "store %s: array g%d was made with codec=%r and keeps it, codec=%r is ignored; `kvtier store export "
+                "--codec %s` copies a store into another",
+                path,
+                index,
+                has,
+                wanted,
+                wanted,
+            )
 
 
 class BloscCodec:

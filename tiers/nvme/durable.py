@@ -104,7 +104,7 @@ class DurableListing:
                 self.torn_indexes += len(torn)
                 stale, self._stale_index = self._stale_index | torn, set()
                 unsynced, self._unsynced = self._unsynced | stale, set()
-                pages = {segment: self._listed(segment) for segment in stale}
+                pages = {segment: self._stored(segment) for segment in stale}
             refused = [segment for segment in sorted(unsynced) if not self._settle(segment, pages.get(segment))]
             for segment in refused:
                 self._distrust(segment)
@@ -164,11 +164,11 @@ class DurableListing:
         if written:
             self._unsynced |= segments
 
-    def _settle(self, segment: Segment, listed: npt.NDArray[np.bool_] | None) -> bool:
+    def _settle(self, segment: Segment, stored: npt.NDArray[np.uint64] | None) -> bool:
         """Write the index and sync one segment. A failed sync is never repeated and trusted."""
         try:
-            if listed is not None:
-                self._files.write_index(segment, listed)
+            if stored is not None:
+                self._files.write_index(segment, stored)
             if self._durability != "none":
                 self._files.sync(segment)
         except FileNotFoundError:
@@ -183,15 +183,14 @@ class DurableListing:
         group, number = segment
         size = self._books[group].geometry.slots_per_segment
         with self.lock:
-            slots = number * size + np.flatnonzero(self._listed(segment))
+            slots = number * size + np.flatnonzero(self._stored(segment))
             if len(slots):
                 self.drop_locked(group, slots)
         self._on_distrust(group, slots)
         self._files.forget(segment)
 
-    def _listed(self, segment: Segment) -> npt.NDArray[np.bool_]:
+    def _stored(self, segment: Segment) -> npt.NDArray[np.uint64]:
+        """Stored bytes of the slots of a segment, 0 for those that are not listed."""
         group, number = segment
         book = self._books[group]
-        size = book.geometry.slots_per_segment
-        book.listing.reach((number + 1) * size)
-        return book.listing.in_segment(number, size).copy()
+        return book.listing.stored_in_segment(number, book.geometry.slots_per_segment)
