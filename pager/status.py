@@ -105,6 +105,7 @@ def _nvme(core: Core) -> dict[str, Any]:
     below = core.nvme.status()
     for name in ("clean_segments", "segments", "write_amplification", "direct_io", "failed_syncs", "last_write_error"):
         total[name] = below[name]
+    total["codecs"], total["stored_bytes"] = below["codecs"], sum(below["stored_bytes"])
     total["namespaces"] = core.quotas.to_dict()
     total["takes_writes"] = all(group.can_write_nvme for group in core.groups)
     total["path"] = str(core.config.nvme_path)

@@ -149,9 +149,13 @@ def quarantine(tier) -> None:
     tier.flush()
 
 
-@pytest.mark.parametrize("script", [fill, rewrite, read_all, sessions, many_commits, quarantine])
+SCRIPTS = [fill, rewrite, read_all, sessions, many_commits, quarantine]
+
+
+@pytest.mark.parametrize(
+    ("codec", "script"), [("none", s) for s in SCRIPTS] + [("split", s) for s in (fill, rewrite, read_all)]
+)
 @pytest.mark.parametrize("how", ["EIO", "ENOSPC", "short"])
-@pytest.mark.parametrize("codec", ["none", "split"])
 def test_a_fault_at_every_call_is_never_served_and_never_a_foreign_exception(tmp_path, backend, script, how, codec):
     pristine = tmp_path / "pristine"
     tier = open_tier(pristine, backend, codec=codec)

@@ -103,11 +103,6 @@ class Geometry:
         """Bytes of a slot behind its block: checksum, trailer and padding."""
         return self.stride - self.block_bytes
 
-    @property
-    def padding_bytes(self) -> int:
-        """Bytes at the end of a slot that mean nothing."""
-        return self.tail_bytes - self.proof_bytes
-
     def place(self, slot: int) -> tuple[int, int]:
         """Segment number and offset in its file."""
         segment, index = divmod(slot, self.slots_per_segment)
