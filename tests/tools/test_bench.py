@@ -15,6 +15,7 @@ SMALL = {
     "host": ["--blocks", "4", "--rounds", "2"],
     "nvme": ["--blocks", "16", "--rounds", "1"],
     "metadata": ["--context", "512", "--rounds", "2"],
+    "codecs": ["--blocks", "1", "--rounds", "1"],
 }
 FIELDS = {"case", "metric", "value", "unit", "reference", "reference_value", "ratio", "rounds"}
 
@@ -44,6 +45,8 @@ def test_a_benchmark_prints_one_object_and_keeps_it(name, capsys, tmp_path):
         (["decode", "--contexts", "0"], "--contexts '0'"),
         (["metadata", "--context", "3"], "--context 3"),
         (["metadata", "--block-size", "24"], "block_size=24"),
+        (["codecs", "--blocks", "0"], "--blocks 0"),
+        (["codecs", "--path", "/nowhere"], "--path '/nowhere'"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(argv, message, capsys):

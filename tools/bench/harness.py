@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-REPORTED_PACKAGES = ("kvtier", "torch", "transformers", "numpy", "zarr")
+REPORTED_PACKAGES = ("kvtier", "torch", "transformers", "numpy", "zarr", "numcodecs")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +44,19 @@ class Row:
         return cls(case, metric, ours_s * scale, unit, reference, reference_s * scale, reference_s / ours_s, n)
 
 
-def interleave(cases: Mapping[str, Callable[[], object]], rounds: int, warmup: int = 1) -> dict[str, list[float]]:
+def interleave(
+    cases: Mapping[str, Callable[[], object]],
+    rounds: int,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of every case in every round, the cases taking turns."""
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for number in range(warmup + rounds):
         for name, run in cases.items():
-            start_s = time.perf_counter()
+            start_s = clock()
             run()
-            spent_s = time.perf_counter() - start_s
+            spent_s = clock() - start_s
             if number >= warmup:
                 seconds[name].append(spent_s)
     return seconds
