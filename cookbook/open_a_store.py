@@ -1,7 +1,8 @@
 """Open a kvtier store with stock zarr-python: list sessions' and groups' facts, read blocks, plot one.
 
-Needs zarr, and matplotlib for the picture; kvtier itself is not imported. Use a store that nobody writes to, or blocks
-whose checksum zarr accepts: a slot that is being written anew fails its crc32c.
+Needs zarr, and matplotlib for the picture; kvtier itself is not imported, but has to be installed for arrays stored under
+its codec `split`. Use a store that nobody writes to, or blocks whose checksum zarr accepts: a slot that is being written
+anew fails its crc32c.
 
     python cookbook/open_a_store.py STORE [block.png]
 """

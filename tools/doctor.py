@@ -11,13 +11,14 @@ import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 from ..tiers.backends import cuda_missing
 from ..tiers.errors import ConfigError
 from ..tiers.layout import format_bytes
 from ..tiers.nvme.calibrate import probe_disk
+from ..tiers.nvme.codecs import CODECS
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,17 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
     if not path.is_dir():
         raise ConfigError(f"--path {str(path)!r} is not a directory")
-    checks: list[Callable[[], Finding]] = [_torch, _cuda, _cupy, _triton, _memlock, _memory, _huge_pages, _numa]
+    checks: list[Callable[[], Finding]] = [
+        _torch,
+        _cuda,
+        _cupy,
+        _triton,
+        _codecs,
+        _memlock,
+        _memory,
+        _huge_pages,
+        _numa,
+    ]
     findings = [check() for check in checks] + [_disk(path), *_disk_speed(path)]
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings]))
@@ -67,6 +78,18 @@ def _cupy() -> Finding:
 def _triton() -> Finding:
     found = importlib.util.find_spec("triton") is not None
     return Finding("Triton", found, _version("triton"), "" if found else "no GPU kernels")
+
+
+def _codecs() -> Finding:
+    """Whether Zarr finds our own codec; the others come with it."""
+    is_found = bool(entry_points(group="zarr.codecs", name="kvtier.split"))
+    said = ", ".join(CODECS) + f"; numcodecs {_version('numcodecs')}"
+    return Finding(
+        "codecs",
+        is_found,
+        said if is_found else f"{said}; zarr does not know kvtier.split",
+        "" if is_found else "zarr cannot read arrays stored under codec split; install kvtier as a package",
+    )
 
 
 def _version(package: str) -> str:

@@ -367,6 +367,32 @@ def test_a_file_system_without_holes_only_costs_disk(tmp_path, backend):
     tier.close()
 
 
+_GROWER = """
+import sys, importlib.metadata as metadata
+every = metadata.entry_points
+def entry_points(**chosen):
+    found = every(**chosen)
+    found = [e for part in found.values() for e in part] if isinstance(found, dict) else found  # before Python 3.12
+    return metadata.EntryPoints(e for e in found if not e.name.startswith("kvtier."))
+metadata.entry_points = entry_points
+from kvtier.tiers.cpu import CpuBackend
+from kvtier.tiers.nvme.maintenance import stored_identity
+from kvtier.tiers.nvme.store import NvmeTier
+from pathlib import Path
+path = Path(sys.argv[1])
+NvmeTier.open(path, stored_identity(path), num_slots=[500] * 4, backend=CpuBackend()).close()
+import zarr, zarr.registry
+assert not [e for e in entry_points(group="zarr.codecs")]
+print(zarr.open_array(path / "blocks.zarr" / "g0", mode="r").shape[0])
+"""
+
+
+def test_a_store_grows_where_the_entry_point_is_not_installed(tmp_path, backend):
+    open_tier(tmp_path / "s", backend, "split").close()
+    done = subprocess.run([sys.executable, "-c", _GROWER, tmp_path / "s"], capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0 and int(done.stdout) >= 500, done.stderr
+
+
 def test_importing_the_store_loads_no_codec():
     code = "import sys, kvtier.tiers.nvme.store; print({'zarr', 'numcodecs'} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")

@@ -244,6 +244,8 @@ def grow_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> li
         if has < wanted:
             import zarr
 
+            if (encoder := codec_for(arrays[index]["codec"], identity.layouts[index])) is not None:
+                encoder.zarr_codec()  # zarr then knows it, also where an older installation lacks the entry point
             array = zarr.open_array(str(file.parent), mode="r+")
             array.resize((wanted, *array.shape[1:]))
     return geometries

@@ -15,6 +15,7 @@ from zarr.abc.codec import BytesBytesCodec
 from zarr.core.array_spec import ArraySpec
 from zarr.core.buffer import Buffer
 from zarr.core.common import JSON, parse_named_configuration
+from zarr.registry import register_codec
 
 from . import split
 
@@ -61,6 +62,9 @@ class ZarrSplit(BytesBytesCodec):
         row = np.empty(nbytes, np.uint8)
         split.decode(frame, row)
         return chunk_spec.prototype.buffer.from_array_like(row)
+
+
+register_codec(NAME, ZarrSplit)
 
 
 def _bytes_of(buffer: Buffer) -> Any:
