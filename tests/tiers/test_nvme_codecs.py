@@ -15,7 +15,7 @@ import pytest
 from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.errors import ConfigError, StoreMismatchError
 from kvtier.tiers.layout import KVLayout
-from kvtier.tiers.nvme import codecs
+from kvtier.tiers.nvme import codecs, maintenance
 from kvtier.tiers.nvme.files import SystemCalls
 from kvtier.tiers.nvme.status import read_store_status
 from kvtier.tiers.nvme.store import STAMP, NvmeTier, StoreIdentity
@@ -364,6 +364,27 @@ def test_a_file_system_without_holes_only_costs_disk(tmp_path, backend):
     write(tier, 0, slots, rows)
     ok, seen = load(tier, slots)
     assert ok.all() and np.array_equal(seen, rows)
+    tier.close()
+
+
+def test_repair_writes_the_metadata_of_every_codec_anew(tmp_path, backend):
+    path = tmp_path / "s"
+    tier = open_tier(path, backend, MIXED)
+    written = [store(tier, 3, group, seed=group) for group in range(4)]
+    tier.close()
+    files = sorted((path / "blocks.zarr").rglob("zarr.json"))
+    codecs_before = [json.loads(file.read_text()).get("codecs") for file in files]
+    for file in files:
+        file.write_text(file.read_text().replace("crc32c", "crc32d").replace("kvtier", "kvtear"))
+    with pytest.raises(ConfigError, match="store repair"):
+        open_tier(path, backend)
+    report = maintenance.check(path, lambda done, total: None, repair=True)
+    assert (report.repaired_metadata, report.blocks, report.bad_blocks) == (1, 12, 0)
+    assert [json.loads(file.read_text()).get("codecs") for file in files] == codecs_before
+    tier = open_tier(path, backend)
+    for group, (slots, rows) in enumerate(written):
+        ok, seen = load(tier, slots, group)
+        assert ok.all() and np.array_equal(seen, rows)
     tier.close()
 
 
