@@ -671,11 +671,15 @@ def _open_nvme(
 ) -> Any:
     if config.nvme_path is None:
         return None
+    from ..tiers.nvme.codecs import NONE
+    from ..tiers.nvme.identity import overhead_of
     from ..tiers.nvme.layout import bytes_on_disk
     from ..tiers.nvme.store import NvmeTier, StoreIdentity
 
+    codecs = config.codecs([layout.name for layout in layouts])
+    used = _recorded_codecs(Path(config.nvme_path), len(layouts)) or codecs or [NONE] * len(layouts)
     budget = config.nvme_size if config.nvme_size is not None else _free_disk(Path(config.nvme_path))
-    sizes = [bytes_on_disk(layout) for layout in layouts]
+    sizes = [bytes_on_disk(layout, overhead_of(codec, layout)) for layout, codec in zip(layouts, used, strict=True)]
     slots = split_blocks(layouts, budget, sizes)
     if min(slots) < 1 and config.nvme_size is not None:
         raise ConfigError(
@@ -687,8 +691,22 @@ def _open_nvme(
         num_slots=slots,
         backend=backend,
         durability=config.durability,
+        codecs=codecs,
         about=about,
     )
+
+
+def _recorded_codecs(path: Path, num_groups: int) -> list[str] | None:
+    """Those of the store that is there, if it can be one of this model; opening it says what is wrong with it."""
+    from ..tiers.nvme.identity import STORE_FILE, stored_codecs
+
+    if not (path / STORE_FILE).exists():
+        return None
+    try:
+        codecs = stored_codecs(path)
+    except ConfigError:
+        return None
+    return codecs if len(codecs) == num_groups else None
 
 
 def _free_disk(path: Path) -> int:

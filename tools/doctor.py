@@ -11,7 +11,7 @@ import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 from ..tiers.backends import cuda_missing
@@ -22,6 +22,7 @@ from ..tiers.machine import Machine
 from ..tiers.memory import address_of, aligned_rows
 from ..tiers.numa import Placement
 from ..tiers.nvme.calibrate import probe_disk
+from ..tiers.nvme.codecs import CODECS
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
     if not path.is_dir():
         raise ConfigError(f"--path {str(path)!r} is not a directory")
-    checks: list[Callable[[], Finding]] = [_torch, _cuda, _cupy, _triton, _memory, _memlock]
+    checks: list[Callable[[], Finding]] = [_torch, _cuda, _cupy, _triton, _codecs, _memory, _memlock]
     checks += [_huge_pages, _reserved_pages, _prefault, _numa]
     findings = [check() for check in checks] + [_disk(path), *_disk_speed(path)]
     if arguments.json:
@@ -82,6 +83,19 @@ def _triton() -> Finding:
 
 def _package(name: str, package: str, cost: str, mend: str) -> Finding:
     return Finding.of(name, importlib.util.find_spec(package) is not None, _version(package), cost, mend)
+
+
+def _codecs() -> Finding:
+    """Whether Zarr finds our own codec; the others come with it."""
+    is_found = bool(entry_points(group="zarr.codecs", name="kvtier.split"))
+    said = ", ".join(CODECS) + f"; numcodecs {_version('numcodecs')}"
+    return Finding.of(
+        "codecs",
+        is_found,
+        said if is_found else f"{said}; zarr does not know kvtier.split",
+        "zarr cannot read arrays stored under codec split",
+        "install kvtier as a package (pip install), so that its entry points are known",
+    )
 
 
 def _version(package: str) -> str:

@@ -290,7 +290,7 @@ def test_refusals_name_the_cause_and_touch_nothing(tmp_path, backend):
     with pytest.raises(StoreMismatchError, match="layouts"):
         open_tier(tmp_path / "s", backend, StoreIdentity("model", (LAYOUT,)), [10])
     file = tmp_path / "s" / "store.json"
-    file.write_text(file.read_text().replace('"format": 3', '"format": 99'))
+    file.write_text(file.read_text().replace('"format": 4', '"format": 99'))
     before = sorted(p.name for p in (tmp_path / "s").rglob("*"))
     with pytest.raises(StoreMismatchError, match="format=99"):
         open_tier(tmp_path / "s", backend)
