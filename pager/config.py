@@ -12,14 +12,18 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..tiers.cpu import IO_DEPTH
 from ..tiers.errors import ConfigError
 from ..tiers.host import check_huge_pages
-from ..tiers.layout import parse_bytes
+from ..tiers.layout import format_bytes, parse_bytes
 from ..tiers.numa import check_numa
 from ..tiers.nvme.codecs import NONE, check_codec
+from ..tiers.nvme.layout import SEGMENT_BYTES
 
 Size = int | str
 _ENV_PREFIX = "KVTIER_"
+MAX_IO_DEPTH = 256
+MIN_SEGMENT_BYTES, MAX_SEGMENT_BYTES = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,8 @@ class PagerConfig:
     nvme_bytes: Size | None = None  # None: as much as the disk gives
     durability: str = "batch"  # none, batch (group commit every 64 MiB or 0.1 s) or always
     # one codec for all layer groups, one each, or by the group's name; None: a store's own, and none in a new one
+    nvme_queue_depth: int = IO_DEPTH  # requests in flight on the disk, each way; `kvtier doctor` measures which is best
+    nvme_segment_bytes: Size = SEGMENT_BYTES  # of the files of a new store
     nvme_codec: str | Sequence[str] | Mapping[str, str] | None = None
     policy: str = "lru"
     window: int | None = None  # tokens, for policy "sliding_window"
@@ -110,6 +116,10 @@ class PagerConfig:
     def quota(self, namespace: str) -> int:
         return parse_bytes(self.namespace_quotas[namespace], name=f"namespace_quotas[{namespace!r}]")
 
+    @property
+    def segment_size(self) -> int:
+        return parse_bytes(self.nvme_segment_bytes, name="nvme_segment_bytes")
+
     def validate(self) -> PagerConfig:
         """Check everything that can be checked without a disk or a device. Raises ConfigError."""
         if self.device_size <= 0:
@@ -143,6 +153,15 @@ class PagerConfig:
         for setting in ("namespace_quotas", "namespace_secrets"):
             if not isinstance(getattr(self, setting), Mapping):
                 raise ConfigError(f"{setting}={getattr(self, setting)!r}: give a mapping from namespace to value")
+        if not isinstance(self.nvme_queue_depth, int) or not 1 <= self.nvme_queue_depth <= MAX_IO_DEPTH:
+            raise ConfigError(
+                f"nvme_queue_depth={self.nvme_queue_depth!r}: need 1 to {MAX_IO_DEPTH} requests in flight"
+            )
+        if not MIN_SEGMENT_BYTES <= self.segment_size <= MAX_SEGMENT_BYTES:
+            raise ConfigError(
+                f"nvme_segment_bytes={self.nvme_segment_bytes!r}: need {format_bytes(MIN_SEGMENT_BYTES)} to "
+                f"{format_bytes(MAX_SEGMENT_BYTES)}"
+            )
         if not isinstance(self.host_prefault, bool):
             raise ConfigError(f"host_prefault={self.host_prefault!r}: choose true or false")
         check_huge_pages(self.host_huge_pages)

@@ -89,7 +89,7 @@ class Pager:
             config.nvme_path is not None,
         )
         owned = backend is None
-        backend = backend or get_backend(config.backend)
+        backend = backend or get_backend(config.backend, io_depth=config.nvme_queue_depth)
         nvme = None
         try:
             if config.require_pinned and not backend.pinned:
@@ -691,6 +691,7 @@ def _open_nvme(
         num_slots=slots,
         backend=backend,
         durability=config.durability,
+        segment_bytes=config.segment_size,
         codecs=codecs,
         about=about,
     )

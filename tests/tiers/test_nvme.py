@@ -343,3 +343,16 @@ def test_after_kill_minus_nine_every_listed_block_is_whole(tmp_path, backend):
     ok, _ = load(tier, slots)
     assert len(slots) >= 15 and ok.all()
     tier.close()
+
+
+def test_segments_are_as_large_as_asked_for(tmp_path, backend):
+    for size in (1 << 20, 4 << 20):
+        tier = NvmeTier.open(
+            tmp_path / str(size),
+            StoreIdentity("m", (LAYOUT,)),
+            num_slots=[100_000],
+            backend=backend,
+            segment_bytes=size,
+        )
+        assert 0.9 * size < tier.geometry(0).segment_bytes <= size + tier.geometry(0).header_bytes
+        tier.close()

@@ -21,6 +21,7 @@ SMALL = {
     "nvme": ["--blocks", "16", "--rounds", "1"],
     "metadata": ["--context", "512", "--rounds", "2"],
     "codecs": ["--blocks", "1", "--rounds", "1"],
+    "sessions": ["--sessions", "3", "--context", "512", "--resident", "2", "--turns", "2"],
 }
 WITHOUT_LMCACHE = pytest.mark.skipif(find_spec("lmcache") is not None, reason="lmcache is installed here")
 FIELDS = {"case", "metric", "value", "unit", "reference", "reference_value", "ratio", "rounds"}

@@ -117,14 +117,19 @@ def read_identity(path: Path) -> dict[str, Any]:
 
 
 def make_arrays(
-    path: Path, identity: StoreIdentity, num_slots: list[int], codecs: Sequence[str], about: Mapping[str, Any]
+    path: Path,
+    identity: StoreIdentity,
+    num_slots: list[int],
+    codecs: Sequence[str],
+    about: Mapping[str, Any],
+    segment_bytes: int,
 ) -> list[Geometry]:
     """Write the Zarr metadata and, last, the identity file.
 
     `about` describes the model to whoever opens the store without kvtier; it is kept in the group's attributes.
     """
     geometries = [
-        Geometry.for_room(layout, n, overhead_of(codec, layout))
+        Geometry.for_room(layout, n, overhead_of(codec, layout), segment_bytes)
         for layout, n, codec in zip(identity.layouts, num_slots, codecs, strict=True)
     ]
     _write_metadata(path / ZARR_DIR, identity, geometries, num_slots, codecs, about)

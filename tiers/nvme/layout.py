@@ -65,9 +65,15 @@ class Geometry:
         return cls(layout.block_bytes, layout.num_layers, stride, slots_per_segment, overhead_bytes)
 
     @classmethod
-    def for_room(cls, layout: KVLayout, num_slots: int, overhead_bytes: int | None = None) -> Geometry:
-        """Segments for a store that shall hold num_slots blocks."""
-        fitting = SEGMENT_BYTES // bytes_on_disk(layout, overhead_bytes)
+    def for_room(
+        cls,
+        layout: KVLayout,
+        num_slots: int,
+        overhead_bytes: int | None = None,
+        segment_bytes: int = SEGMENT_BYTES,
+    ) -> Geometry:
+        """Segments of about segment_bytes, smaller ones for a store that shall hold few blocks."""
+        fitting = segment_bytes // bytes_on_disk(layout, overhead_bytes)
         return cls.of(layout, max(1, min(fitting, num_slots // MIN_SEGMENTS)), overhead_bytes)
 
     @property

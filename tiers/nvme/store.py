@@ -26,7 +26,7 @@ from .durable import DurableListing
 from .encoded import EncodedIo
 from .files import SegmentFiles, SystemCalls
 from .identity import MANIFEST_FILE, StoreIdentity, claim, grow_arrays, make_arrays, stored_codecs
-from .layout import Geometry
+from .layout import SEGMENT_BYTES, Geometry
 from .manifest import STAMP, Manifest
 from .segment_io import SegmentIo
 from .slots import NONE_OPEN, Run, SlotBook, plan_runs, segments_of
@@ -87,6 +87,7 @@ class NvmeTier:
         backend: Backend,
         durability: str = "batch",
         codecs: Sequence[str] | None = None,
+        segment_bytes: int = SEGMENT_BYTES,
         about: Mapping[str, Any] | None = None,
         calls: SystemCalls | None = None,
         with_checksums: bool = True,
@@ -103,7 +104,7 @@ class NvmeTier:
         fd, is_new = claim(where, identity)
         try:
             if is_new:
-                made = make_arrays(where, identity, slots, asked or [NONE] * len(slots), about or {})
+                made = make_arrays(where, identity, slots, asked or [NONE] * len(slots), about or {}, segment_bytes)
             else:
                 made = grow_arrays(where, identity, slots)
             kept = stored_codecs(where, identity)
