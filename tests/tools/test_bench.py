@@ -14,6 +14,7 @@ SMALL = {
     "decode": ["--contexts", "64,100", "--rounds", "2"],
     "host": ["--blocks", "4", "--rounds", "2"],
     "nvme": ["--blocks", "16", "--rounds", "1"],
+    "prefix": ["--tokens", "64", "--documents", "1", "--rounds", "1"],
     "metadata": ["--context", "512", "--rounds", "2"],
 }
 FIELDS = {"case", "metric", "value", "unit", "reference", "reference_value", "ratio", "rounds"}
