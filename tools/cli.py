@@ -15,6 +15,7 @@ BENCHES = {
     "decode": "a decode step of an HF model over pages, against transformers' own caches",
     "nvme": "the Zarr store against the disk (fio) and against zarr-python",
     "sessions": "many long chats on few pages, every answer checked, over restarts",
+    "prefix": "what a prefix cache saves a RAG pipeline, and loading K/V against memcpy and the disk",
     "host": "moving scattered blocks between the memory tiers, against memcpy",
     "codecs": "how much smaller codecs make KV, how fast on one core, and what a store makes of it",
     "metadata": "what the pager's books cost per block of a long prompt",

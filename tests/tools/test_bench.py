@@ -19,6 +19,7 @@ SMALL = {
     "decode": ["--contexts", "64,100", "--rounds", "2"],
     "host": ["--blocks", "4", "--rounds", "2"],
     "nvme": ["--blocks", "16", "--rounds", "1"],
+    "prefix": ["--tokens", "64", "--documents", "1", "--rounds", "1"],
     "metadata": ["--context", "512", "--rounds", "2"],
     "codecs": ["--blocks", "1", "--rounds", "1"],
     "sessions": ["--sessions", "3", "--context", "512", "--resident", "2", "--turns", "2"],
