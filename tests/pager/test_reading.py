@@ -147,6 +147,31 @@ def test_a_reader_that_stops_early_holds_nothing(tmp_path):
     rig.close()
 
 
+def test_what_a_reader_holds_is_neither_moved_nor_overwritten(tmp_path):
+    rig = Rig(pages=6, host=4, path=tmp_path / "s", backend=CpuBackend())
+    tokens = list(range(12))
+    seq = write(rig, tokens, chunk=BLOCK)
+    rig.pager.persist([seq])
+    tiers = set()
+    while tiers != {"device", "host"}:
+        pieces = rig.pager.read_blocks(seq, 0)
+        piece = next(pieces)
+        before = piece.rows[piece.row_ids].copy()
+        for start in (1000, 2000, 3000):  # as much as both tiers hold, three times
+            other = write(rig, list(range(start, start + 24)), chunk=BLOCK)
+            rig.pager.persist([other])
+            rig.pager.finish(other)
+        assert (piece.rows[piece.row_ids] == before).all()
+        pieces.close()
+        tiers.add(piece.tier)
+        if tiers == {"device"}:
+            rig.pager.demote(seq)
+            rig.settle()
+    check_read(rig, seq, tokens)
+    rig.pager.check_integrity()
+    rig.close()
+
+
 def test_a_lost_block_ends_the_reading_with_what_is_left(tmp_path, monkeypatch):
     from kvtier.tiers.nvme.store import Geometry
 
