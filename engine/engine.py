@@ -122,8 +122,8 @@ class Engine:
 
         Raises ConfigError when the id belongs to another namespace.
         """
-        known = self._sessions.get(session_id)
-        if known is not None and known.is_open:
+        known = self.open_session(session_id)
+        if known is not None:
             if known.namespace != namespace:
                 raise ConfigError(f"session {session_id!r} is open in namespace {known.namespace!r}, not {namespace!r}")
             return known.resume()
@@ -132,11 +132,15 @@ class Engine:
 
     def has_session(self, session_id: str) -> bool:
         """Whether the id is taken, by an open session or a parked one."""
+        return self.open_session(session_id) is not None or session_id in self.pager.sessions()
+
+    def open_session(self, session_id: str) -> Session | None:
+        """The session of that id if it is open here, parked or not."""
         known = self._sessions.get(session_id)
-        return (known is not None and known.is_open) or session_id in self.pager.sessions()
+        return known if known is not None and known.is_open else None
 
     def add_session(self, session: Session) -> None:
-        """Know a session that was made by forking."""
+        """Know a session that was made elsewhere."""
         self._sessions[session.id] = session
 
     def check_length(self, num_tokens: int) -> None:

@@ -2,7 +2,7 @@
 
 Requests go in at any time and are scheduled together; what comes out is told to a listener, on the loop's thread.
 Everything else that touches the engine is a call that runs between two steps. What waits for a disk (parking, resuming,
-checkpoints) runs on a keeper thread, so no step waits for it; a session is busy meanwhile.
+checkpoints) runs on keeper threads, so no step waits for it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from .sampling import Output, SamplingParams, TokenLogprob
 
 T = TypeVar("T")
 MAX_WAITING = 1024  # requests that are not active
+KEEPERS = 4  # threads that wait for a disk
 _LOG = logging.getLogger("kvtier.engine")
 
 
@@ -63,7 +64,7 @@ class EngineLoop:
         self._wake = threading.Event()
         self._is_closing = False
         self._failure: BaseException | None = None
-        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="kvtier-keeper")
+        self._keeper = ThreadPoolExecutor(KEEPERS, thread_name_prefix="kvtier-keeper")
         self._thread = threading.Thread(target=self._run, name="kvtier-engine", daemon=True)
         self._thread.start()
 
@@ -118,7 +119,7 @@ class EngineLoop:
         self._wake.set()
 
     def keep(self, fn: Callable[[], T]) -> Future[T]:
-        """Run something that waits for a disk on the keeper thread; it must touch only what nobody else touches now."""
+        """Run something that waits for a disk on a keeper thread; it must touch only what nobody else touches now."""
         return self._keeper.submit(fn)
 
     @property

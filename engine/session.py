@@ -6,13 +6,14 @@ computed twice, and a resumed session goes on exactly as if it had never stopped
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from ..tiers.errors import ConfigError
+from .request import Request
 from .sampling import Output, SamplingParams
-from .template import render_turn
+from .template import Message, render_messages
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -26,6 +27,7 @@ class Session:
         self._engine = engine
         self._seq = seq
         self._rng_state: bytes | None = None  # of the last sampled turn
+        self._turn_start = 0  # tokens before the last message
         self.is_open = True
 
     @classmethod
@@ -35,6 +37,20 @@ class Session:
             session.resume()
             return session
         return cls(engine, session_id, namespace, engine.pager.begin(namespace))
+
+    @classmethod
+    def known(cls, engine: Engine, session_id: str, namespace: str) -> Session:
+        """The session as it is, without resuming it. The id must be known to the pager or open."""
+        found = engine.open_session(session_id)
+        if found is None:
+            found = cls(engine, session_id, namespace, None)
+            engine.add_session(found)
+        return found
+
+    @property
+    def current_seq(self) -> int | None:
+        """The pager's sequence, or None while the session is parked or closed."""
+        return self._seq
 
     @property
     def seq(self) -> int:
@@ -59,15 +75,25 @@ class Session:
 
     def send(
         self,
-        message: str | Sequence[int],
+        message: str | Sequence[int] | Sequence[Message],
         params: SamplingParams | None = None,
         on_token: Callable[[int], None] | None = None,
     ) -> Output:
-        """Append a message (text needs a tokenizer) and generate. With max_tokens=0 only the cache is warmed.
+        """Append a message (text and chat messages need a tokenizer) and generate. max_tokens=0 only warms the cache.
 
         A sampled turn without a seed goes on with the random numbers of the turn before, across park and resume too.
         """
-        params = params or SamplingParams()
+        request = self.turn(message, params or SamplingParams())
+        if on_token is not None:
+            request.on_token = lambda _, token: on_token(token)
+        try:
+            self._engine.run([request])
+        finally:
+            self._engine.drop(request)
+        return self.took(request)
+
+    def turn(self, message: str | Sequence[int] | Sequence[Message], params: SamplingParams) -> Request:
+        """Append a message and make the request that answers it. Whoever runs it calls `took` or `undo` afterwards."""
         if params.n != 1:
             raise ConfigError("n: a session answers once per turn; fork it for more")
         new = self._encode(message)
@@ -76,23 +102,25 @@ class Session:
         engine.check_length(known + len(new) + params.max_tokens)
         if not new and self.num_computed == known:
             raise ConfigError("send: the message is empty, there is nothing to compute")
+        self._turn_start = known
         if not known and len(new) > 1:
             engine.pager.attach(self.seq, new[:-1])
             engine.pager.append(self.seq, new[self.num_computed :])
         else:
             engine.pager.append(self.seq, new)
-        request = engine.continue_request(self.seq, len(new), params, self._rng_state)
-        if on_token is not None:
-            request.on_token = lambda _, token: on_token(token)
-        try:
-            engine.run([request])
-        finally:
-            engine.drop(request)
-        if params.temperature > 0:
+        return engine.continue_request(self.seq, len(new), params, self._rng_state)
+
+    def took(self, request: Request) -> Output:
+        """The turn is whole: remember its random numbers, decode its text."""
+        if request.params.temperature > 0:
             self._rng_state = request.sampler.rng_state
-        if engine.tokenizer is not None:
-            request.output.text = engine.tokenizer.decode(request.output.token_ids)
+        if self._engine.tokenizer is not None:
+            request.output.text = self._engine.tokenizer.decode(request.output.token_ids)
         return request.output
+
+    def undo(self) -> None:
+        """The turn did not come to its end: the session is as it was before the message."""
+        self._engine.pager.truncate(self.seq, self._turn_start)
 
     def inject(self, token_ids: Sequence[int], cache: Any) -> None:
         """Fill an empty session with tokens whose K/V were built elsewhere; see Engine.inject."""
@@ -102,9 +130,15 @@ class Session:
 
     def park(self) -> None:
         """Out of the device tier and into the store; the session ends here and can be resumed, also by another process."""
-        extra = {} if self._rng_state is None else {"rng_state": self._rng_state}
-        self._engine.pager.park(self.id, self.seq, extra)
+        self._engine.pager.park(self.id, self.seq, self._extra())
         self._seq = None
+
+    def checkpoint(self) -> None:
+        """Remember the session as it is, so that it survives a crash, and go on. Raises as Pager.checkpoint does."""
+        self._engine.pager.checkpoint(self.id, self.seq, self._extra())
+
+    def _extra(self) -> dict[str, Any]:
+        return {} if self._rng_state is None else {"rng_state": self._rng_state}
 
     def resume(self) -> Session:
         """Bring a parked session back; does nothing for a running one. Raises ConfigError after close()."""
@@ -137,9 +171,11 @@ class Session:
             self._seq = None
         self.is_open = False
 
-    def _encode(self, message: str | Sequence[int]) -> list[int]:
-        if not isinstance(message, str):
-            return [int(token) for token in message]
+    def _encode(self, message: str | Sequence[int] | Sequence[Message]) -> list[int]:
+        is_text = isinstance(message, str)
+        if not is_text and not any(isinstance(part, Mapping) for part in message):
+            return [int(token) for token in message]  # type: ignore[arg-type]
         if self._engine.tokenizer is None:
             raise ConfigError("send: text needs a tokenizer; pass token ids, or give the engine a tokenizer")
-        return render_turn(self._engine.tokenizer, message, self.token_ids)
+        messages = [{"role": "user", "content": message}] if is_text else message
+        return render_messages(self._engine.tokenizer, messages, self.token_ids)  # type: ignore[arg-type]

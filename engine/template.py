@@ -6,23 +6,45 @@ That text is found by rendering a conversation whose answer is a marker. A token
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..tiers.errors import ConfigError
+
+Message = Mapping[str, Any]  # role and content, as chat templates take them
 _MARKER = "kvtier-marks-this-answer"
 
 
 def render_turn(tokenizer: Any, text: str, known: list[int]) -> list[int]:
     """Token ids to append for a user's message, after the tokens `known` (only whether there are any, and the last)."""
+    return render_messages(tokenizer, [{"role": "user", "content": text}], known)
+
+
+def render_messages(tokenizer: Any, messages: Sequence[Message], known: list[int]) -> list[int]:
+    """Token ids to append for new messages, and for the header of the answer to them.
+
+    Raises: ConfigError for no messages, or when the template refuses them.
+    """
+    if not messages:
+        raise ConfigError("messages: there are none; send at least one")
     if not getattr(tokenizer, "chat_template", None):
+        text = "\n".join(str(message["content"]) for message in messages)
         return [int(token) for token in tokenizer(text, add_special_tokens=not known)["input_ids"]]
-    message = {"role": "user", "content": text}
     if not known:
-        rendered = tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+        rendered = _render(tokenizer, messages)
     else:
         history = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _MARKER}]
-        whole = tokenizer.apply_chat_template([*history, message], tokenize=False, add_generation_prompt=True)
-        rendered = whole.partition(_MARKER)[2]
+        rendered = _render(tokenizer, [*history, *messages]).partition(_MARKER)[2]
         end = tokenizer.eos_token
         if end and known[-1] == tokenizer.eos_token_id and rendered.startswith(end):
             rendered = rendered[len(end) :]  # the model said it already
     return [int(token) for token in tokenizer(rendered, add_special_tokens=False)["input_ids"]]
+
+
+def _render(tokenizer: Any, messages: Sequence[Message]) -> str:
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise ConfigError(f"messages: the model's chat template refuses them: {error}") from error

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..tiers.errors import Busy, ConfigError, TierFullError, TierUnavailableError
+from ..tiers.errors import Busy, ConfigError, TierFullError, TierUnavailableError, UnknownSessionError
 from .core import Core
 from .group import BlockGroup
 from .page_table import BlockTable, Sequence
@@ -88,7 +88,7 @@ class Parking:
         with core.locked():
             entry = core.sessions.get(session_id)
             if entry is None or entry.namespace != namespace:
-                raise ConfigError(f"session {session_id!r} is unknown in namespace {namespace!r}")
+                raise UnknownSessionError(f"session {session_id!r} is unknown in namespace {namespace!r}")
             if entry.active_seq is not None and entry.active_seq in core.sequences:
                 raise Busy(f"session {session_id!r} is active already", retry_after_s=0.1)
             if entry.tables is None:
@@ -128,7 +128,7 @@ class Parking:
         with core.locked():
             entry = core.sessions.pop(session_id, None)
             if entry is None:
-                raise ConfigError(f"session {session_id!r} is unknown")
+                raise UnknownSessionError(f"session {session_id!r} is unknown")
             self._let_go(entry)
             if core.nvme is not None and entry.is_durable:
                 core.nvme.drop_session(session_id)

@@ -4,7 +4,8 @@ KvTierError                      every error of ours; carries .code, stable on t
 ├─ ConfigError                   operator: refuse to start; names key, value, allowed range
 │  ├─ UnsupportedModelError
 │  ├─ StoreMismatchError         the store holds another model, layout or format
-│  └─ StoreLockedError           another live process has the store
+│  ├─ StoreLockedError           another live process has the store
+│  └─ UnknownSessionError        no session of that id in that namespace
 ├─ Busy                          engine: retry later; carries .retry_after_s
 │  ├─ TierFullError              no slot and no legal victim
 │  └─ QueueFullError
@@ -39,6 +40,10 @@ class StoreMismatchError(ConfigError):
 
 class StoreLockedError(ConfigError):
     code = "store_locked"
+
+
+class UnknownSessionError(ConfigError):
+    code = "unknown_session"
 
 
 class Busy(KvTierError):

@@ -1,0 +1,306 @@
+"""Conversations: sessions behind an EngineLoop, for a server. Many threads call; each session does one thing at a time.
+
+A turn is told to be over only when it is durable, so no finished turn is lost by a crash; one that was cancelled or
+failed leaves the session as it was before the message. Sessions that nobody uses are parked after a while.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+from ..pager.sessions import check_session_id
+from ..tiers.errors import Busy, ConfigError, KvTierError, UnknownSessionError
+from .engine import Engine
+from .loop import EngineLoop, Listener, Submission
+from .request import Request
+from .sampling import Output, SamplingParams, TokenLogprob
+from .session import Session
+from .template import Message
+
+IDLE_S = 300.0
+MAX_FORKS = 64
+_LOG = logging.getLogger("kvtier.engine")
+
+
+@dataclass(frozen=True, slots=True)
+class ConversationInfo:
+    """A session from outside. `last_used_s` is seconds since the epoch, 0 when this process has not used it."""
+
+    id: str
+    namespace: str
+    tokens: int
+    computed_tokens: int
+    state: Literal["active", "parked", "busy"]
+    is_durable: bool
+    last_used_s: float
+
+
+@dataclass(slots=True)
+class _Held:
+    """A session that this process has in its hands."""
+
+    session: Session
+    is_busy: bool = False
+    used_s: float = 0.0  # monotonic
+    used_at_s: float = field(default_factory=time.time)
+
+
+class Conversations:
+    """Of one loop. Blocking methods; none may be called on the loop's thread."""
+
+    def __init__(self, loop: EngineLoop, *, idle_s: float = IDLE_S) -> None:
+        self._loop, self._engine, self._idle_s = loop, loop.engine, idle_s
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)  # something is no longer busy
+        self._held: dict[str, _Held] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._park_idle, name="kvtier-idle", daemon=True)
+        self._thread.start()
+
+    # ------------------------------------------------------------------ what there is
+    def create(self, session_id: str | None = None, *, namespace: str = "default") -> ConversationInfo:
+        """A new, empty session. Raises ConfigError when the id is taken or cannot be one."""
+        name = session_id or secrets.token_hex(12)
+
+        def make(engine: Engine) -> Session:
+            if engine.has_session(name):
+                raise ConfigError(f"session {name!r} exists already; delete it first, or use another id")
+            check_session_id(name)
+            return engine.session(name, namespace)
+
+        session = self._loop.call(make).result()
+        with self._lock:
+            self._held[name] = _Held(session, used_s=time.monotonic())
+        return self.info(name, namespace=namespace)
+
+    def info(self, session_id: str, *, namespace: str = "default") -> ConversationInfo:
+        """Raises UnknownSessionError."""
+        found = next((one for one in self.list_sessions(namespace) if one.id == session_id), None)
+        if found is None:
+            raise UnknownSessionError(f"session {session_id!r} is unknown in namespace {namespace!r}")
+        return found
+
+    def list_sessions(self, namespace: str = "default") -> list[ConversationInfo]:
+        """Every session of a namespace, by id."""
+        stored = self._engine.pager.sessions()
+        with self._lock:
+            held = dict(self._held)
+        found = []
+        for name in sorted(stored.keys() | held.keys()):
+            one, record = held.get(name), stored.get(name)
+            if (one.session.namespace if one else record["namespace"] if record else "") != namespace:
+                continue
+            tokens, computed = (record["tokens"], record["computed_tokens"]) if record else (0, 0)
+            seq = one.session.current_seq if one else None
+            if seq is not None:
+                tokens, computed = self._engine.pager.num_tokens(seq), self._engine.pager.num_computed(seq)
+            found.append(
+                ConversationInfo(
+                    id=name,
+                    namespace=namespace,
+                    tokens=tokens,
+                    computed_tokens=computed,
+                    state="busy" if one and one.is_busy else "active" if seq is not None else "parked",
+                    is_durable=bool(record and record["is_durable"]),
+                    last_used_s=one.used_at_s if one else 0.0,
+                )
+            )
+        return found
+
+    # ------------------------------------------------------------------ turns
+    def send(
+        self,
+        session_id: str,
+        message: str | Sequence[int] | Sequence[Message],
+        params: SamplingParams,
+        listener: Listener,
+        *,
+        namespace: str = "default",
+        priority: int = 0,
+        timeout_s: float | None = None,
+    ) -> Submission:
+        """Answer a message; a parked session is resumed first. The listener hears the end when the turn is durable.
+
+        Raises: UnknownSessionError, Busy while another turn or verb is at work on it, ConfigError for the message.
+        """
+        held = self._claim(session_id, namespace)
+        try:
+            self._bring_back(held.session)
+
+            turn = _Turn(self, held, listener)
+
+            def make(engine: Engine) -> Request:
+                turn.request = held.session.turn(message, params)
+                turn.request.priority = priority
+                return turn.request
+
+            return self._loop.submit_request(make, turn, timeout_s=timeout_s)
+        except BaseException:
+            self._let_go(held)
+            raise
+
+    def _finish_turn(self, held: _Held, request: Request) -> BaseException | None:
+        """On a keeper thread: keep what was said, or take the message back. Returns what went wrong, if anything."""
+        session, error = held.session, request.error
+        try:
+            if error is None and request.output.finish_reason in ("stop", "length"):
+                session.took(request)
+                session.checkpoint()
+            else:
+                self._loop.call(lambda engine: session.undo()).result()
+        except KvTierError as failed:
+            _LOG.warning("event=turn_not_durable session=%s reason=%s", session.id, failed)
+            error = error or failed
+        finally:
+            self._let_go(held)
+        return error
+
+    # ------------------------------------------------------------------ verbs
+    def park(self, session_id: str, *, namespace: str = "default") -> ConversationInfo:
+        """Into the store now. Raises as Pager.park does; the session then stays active."""
+        with self._hold(session_id, namespace) as held:
+            self._park(held.session)
+        return self.info(session_id, namespace=namespace)
+
+    def resume(self, session_id: str, *, namespace: str = "default") -> ConversationInfo:
+        """Start to bring a parked session's blocks up before its next turn."""
+        with self._hold(session_id, namespace) as held:
+            self._bring_back(held.session)
+        return self.info(session_id, namespace=namespace)
+
+    def fork(self, session_id: str, n: int = 1, *, namespace: str = "default") -> list[ConversationInfo]:
+        """n sessions that go on from here, over the same blocks."""
+        if not 1 <= n <= MAX_FORKS:
+            raise ConfigError(f"n={n}: fork 1 to {MAX_FORKS} sessions at a time")
+        with self._hold(session_id, namespace) as held:
+            self._bring_back(held.session)
+            children = self._loop.call(lambda engine: held.session.fork(n)).result()
+            with self._lock:
+                for child in children:
+                    self._held[child.id] = _Held(child, used_s=time.monotonic())
+            for child in children:
+                if self._engine.pager.num_tokens(child.seq):
+                    self._loop.keep(child.checkpoint).result()
+        return [self.info(child.id, namespace=namespace) for child in children]
+
+    def rollback(self, session_id: str, num_tokens: int, *, namespace: str = "default") -> ConversationInfo:
+        """Forget everything past the first num_tokens tokens."""
+        with self._hold(session_id, namespace) as held:
+            self._bring_back(held.session)
+            self._loop.call(lambda engine: held.session.rollback(num_tokens)).result()
+            self._loop.keep(held.session.checkpoint).result()
+        return self.info(session_id, namespace=namespace)
+
+    def delete(self, session_id: str, *, namespace: str = "default") -> None:
+        """Forget the session; its blocks become ordinary cache."""
+        with self._hold(session_id, namespace) as held:
+
+            def end(engine: Engine) -> None:
+                held.session.close()
+                if session_id in engine.pager.sessions():
+                    engine.pager.forget(session_id)
+
+            self._loop.call(end).result()
+            with self._lock:
+                del self._held[session_id]
+
+    # ------------------------------------------------------------------ ending
+    def park_all(self, timeout_s: float = 60.0) -> int:
+        """Park every session, waiting for those at work. Returns how many could not be."""
+        deadline_s, failed = time.monotonic() + timeout_s, 0
+        with self._lock:
+            names = [(name, held.session.namespace) for name, held in self._held.items()]
+        for name, namespace in names:
+            with self._lock:
+                while name in self._held and self._held[name].is_busy and time.monotonic() < deadline_s:
+                    self._idle.wait(deadline_s - time.monotonic())
+            try:
+                self.park(name, namespace=namespace)
+            except UnknownSessionError:
+                pass  # deleted meanwhile
+            except KvTierError as error:
+                _LOG.warning("event=not_parked session=%s reason=%s", name, error)
+                failed += 1
+        return failed
+
+    def close(self) -> None:
+        """Stop parking idle sessions. Sessions stay as they are; see park_all."""
+        self._stop.set()
+        self._thread.join(30.0)
+
+    # ------------------------------------------------------------------ inside
+    def _claim(self, session_id: str, namespace: str) -> _Held:
+        self.info(session_id, namespace=namespace)  # or it is unknown
+        session = None
+        if session_id not in self._held:
+            session = self._loop.call(lambda engine: Session.known(engine, session_id, namespace)).result()
+        with self._lock:
+            held = self._held.get(session_id)
+            if held is None:
+                assert session is not None
+                held = self._held[session_id] = _Held(session)
+            if held.is_busy:
+                raise Busy(f"session {session_id!r} is at work; wait for its answer", retry_after_s=0.5)
+            held.is_busy, held.used_s, held.used_at_s = True, time.monotonic(), time.time()
+            return held
+
+    def _let_go(self, held: _Held) -> None:
+        with self._lock:
+            held.is_busy, held.used_s = False, time.monotonic()
+            self._idle.notify_all()
+
+    @contextmanager
+    def _hold(self, session_id: str, namespace: str) -> Iterator[_Held]:
+        held = self._claim(session_id, namespace)
+        try:
+            yield held
+        finally:
+            self._let_go(held)
+
+    def _bring_back(self, session: Session) -> None:
+        if session.is_parked:
+            self._loop.keep(session.resume).result()
+
+    def _park(self, session: Session) -> None:
+        if not session.is_parked and self._engine.pager.num_tokens(session.seq):
+            self._loop.keep(session.park).result()
+
+    def _park_idle(self) -> None:
+        while not self._stop.wait(min(1.0, self._idle_s / 4)):
+            now_s = time.monotonic()
+            with self._lock:
+                idle = [
+                    (name, held.session.namespace)
+                    for name, held in self._held.items()
+                    if not held.is_busy and not held.session.is_parked and now_s - held.used_s > self._idle_s
+                ]
+            for name, namespace in idle:
+                try:
+                    self.park(name, namespace=namespace)
+                except KvTierError as error:
+                    _LOG.info("event=idle_not_parked session=%s reason=%s", name, error)
+
+
+class _Turn:
+    """Passes on what a turn says; the end only once the turn is durable."""
+
+    request: Request
+
+    def __init__(self, conversations: Conversations, held: _Held, listener: Listener) -> None:
+        self._conversations, self._held, self._listener = conversations, held, listener
+
+    def on_token(self, index: int, token: int, logprob: TokenLogprob | None) -> bool:
+        return self._listener.on_token(index, token, logprob)
+
+    def on_end(self, index: int, output: Output, error: BaseException | None) -> None:
+        def finish() -> None:
+            self._listener.on_end(index, output, self._conversations._finish_turn(self._held, self.request))
+
+        self._conversations._loop.keep(finish)

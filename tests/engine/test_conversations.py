@@ -1,0 +1,156 @@
+"""Sessions of a server: durable after each turn, parked when idle, as they were after a turn that failed."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from kvtier import SamplingParams
+from kvtier.engine.conversations import Conversations
+from kvtier.engine.loop import EngineLoop
+from kvtier.tiers.errors import Busy, ConfigError, UnknownSessionError
+
+from .test_families import stock, tiny
+from .test_loop import Heard
+from .test_scheduler import open_engine, prompt_of
+
+GREEDY = SamplingParams(max_tokens=5)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny("llama")
+
+
+class Served:
+    """An engine, its loop and its conversations, over a store or none."""
+
+    def __init__(self, model, store=None, blocks=40, idle_s=300.0) -> None:
+        config = dict(nvme_path=store, nvme_bytes="64MiB") if store else {}
+        self.engine = open_engine(model, blocks, **config)
+        self.loop = EngineLoop(self.engine)
+        self.chats = Conversations(self.loop, idle_s=idle_s)
+
+    def say(self, session_id: str, tokens: list[int], params=GREEDY, namespace="default") -> list[int]:
+        heard = Heard()
+        self.chats.send(session_id, tokens, params, heard, namespace=namespace)
+        heard.wait()
+        assert heard.ends[0][1] is None
+        return heard.tokens[0]
+
+    def close(self, *, park: bool = True) -> None:
+        if park:
+            assert self.chats.park_all() == 0
+        self.chats.close()
+        self.loop.close()
+        self.engine.pager.drain()
+        self.engine.pager.check_integrity()
+        self.engine.close()
+
+
+def test_a_finished_turn_survives_without_any_park(llama, tmp_path):
+    first, later = prompt_of(50, 1), [7, 8, 9]
+    answer = stock(llama, first, 5)
+    again = stock(llama, [*first, *answer, *later], 5)
+    served = Served(llama, tmp_path / "s")
+    served.chats.create("a")
+    assert served.say("a", first) == answer
+    assert served.chats.info("a").is_durable
+    served.close(park=False)  # as a crash would: what was told is all that may count
+    served = Served(llama, tmp_path / "s")
+    assert served.chats.info("a").state == "parked"
+    assert served.say("a", later) == again
+    assert served.engine.pager.counters.get("computed_tokens") == 1 + 3 + 4
+    served.close()
+
+
+def test_a_cancelled_turn_leaves_the_session_as_it_was(llama, tmp_path):
+    first = prompt_of(30, 1)
+    answer = stock(llama, first, 5)
+    wanted = stock(llama, [*first, *answer, 5], 5)
+    served = Served(llama, tmp_path / "s")
+    served.chats.create("a")
+    served.say("a", first)
+    heard = Heard()
+    turn = served.chats.send("a", [6], SamplingParams(max_tokens=500), heard)
+    with pytest.raises(Busy, match="at work"):
+        served.chats.park("a")
+    turn.cancel()
+    assert heard.wait().ends[0][0] == "cancelled"
+    assert served.chats.info("a").tokens == 35
+    assert served.say("a", [5]) == wanted
+    served.close()
+
+
+def test_idle_sessions_are_parked_and_come_back_by_themselves(llama, tmp_path):
+    served = Served(llama, tmp_path / "s", idle_s=0.2)
+    served.chats.create("a")
+    served.say("a", prompt_of(40, 1))
+    deadline_s = time.monotonic() + 20
+    while served.chats.info("a").state != "parked":
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    assert len(served.say("a", [3])) == 5
+    served.close()
+
+
+def test_verbs_do_what_they_say(llama, tmp_path):
+    served = Served(llama, tmp_path / "s")
+    chats = served.chats
+    assert chats.create().id != chats.create().id
+    chats.create("a", namespace="one")
+    first = served.say("a", prompt_of(40, 1), namespace="one")
+    child = chats.fork("a", 2, namespace="one")[1]
+    assert child.tokens == 45 and child.is_durable
+    assert served.say(child.id, [4], namespace="one") == served.say("a", [4], namespace="one")
+    assert chats.rollback("a", 45, namespace="one").tokens == 45
+    assert chats.park("a", namespace="one").state == "parked"
+    assert chats.resume("a", namespace="one").state == "active"
+    assert [one.id for one in chats.list_sessions("one")] == ["a", "a/1", "a/2"]
+    chats.delete("a", namespace="one")
+    for verb in (chats.info, chats.park, chats.delete):
+        with pytest.raises(UnknownSessionError):
+            verb("a", namespace="one")
+    with pytest.raises(UnknownSessionError):
+        chats.info(child.id, namespace="other")
+    with pytest.raises(ConfigError, match="exists already"):
+        chats.create(child.id, namespace="one")
+    with pytest.raises(ConfigError, match="n=0"):
+        chats.fork(child.id, 0, namespace="one")
+    assert len(first) == 5
+    served.close()
+
+
+def test_many_sessions_take_turns_on_few_pages_and_across_a_restart(llama, tmp_path):
+    """Every session of a crowd says what it would say alone, while the device tier holds a few of them."""
+    names = [f"s{i}" for i in range(12)]
+    openings = {name: prompt_of(60 + i, i) for i, name in enumerate(names)}
+    histories, wanted = {}, {}
+    for name in names:
+        history = list(openings[name])
+        wanted[name] = []
+        for turn in range(3):
+            history += [] if turn == 0 else [turn]
+            wanted[name].append(stock(llama, history, 5))
+            history += wanted[name][-1]
+        histories[name] = history
+    served = Served(llama, tmp_path / "s", blocks=20)
+    for name in names:
+        served.chats.create(name)
+    for turn in range(3):
+        found: dict[str, list[int]] = {}
+
+        def client(name: str, turn: int = turn, found: dict = found, served: Served = served) -> None:
+            found[name] = served.say(name, openings[name] if turn == 0 else [turn])
+
+        threads = [threading.Thread(target=client, args=(name,)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert found == {name: wanted[name][turn] for name in names}
+        served.close(park=turn == 1)
+        served = Served(llama, tmp_path / "s", blocks=20)
+    served.close()
