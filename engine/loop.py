@@ -122,6 +122,19 @@ class EngineLoop:
         """Run something that waits for a disk on a keeper thread; it must touch only what nobody else touches now."""
         return self._keeper.submit(fn)
 
+    def cancel_all(self) -> None:
+        """End everything that runs or waits at the next step, as Submission.cancel does."""
+
+        def mark(engine: Engine) -> None:
+            for request in engine.scheduler.requests():
+                request.is_cancelled = True
+
+        self.tell(mark)
+
+    @property
+    def is_running(self) -> bool:
+        return not self._is_closing and self._failure is None
+
     @property
     def failure(self) -> BaseException | None:
         """Why the loop ended by itself, if it did."""

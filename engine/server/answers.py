@@ -65,6 +65,10 @@ class Answers:
         if self._is_cancelled:
             starting.add_done_callback(_cancel)
 
+    def begun(self) -> list[Submission]:
+        """Those that the scheduler has taken."""
+        return [one.result() for one in self._starting if one.done() and not one.cancelled() and not one.exception()]
+
     def cancel(self) -> None:
         """Nobody waits for these any more. Harmless when they have ended."""
         if not self._is_cancelled:
@@ -108,6 +112,7 @@ class _OnLoop:
     def __init__(self, answers: Answers, first: int) -> None:
         self._answers, self._first = answers, first
         self._times: dict[int, tuple[float, float]] = {}
+        self._failed: dict[int, Exception] = {}
 
     def on_token(self, index: int, token: int, logprob: TokenLogprob | None) -> bool:
         now_s = time.monotonic()
@@ -115,8 +120,8 @@ class _OnLoop:
         stream = self._answers.streams[self._first + index]
         try:
             piece = stream.push(token, logprob)
-        except Exception:  # a tokenizer that fails must not take the engine's step with it
-            _LOG.exception("event=detokenizer_failed token=%d", token)
+        except Exception as error:  # a tokenizer that fails must not take the engine's step with it
+            self._failed[index] = error
             return True
         if piece != Piece():
             self._answers.put(Delta(self._first + index, piece.text, piece.logged))
@@ -124,7 +129,8 @@ class _OnLoop:
 
     def on_end(self, index: int, output: Output, error: BaseException | None) -> None:
         first_s, last_s = self._times.get(index, (0.0, 0.0))
-        self._answers.put(Ended(self._first + index, output, error, first_s, last_s))
+        failed = error or self._failed.get(index)
+        self._answers.put(Ended(self._first + index, output, failed, first_s, last_s))
 
 
 def _cancel(starting: Future[Submission]) -> None:
@@ -143,7 +149,10 @@ def _failure(ended: Ended) -> ApiError | None:
         return None
     if reason == "deadline":
         return ApiError(
-            503, "the request took longer than this server allows; ask for fewer tokens", code="deadline", retry_after_s=1.0
+            503,
+            "the request took longer than this server allows; ask for fewer tokens",
+            code="deadline",
+            retry_after_s=1.0,
         )
     return ApiError(503, "the server is ending; send the request again", code="cancelled", retry_after_s=5.0)
 

@@ -1,7 +1,7 @@
 """Errors on the wire: OpenAI's body, a status that says who should act, and a message that says what to do.
 
-    400 the request is wrong   401 no or a wrong key   404 unknown model, session, pin   409 the session is at work
-    413 body too large         429 too many at a time, again later                       503 no room, or ending
+400 the request is wrong   401 no or a wrong key   404 unknown model, session, pin   409 the session is at work
+413 body too large         429 too many at a time, again later                       503 no room, or ending
 """
 
 from __future__ import annotations
@@ -105,10 +105,12 @@ def install(app: FastAPI) -> None:
 
 def _of_validation(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong, by the name of its field; never the value, which may be somebody's text."""
-    found = error.errors()
+    found: list[dict[str, Any]] = list(error.errors())
     first = max(found, key=lambda one: len(one["loc"])) if found else {"loc": (), "msg": "it is not valid", "type": ""}
     if first["type"] == "json_invalid":
-        return bad(f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="invalid_json")
+        return bad(
+            f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="invalid_json"
+        )
     names = [str(part) for part in first["loc"] if part not in ("body", "path", "query")]
     param = ".".join(names) or None
     if param is None:

@@ -19,7 +19,7 @@ class ErrorReply(BaseModel):
 
 
 class PromptTokens(BaseModel):
-    """cached = device + host + disk, by the tier that held them when the request came. Recomputed tokens had been computed before."""
+    """cached = device + host + disk, by the tier that held them when the request came. Recomputed: had been computed before."""
 
     cached_tokens: int
     device_tokens: int
