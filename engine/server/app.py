@@ -23,7 +23,7 @@ def make_app(service: Service) -> FastAPI:
     for module in (generating, sessions, cache, health):
         app.include_router(module.router(service))
     errors.install(app)
-    app.add_middleware(Guard, settings=service.settings)
+    app.add_middleware(Guard, settings=service.settings, gate=service.gate)
     describe = app.openapi
 
     def openapi() -> dict[str, Any]:

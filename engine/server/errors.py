@@ -106,7 +106,9 @@ def install(app: FastAPI) -> None:
 def _of_validation(error: RequestValidationError) -> ApiError:
     """The first thing that is wrong, by the name of its field; never the value, which may be somebody's text."""
     found: list[dict[str, Any]] = list(error.errors())
-    first = max(found, key=lambda one: len(one["loc"])) if found else {"loc": (), "msg": "it is not valid", "type": ""}
+    first: dict[str, Any] = (
+        max(found, key=lambda one: len(one["loc"])) if found else {"loc": (), "msg": "it is not valid", "type": ""}
+    )
     if first["type"] == "json_invalid":
         return bad(
             f"the body is not valid JSON: {first.get('ctx', {}).get('error', first['msg'])}", code="invalid_json"

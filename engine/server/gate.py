@@ -13,6 +13,7 @@ from .errors import ApiError
 from .settings import DEFAULT_NAMESPACE, ServerSettings
 
 OPEN_PATHS = {"/health", "/ready"}  # for probes, which have no key
+_WHILE_DRAINING = OPEN_PATHS | {"/metrics"}
 _LINGER_BYTES, _LINGER_S = 64 << 20, 5.0  # of a body that is too large, read so that the client sees the answer
 
 
@@ -48,8 +49,9 @@ class ApiKeys:
 class Guard:
     """ASGI middleware: the namespace of the key goes to scope["state"], a body that is too large goes nowhere."""
 
-    def __init__(self, app: Any, settings: ServerSettings) -> None:
+    def __init__(self, app: Any, settings: ServerSettings, gate: Gate) -> None:
         self._app, self._limit, self._keys = app, settings.max_request_bytes, ApiKeys(settings.api_keys)
+        self._gate = gate
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -67,6 +69,8 @@ class Guard:
         try:
             if scope["path"] not in OPEN_PATHS:
                 scope["state"]["namespace"] = self._keys.namespace(headers.get(b"authorization", b""))
+            if scope["path"] not in _WHILE_DRAINING:
+                self._gate.check_open()
             length = headers.get(b"content-length", b"0")
             if length.isdigit() and int(length) > self._limit:
                 await _read_away(receive)
@@ -116,10 +120,14 @@ class Gate:
         self.num_inside = 0
         self.is_draining = False
 
-    def enter(self) -> None:
-        """Raises: ApiError; otherwise `leave` when done."""
+    def check_open(self) -> None:
+        """Raises: ApiError."""
         if self.is_draining:
             raise ApiError(503, "the server is ending; send the request again", code="draining", retry_after_s=5.0)
+
+    def enter(self) -> None:
+        """Raises: ApiError; otherwise `leave` when done."""
+        self.check_open()
         if self.num_inside >= self._limit:
             raise ApiError(
                 429,

@@ -30,7 +30,6 @@ def router(service: Service) -> APIRouter:
     @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}, **errors(401)})
     async def metrics() -> Response:
         """For Prometheus."""
-        text = await service.on_waiting_thread(service.metrics.text)
-        return Response(text, media_type=CONTENT_TYPE)
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     return routes

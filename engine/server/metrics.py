@@ -115,9 +115,8 @@ def _of_counters(rows: list[dict[str, Any]], policy: str) -> Iterator[Any]:
                 found[tuple(row["labels"].get(label, "") for label in labels)] += row["value"]
         return found
 
-    yield _counter(
-        "kvtier_hit_tokens", "Prompt tokens found, by tier at match time.", ("tier",), sums("hit_tokens", "tier")
-    )
+    hits: dict[Any, float] = {(tier,): 0.0 for tier in _TIERS} | sums("hit_tokens", "tier")
+    yield _counter("kvtier_hit_tokens", "Prompt tokens found, by tier at match time.", ("tier",), hits)
     ghosts, lost = sums("ghost_tokens")[()], sums("lost_tokens")[()]
     cold = max(0, sums("miss_tokens")[()] - ghosts)
     missed = {"cold": cold, "ghost": ghosts, "lost": lost}

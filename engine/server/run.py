@@ -68,6 +68,7 @@ async def _serve(service: Service, listener: socket.socket, host: str) -> int:
     failed = await asyncio.to_thread(service.close)
     server.should_exit = True
     await serving
+    service.end_threads()
     if failed:
         print(f"kvtier: {failed} sessions could not be parked; see the log", file=sys.stderr)
     return 1 if failed or service.loop.failure is not None else 0

@@ -255,7 +255,7 @@ class Service:
             await asyncio.sleep(0.05)
 
     def close(self) -> int:
-        """Cancel what still runs, park every session, end the threads. Returns how many sessions could not be parked."""
+        """Cancel what still runs, park every session, end the loop. Returns how many sessions could not be parked."""
         failed = 0
         if self.loop.is_running:
             self.loop.cancel_all()
@@ -263,9 +263,12 @@ class Service:
             self.loop.call(lambda engine: self.pins.close()).result()
         self.conversations.close()
         self.loop.close()
+        return failed
+
+    def end_threads(self) -> None:
+        """After the last HTTP request was answered."""
         self._text.shutdown()
         self._waiting.shutdown()
-        return failed
 
 
 def _max_context(engine: Engine, settings: ServerSettings) -> int:
