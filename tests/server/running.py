@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import re
 import signal
 import subprocess
@@ -68,8 +69,8 @@ def stock(model, prompt: list[int], new_tokens: int) -> list[int]:
 class Running:
     """Clients for a server, and the service behind it where that is in this process."""
 
-    def __init__(self, url: str, service: Service | None = None) -> None:
-        self.url, self.service = url, service
+    def __init__(self, url: str, service: Service | None = None, model=None) -> None:
+        self.url, self.service, self.model = url, service, model
         self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
         self.http = httpx.Client(base_url=url, timeout=60)
 
@@ -87,7 +88,7 @@ class Running:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def stock_text(self, prompt: list[int], new_tokens: int) -> str:
-        out = stock(self.service.engine.model, prompt, new_tokens)
+        out = stock(self.model, prompt, new_tokens)
         return self.tokenizer.decode(out, skip_special_tokens=True).rstrip("\ufffd")
 
     def check_end(self) -> None:
@@ -104,19 +105,20 @@ class Running:
 
 
 @contextmanager
-def serving(model, tokenizer, *, blocks: int = 64, host: int = 256, nvme_path=None, block_size=BLOCK, **settings):
+def serving(model, tokenizer, *, blocks: int = 256, host: int = 512, nvme_path=None, block_size=BLOCK, **settings):
     size = sum(layout.block_bytes for layout in discover(model).layouts(block_size))
     config = PagerConfig(blocks * size, host * size, nvme_path=nvme_path, backend="cpu", staging_bytes=0)
     if nvme_path is not None:
         config = PagerConfig(blocks * size, host * size, nvme_path, 4096 * size, backend="cpu", staging_bytes=0)
     options = {"model_name": "tiny", "keep_alive_s": 0.2} | settings
-    with Engine.from_model(model, config, tokenizer, block_size=block_size, max_batch_tokens=64) as engine:
+    served = copy.deepcopy(model)  # while an engine has a model, it runs nowhere else
+    with Engine.from_model(served, config, tokenizer, block_size=block_size, max_batch_tokens=64) as engine:
         service = Service(engine, ServerSettings(**options))
         listener = _listen("127.0.0.1", 0)
         server = _Server(uvicorn.Config(make_app(service), log_config=None, lifespan="off", ws="none"))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
-        running = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service)
+        running = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service, model)
         try:
             while not server.started:
                 time.sleep(0.01)
