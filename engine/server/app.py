@@ -20,9 +20,10 @@ def make_app(service: Service) -> FastAPI:
         docs_url=None,
         redoc_url=None,
     )
-    for module in (generating, sessions, cache, health):
-        app.include_router(module.router(service))
-    errors.install(app)
+    routers = [module.router(service) for module in (generating, sessions, cache, health)]
+    for one in routers:
+        app.include_router(one)
+    errors.install(app, [route for one in routers for route in one.routes])
     app.add_middleware(Guard, settings=service.settings, gate=service.gate)
     describe = app.openapi
 

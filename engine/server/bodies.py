@@ -16,7 +16,7 @@ TokenIds = list[Annotated[int, Field(ge=0, lt=1 << 32)]]
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False, strict=True)
 
 
 class CacheControl(Body):
@@ -104,7 +104,11 @@ class CompletionRequest(Sampling):
 
 
 class SessionRequest(Body):
-    id: str | None = Field(None, description="1 to 64 letters, digits, '_', '-' or '.'; made up when not given.")
+    id: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9_.-]{1,64}$",
+        description="1 to 64 letters, digits, '_', '-' or '.'; made up when not given.",
+    )
 
 
 class ForkRequest(Body):

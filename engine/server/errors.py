@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.routing import BaseRoute, Match
 
 from ...tiers.errors import Busy, ConfigError, KvTierError, QueueFullError, TierFullError, UnknownSessionError
 
@@ -74,8 +76,8 @@ def of_ours(error: BaseException) -> ApiError:
     return ApiError(500, "the server failed on this request; its log says why", code="internal")
 
 
-def install(app: FastAPI) -> None:
-    """Every error leaves in the same body."""
+def install(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Every error leaves in the same body. `routes` are all that there are."""
 
     @app.exception_handler(ApiError)
     async def ours(request: Request, error: ApiError) -> Response:
@@ -96,11 +98,18 @@ def install(app: FastAPI) -> None:
             message = f"there is no {request.method} {request.url.path}; GET /openapi.json lists what there is"
         elif error.status_code == 405:
             message = f"{request.url.path} does not take {request.method}; GET /openapi.json lists what there is"
+            return ApiError(405, message, headers={"Allow": ", ".join(sorted(_methods(request, routes)))}).response()
         return ApiError(error.status_code, message, headers=dict(error.headers or {})).response()
 
     @app.exception_handler(Exception)
     async def unknown(request: Request, error: Exception) -> Response:
         return of_ours(error).response()
+
+
+def _methods(request: Request, routes: Sequence[BaseRoute]) -> set[str]:
+    """What this path does take."""
+    matching = (route for route in routes if route.matches(request.scope)[0] != Match.NONE)
+    return {method for route in matching for method in getattr(route, "methods", None) or ()}
 
 
 def _of_validation(error: RequestValidationError) -> ApiError:

@@ -29,7 +29,7 @@ from kvtier.engine.server.settings import ServerSettings
 from ..tools.test_chat import make_tokenizer
 
 BLOCK = 16
-WORDS = "the quick brown fox jumps over the lazy dog".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
 
 
 def tiny_model(tokenizer):

@@ -37,7 +37,9 @@ def fill(server) -> None:
 def test_warming_computes_once_and_says_how_much(server):
     prompts = [LONG, server.tokenizer(LONG[::-1])["input_ids"]]
     first = server.http.post("/v1/cache/warm", json={"prompts": prompts}).json()
-    assert [one["tokens"] for one in first["prompts"]] == [len(server.tokenizer(t)["input_ids"]) for t in (LONG, LONG[::-1])]
+    assert [one["tokens"] for one in first["prompts"]] == [
+        len(server.tokenizer(t)["input_ids"]) for t in (LONG, LONG[::-1])
+    ]
     assert first["computed_tokens"] == first["tokens"]
     again = server.http.post("/v1/cache/warm", json={"prompts": prompts}).json()
     assert again["computed_tokens"] < first["computed_tokens"] / 4
@@ -60,7 +62,12 @@ def test_warming_in_events_says_how_far_it_is(model, tokenizer):
 
 @pytest.mark.parametrize(
     "body",
-    [{}, {"prompts": []}, {"prompts": ["a"], "messages": [{"role": "user", "content": "x"}]}, {"prompts": ["the " * 9000]}],
+    [
+        {},
+        {"prompts": []},
+        {"prompts": ["a"], "messages": [{"role": "user", "content": "x"}]},
+        {"prompts": ["the " * 9000]},
+    ],
 )
 def test_what_cannot_be_warmed_is_a_400(server, body):
     for path, more in (("warm", {}), ("pins", {"ttl_s": 5})):
@@ -183,11 +190,15 @@ def test_stats_and_metrics_count_the_same_things(server):
     def gained(*name: str) -> float:
         return after[name] - before.get(name, 0.0)
 
-    assert gained("kvtier_requests_total", "chat", "ok") == 2 and gained("kvtier_requests_total", "completions", "ok") == 1
+    assert (
+        gained("kvtier_requests_total", "chat", "ok") == 2 and gained("kvtier_requests_total", "completions", "ok") == 1
+    )
     assert gained("kvtier_time_to_first_token_seconds_count") == 3
     assert gained("kvtier_time_per_output_token_seconds_count") == 1
     assert gained("kvtier_queue_wait_seconds_count") == 3
-    assert gained("kvtier_hit_tokens_total", "device") > 64 and gained("kvtier_prefill_saved_seconds_total", "device") > 0
+    assert (
+        gained("kvtier_hit_tokens_total", "device") > 64 and gained("kvtier_prefill_saved_seconds_total", "device") > 0
+    )
     assert gained("kvtier_tokens_total", "completion") == 6 and gained("kvtier_computed_tokens_total") > 6
     assert gained("kvtier_stall_seconds_total", "prefill") > 0
     stats = server.http.get("/v1/cache/stats").json()

@@ -41,7 +41,9 @@ def test_a_salt_divides_a_namespace(keyed):
     assert owners <= {owner_tag("alice"), owner_tag("bob")}  # quotas see whose it is, whatever the salt
 
 
-@pytest.mark.parametrize("header", [None, "Bearer wrong-key-0123456789", f"Basic {ALICE}", ALICE, "Bearer", f"Bearer {ALICE}x"])
+@pytest.mark.parametrize(
+    "header", [None, "Bearer wrong-key-0123456789", f"Basic {ALICE}", ALICE, "Bearer", f"Bearer {ALICE}x"]
+)
 def test_without_a_right_key_there_is_nothing_but_probes(keyed, header):
     headers = {} if header is None else {"Authorization": header}
     for path in ("/v1/models", "/v1/sessions", "/v1/cache/stats", "/metrics", "/openapi.json", "/nothing"):

@@ -23,7 +23,18 @@ def checkpoint(tmp_path_factory):
 
 
 def flags(checkpoint, store) -> list:
-    return ["--model", checkpoint, "--store", store, "--nvme-bytes", "64MiB", "--device-bytes", "2MiB", "--host-bytes", "8MiB"]
+    return [
+        "--model",
+        checkpoint,
+        "--store",
+        store,
+        "--nvme-bytes",
+        "64MiB",
+        "--device-bytes",
+        "2MiB",
+        "--host-bytes",
+        "8MiB",
+    ]
 
 
 def say(server, name: str, text: str, **options) -> dict:
@@ -57,7 +68,7 @@ def test_sigterm_lets_requests_finish_parks_sessions_and_a_restart_goes_on(check
         (found,) = server.http.get("/v1/sessions").json()["data"]
         assert found["state"] == "parked" and found["is_durable"]
         again = say(server, "a", "jumps")["usage"]
-        assert again["prompt_tokens_details"]["disk_tokens"] >= first["usage"]["total_tokens"] - 1
+        assert again["prompt_tokens_details"]["cached_tokens"] >= first["usage"]["total_tokens"] - 1
         assert again["prompt_tokens_details"]["recomputed_tokens"] == 0
 
 

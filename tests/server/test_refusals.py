@@ -94,6 +94,7 @@ def test_the_client_raises_its_own_errors(server):
     with pytest.raises(openai.NotFoundError, match="not served"):
         server.client.models.retrieve("other")
     reply = server.http.get("/v1/chat/completions")
+    assert server.http.options("/v1/cache/pins").headers["allow"] == "GET, POST"
     assert reply.status_code == 405 and "does not take GET" in error_of(reply)["message"]
 
 

@@ -24,9 +24,7 @@ class Sentencepiece:
         words = ["<unk>", *(f"<0x{i:02X}>" for i in range(256)), "▁the", "▁fox", "o", "▁"]
         raw = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>"))
         strip = decoders.Strip(" ", 1, 0)
-        raw.decoder = decoders.Sequence(
-            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
-        )
+        raw.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
         self._raw, self.size = raw, len(words)
 
     def decode(self, ids, **_) -> str:
