@@ -15,6 +15,8 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[examples]' \
+		|| echo "no LangChain or LlamaIndex here: the tests of their examples are skipped"
 	touch $@
 
 demo: setup
@@ -26,6 +28,7 @@ test: setup
 bench: setup
 	$(BIN)/kvtier bench metadata --out benchmarks/results/metadata-cpu.json
 	$(BIN)/kvtier bench decode --out benchmarks/results/decode-cpu.json
+	$(BIN)/kvtier bench prefix --out benchmarks/results/prefix-cpu.json
 
 soak: setup
 	$(BIN)/python -m pytest -q -m soak

@@ -1,8 +1,8 @@
 """Open a kvtier store with stock zarr-python: list its parked sessions and its blocks, and plot one block.
 
-Needs zarr alone, and matplotlib for the picture; kvtier itself is not imported. A live store may be looked at: what is
-shown is as of its last commit, and a slot that is being written anew fails its crc32c instead of reading as something
-else.
+Needs zarr alone, and matplotlib for the picture; kvtier itself is not imported, but has to be installed for arrays stored
+under its codec `split`. A live store may be looked at: what is shown is as of its last commit, and a slot that is being
+written anew fails its crc32c instead of reading as something else.
 
     python cookbook/open_a_store.py STORE [block.png] [--array g0] [--slot N]
 """

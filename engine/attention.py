@@ -156,7 +156,9 @@ def _attend(
     held, shape = step.lease.groups[pages.group], step.spec.groups[pages.group]
     plan = step.plan(pages, last_rows=last_rows)
     kind: dict[str, Any] = dict(scale=scale, softcap=softcap, out_dtype=torch.float32)
-    out, lse = paged_attention(q, pages.k, pages.v, (), (), (), window=shape.window, plan=plan, **kind)
+    out, lse = paged_attention(
+        q, pages.k, pages.v, (), (), (), window=shape.window, sinks=shape.sinks, plan=plan, **kind
+    )
     if held.stream is not None:
         for staged in step.lease.stream(pages.group, pages.layer):
             k, v = slice_views(shape, typed(staged.rows, step.dtype), step.block_size)

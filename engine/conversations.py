@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from ..pager.sessions import check_session_id
@@ -210,6 +211,25 @@ class Conversations:
             self._loop.call(end).result()
             with self._lock:
                 del self._held[session_id]
+
+    def export_session(self, session_id: str, path: Path, *, namespace: str = "default") -> None:
+        """Write the session to a new file. Raises ConfigError when that cannot be."""
+        with self._hold(session_id, namespace) as held:
+            self._bring_back(held.session)
+            self._loop.keep(lambda: held.session.export(path)).result()
+
+    def import_session(self, session_id: str, path: Path, *, namespace: str = "default") -> ConversationInfo:
+        """A new session with what export_session wrote, durable. Raises ConfigError, StoreMismatchError, TierFullError."""
+
+        def load() -> Session:
+            session = Session.load(self._engine, path, session_id, namespace)
+            session.checkpoint()
+            return session
+
+        session = self._loop.keep(load).result()
+        with self._lock:
+            self._held[session_id] = _Held(session, used_s=time.monotonic())
+        return self.info(session_id, namespace=namespace)
 
     # ------------------------------------------------------------------ ending
     def park_all(self, timeout_s: float = 60.0) -> int:

@@ -19,7 +19,8 @@ from ..pager.config import PagerConfig
 from ..pager.lease import Span
 from ..pager.pager import Pager, stored_block_size
 from ..tiers.errors import BlockMissError, ConfigError, TierFullError, TierUnavailableError
-from .hf import ModelSpec, describe, discover, fingerprint
+from .beam import BeamGroup
+from .hf import ModelSpec, StreamingWindow, describe, discover, fingerprint
 from .loading import load_checkpoint
 from .request import Request, phase
 from .runner import ModelRunner, Progress
@@ -69,15 +70,17 @@ class Engine:
         max_batch_tokens: int = MAX_BATCH_TOKENS,
         limits: SchedulerLimits | None = None,
         draft: Engine | None = None,
+        streaming: StreamingWindow | None = None,
     ) -> Engine:
         """Put a loaded Hugging Face decoder over a new pager.
 
         `block_size` is that of the store at config.nvme_path where there is one, else chosen from device and size.
         `draft` is an engine of a smaller model with the same vocabulary, for SamplingParams(speculation="model").
+        `streaming` gives full-attention layers a window and sinks, for texts without end.
         Raises: UnsupportedModelError, ConfigError; nothing is written before all checks have passed.
         """
         config.validate()
-        spec = discover(model)
+        spec = discover(model) if streaming is None else discover(model).streamed(streaming)
         size = block_size or stored_block_size(config.nvme_path) or _default_block_size(model, spec, config)
         pager = Pager.open(spec.layouts(size), config, model_fingerprint=fingerprint(model), about=describe(model))
         try:
@@ -177,6 +180,8 @@ class Engine:
             Request(-1, params, Sampler(params, i), len(prompt), namespace=namespace, priority=priority)
             for i in range(1, params.n)
         ]
+        if params.num_beams > 1:
+            BeamGroup(request)
         return request
 
     def drop(self, request: Request) -> None:
@@ -234,25 +239,28 @@ class Engine:
 
     def step(self) -> list[Request]:
         """Run one step, if there is anything to run. Returns the requests that ended since the last one."""
-        ended = self.scheduler.take_ended()
+        ended = self.settle_ended()
         work = self.scheduler.plan()
         if work:
             busy = {id(request) for request, _ in work}
             with phase((r for r in self.scheduler.requests() if id(r) not in busy), "queued"):
                 self._step_shrinking(work)
-        ended += self.scheduler.take_ended()
-        for request in ended:
-            self._settle(request)
-        return ended
+        return ended + self.settle_ended()
 
-    def settle_ended(self) -> None:
-        """Give back what requests held that were cancelled, without running anything."""
-        for request in self.scheduler.take_ended():
-            self._settle(request)
+    def settle_ended(self) -> list[Request]:
+        """Give back what requests held that are done, cancelled or late, without running anything. Returns them."""
+        ended: list[Request] = []
+        while found := self.scheduler.take_ended():  # the end of one beam is that of the others
+            for request in found:
+                self._settle(request)
+            ended += found
+        return ended
 
     def _settle(self, request: Request) -> None:
         """After its last step: give back what it held, end the twins that never began, say so."""
         self._free(request)
+        if request.beams is not None:
+            request.beams.give_up(request)
         for twin in request.twins:
             if twin.seq < 0 and not twin.is_done:
                 twin.end(request.output.finish_reason, request.error)
@@ -348,10 +356,13 @@ class Engine:
         """Sample for the request from logits [1 + drafted tokens, vocab], and at its first token for its twins."""
         if request.on_prompt is not None and request.ledger.ttft_s is None:
             request.on_prompt(request)
+        request.ledger.first_token()
+        if request.beams is not None:
+            request.beams.offer(self, request, logits[0])
+            return
         for twin in request.twins:
             if twin.seq < 0:
                 self._begin_twin(request, twin, logits[0])
-        request.ledger.first_token()
         if request.params.max_tokens == 0:
             request.end_if_full()
             return

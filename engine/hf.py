@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..tiers.errors import UnsupportedModelError
+from ..tiers.errors import ConfigError, UnsupportedModelError
 from ..tiers.layout import KVLayout
 
 SPY = "kvtier_spy"
@@ -35,6 +36,23 @@ class LayerSpec:
     head_dim: int
     value_dim: int
     window: int | None
+    sinks: int = 0  # first tokens that are seen beside the window
+
+
+@dataclass(frozen=True, slots=True)
+class StreamingWindow:
+    """Endless generation in constant memory: layers that see everything see this many last tokens, and the first ones.
+
+    What lies between is forgotten, so answers differ from the whole model's once a text is longer than both together.
+    Positions stay those of the whole text. Source: attention sinks, StreamingLLM (arXiv 2309.17453).
+    """
+
+    window: int  # tokens
+    sinks: int = 4  # tokens
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.sinks < 0:
+            raise ConfigError(f"streaming window={self.window}, sinks={self.sinks}: need window >= 1 and sinks >= 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +63,15 @@ class ModelSpec:
     group_of: tuple[tuple[int, int], ...]
     groups: tuple[LayerSpec, ...]
     dtype: str
+
+    def streamed(self, streaming: StreamingWindow) -> ModelSpec:
+        """The same model with a window, and sinks, in every layer that has none."""
+
+        def narrow(layer: LayerSpec) -> LayerSpec:
+            return layer if layer.window else replace(layer, window=streaming.window, sinks=streaming.sinks)
+
+        layers = {index: narrow(layer) for index, layer in enumerate(self.layers)}
+        return _grouped(layers, self.dtype)
 
     def layouts(self, block_size: int) -> list[KVLayout]:
         """One layout per layer group: layers of the same window and shapes."""
@@ -57,6 +84,7 @@ class ModelSpec:
                 dtype=self.dtype,
                 value_dim=None if group.value_dim == group.head_dim else group.value_dim,
                 window=group.window,
+                sinks=group.sinks,
                 name=f"window{group.window}" if group.window else "full",
             )
             for index, group in enumerate(self.groups)
@@ -103,12 +131,16 @@ def group_layers(model: Any, seen: dict[int, LayerSpec]) -> ModelSpec:
     missing = sorted(set(range(num_layers)) - set(seen))
     if missing:
         raise _unsupported(model, f"layer {missing[0]} has no attention that stores K/V (linear or state-space layers)")
+    return _grouped(seen, str(next(model.parameters()).dtype).removeprefix("torch."))
+
+
+def _grouped(seen: Mapping[int, LayerSpec], dtype: str) -> ModelSpec:
     layers = tuple(seen[index] for index in sorted(seen))
     kinds: list[tuple[Any, ...]] = []
     groups: list[LayerSpec] = []
     group_of, counts = [], []
     for layer in layers:
-        kind = (layer.window, layer.num_kv_heads, layer.head_dim, layer.value_dim)
+        kind = (layer.window, layer.sinks, layer.num_kv_heads, layer.head_dim, layer.value_dim)
         if kind not in kinds:
             kinds.append(kind)
             groups.append(layer)
@@ -116,7 +148,6 @@ def group_layers(model: Any, seen: dict[int, LayerSpec]) -> ModelSpec:
         index = kinds.index(kind)
         group_of.append((index, counts[index]))
         counts[index] += 1
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return ModelSpec(layers, tuple(group_of), tuple(groups), dtype)
 
 

@@ -90,10 +90,12 @@ def discover_cache(model: Any) -> ModelSpec:
                 f"model family {model.config.model_type!r} is not supported: layer {index} attends within window="
                 f"{attends.window}, its cache is a {type(layer).__name__} with window={window}"
             )
+        assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
         k, v = layer.keys.shape, layer.values.shape
         if k[1] != v[1]:
             raise UnsupportedModelError(
-                f"model family {model.config.model_type!r} is not supported: layer {index} caches {k[1]} heads of K, {v[1]} of V"
+                f"model family {model.config.model_type!r} is not supported: layer {index} caches {k[1]} heads of K and "
+                f"{v[1]} of V"
             )
         seen[index] = LayerSpec(attends.num_heads, k[1], k[3], v[3], window)
     return group_layers(model, seen)

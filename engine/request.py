@@ -17,6 +17,7 @@ from ..pager.prefix import Match
 from .sampling import Output, Sampler, SamplingParams, Usage
 
 if TYPE_CHECKING:
+    from .beam import BeamGroup
     from .speculative import Drafter
 
 OnToken = Callable[["Request", int], None]
@@ -50,6 +51,7 @@ class Request:
     ledger: RequestLedger = field(default_factory=lambda: RequestLedger(time.perf_counter))
     output: Output = field(default_factory=Output)
     twins: list[Request] = field(default_factory=list)
+    beams: BeamGroup | None = None  # it is one of these
     draft: list[int] = field(default_factory=list)  # appended to the sequence, not yet proven
     num_misses: int = 0
     num_preempted: int = 0

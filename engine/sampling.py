@@ -20,6 +20,8 @@ class SamplingParams:
     top2_margin: also report best minus second-best logit of each token, in nats. logprobs: also report the natural log
     of each token's probability (before temperature and cuts) and of so many best ones. speculation: "ngram" (what
     followed the same tokens before) or "model" (the engine's draft model) proposes tokens; the output stays the same.
+    num_beams: beam search with the best n of so many beams as outputs, best first; scores are summed natural logs divided
+    by length ** length_penalty; with early_stopping it ends once num_beams have stopped.
     """
 
     max_tokens: int = 128
@@ -33,6 +35,9 @@ class SamplingParams:
     top2_margin: bool = False
     logprobs: int | None = None
     speculation: str | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0 or self.n < 1:
@@ -46,6 +51,15 @@ class SamplingParams:
             raise ConfigError(f"logprobs={self.logprobs}: need 0 to {MAX_LOGPROBS}")
         if self.speculation not in (None, "ngram", "model"):
             raise ConfigError(f"speculation={self.speculation!r} is unknown; choose 'ngram' or 'model'")
+        if self.num_beams < 1 or (self.num_beams > 1 and self.n > self.num_beams):
+            raise ConfigError(
+                f"num_beams={self.num_beams}, n={self.n}: need num_beams >= 1, and no more outputs than beams"
+            )
+        if self.num_beams > 1 and (self.temperature or self.speculation or self.max_tokens < 1):
+            raise ConfigError(
+                f"num_beams={self.num_beams} with temperature={self.temperature}, speculation={self.speculation!r}, "
+                f"max_tokens={self.max_tokens}: beam search is greedy, without speculation, of at least one token"
+            )
 
 
 @dataclass(slots=True)
@@ -85,6 +99,7 @@ class Output:
     usage: Usage = field(default_factory=Usage)
     margins: list[float] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    score: float | None = None  # of beam search
     ledger: dict[str, float] = field(default_factory=dict)
     text: str | None = None
 

@@ -164,7 +164,10 @@ class Scheduler:
 
     def _count(self, request: Request, left: int, computing: set[bytes]) -> int:
         """Tokens of this request in this step; 0 while somebody else computes what comes next in it."""
-        if self._remaining(request) == 1:
+        remaining = self._remaining(request)
+        if remaining == 0:
+            return 0  # a beam that waits for the others
+        if remaining == 1:
             return self._with_draft(request, left)
         before = self._pager.num_computed(request.seq)
         count = self._pager.plan_prefill(request.seq, left)

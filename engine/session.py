@@ -6,11 +6,15 @@ computed twice, and a resumed session goes on exactly as if it had never stopped
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..pager.sessions import check_session_id
 from ..tiers.errors import ConfigError
+from .archive import export_sequence, import_sequence
 from .request import Request
 from .sampling import Output, SamplingParams
 from .template import Message, render_messages
@@ -139,6 +143,22 @@ class Session:
 
     def _extra(self) -> dict[str, Any]:
         return {} if self._rng_state is None else {"rng_state": self._rng_state}
+
+    def export(self, path: str | os.PathLike[str]) -> None:
+        """Write the whole session to a new file that travels; see archive.py. Raises ConfigError."""
+        about = {"session": self.id, "rng_state": None if self._rng_state is None else self._rng_state.hex()}
+        export_sequence(self._engine.pager, self.seq, Path(path), about)
+
+    @classmethod
+    def load(cls, engine: Engine, path: str | os.PathLike[str], session_id: str, namespace: str) -> Session:
+        """A new session with what `export` wrote. Raises as import_sequence does."""
+        if engine.has_session(session_id):
+            raise ConfigError(f"session {session_id!r} exists already; delete it first, or use another id")
+        seq, about = import_sequence(engine.pager, Path(path), namespace)
+        session = cls(engine, check_session_id(session_id), namespace, seq)
+        session._rng_state = bytes.fromhex(about["rng_state"]) if about.get("rng_state") else None
+        engine.add_session(session)
+        return session
 
     def resume(self) -> Session:
         """Bring a parked session back; does nothing for a running one. Raises ConfigError after close()."""

@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from ..tiers.cpu import IO_DEPTH
 from ..tiers.errors import ConfigError
 from ..tiers.host import check_huge_pages
-from ..tiers.layout import parse_bytes
+from ..tiers.layout import format_bytes, parse_bytes
 from ..tiers.numa import check_numa
+from ..tiers.nvme.codecs import NONE, check_codec
+from ..tiers.nvme.layout import SEGMENT_BYTES
 
 Size = int | str
 _ENV_PREFIX = "KVTIER_"
+MAX_IO_DEPTH = 256
+MIN_SEGMENT_BYTES, MAX_SEGMENT_BYTES = 1 << 20, 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,10 @@ class PagerConfig:
     nvme_path: str | os.PathLike[str] | None = None
     nvme_bytes: Size | None = None  # None: as much as the disk gives
     durability: str = "batch"  # none, batch (group commit every 64 MiB or 0.1 s) or always
+    # one codec for all layer groups, one each, or by the group's name; None: a store's own, and none in a new one
+    nvme_queue_depth: int = IO_DEPTH  # requests in flight on the disk, each way; `kvtier doctor` measures which is best
+    nvme_segment_bytes: Size = SEGMENT_BYTES  # of the files of a new store
+    nvme_codec: str | Sequence[str] | Mapping[str, str] | None = None
     policy: str = "lru"
     window: int | None = None  # tokens, for policy "sliding_window"
     sinks: int = 4  # tokens, for policy "sliding_window"
@@ -62,11 +71,54 @@ class PagerConfig:
     def nvme_size(self) -> int | None:
         return None if self.nvme_bytes is None else parse_bytes(self.nvme_bytes, name="nvme_bytes")
 
+    def codecs(self, groups: Sequence[str]) -> list[str] | None:
+        """A codec for each of these layer groups, by name; None when the store may choose. Raises ConfigError."""
+        asked = self._asked_codecs()
+        if asked is None:
+            return None
+        if isinstance(asked, str):
+            return [asked] * len(groups)
+        if isinstance(asked, Mapping):
+            for name in asked:
+                if name not in groups:
+                    raise ConfigError(
+                        f"nvme_codec={self.nvme_codec!r}: there is no layer group {name!r}; this model has "
+                        f"{', '.join(groups)}"
+                    )
+            return [asked.get(name, NONE) for name in groups]
+        if len(asked) != len(groups):
+            raise ConfigError(
+                f"nvme_codec={self.nvme_codec!r} names {len(asked)} codecs; this model has {len(groups)} layer groups "
+                f"({', '.join(groups)}): give one each, or one for all"
+            )
+        return list(asked)
+
+    def _asked_codecs(self) -> str | Sequence[str] | Mapping[str, str] | None:
+        """The setting with text such as "zstd,none" or "full=zstd,window=none" taken apart. Raises ConfigError."""
+        asked = self.nvme_codec
+        if isinstance(asked, str) and ("," in asked or "=" in asked):
+            parts = [part.strip() for part in asked.split(",")]
+            pairs = [part.partition("=") for part in parts]
+            is_named = [bool(equals) for _, equals, _ in pairs]
+            if any(is_named) and not all(is_named):
+                raise ConfigError(f"nvme_codec={asked!r} mixes codecs with and without a layer group's name")
+            asked = {name.strip(): codec.strip() for name, _, codec in pairs} if any(is_named) else parts
+        if not isinstance(asked, str | Mapping | Sequence | None):
+            raise ConfigError(f"nvme_codec={asked!r}: give a codec, a list of one per layer group, or a table by name")
+        names = [asked] if isinstance(asked, str) else asked.values() if isinstance(asked, Mapping) else asked or []
+        for name in names:
+            check_codec(name, where="nvme_codec")
+        return asked
+
     def secret(self, namespace: str) -> bytes:
         return bytes.fromhex(self.namespace_secrets.get(namespace, ""))
 
     def quota(self, namespace: str) -> int:
         return parse_bytes(self.namespace_quotas[namespace], name=f"namespace_quotas[{namespace!r}]")
+
+    @property
+    def segment_size(self) -> int:
+        return parse_bytes(self.nvme_segment_bytes, name="nvme_segment_bytes")
 
     def validate(self) -> PagerConfig:
         """Check everything that can be checked without a disk or a device. Raises ConfigError."""
@@ -81,6 +133,8 @@ class PagerConfig:
                 f"nvme_path={str(self.nvme_path)!r} with host_bytes=0: blocks pass through the host tier on their way to "
                 "disk; give it at least a few blocks, e.g. host_bytes='64MiB'"
             )
+        if self._asked_codecs() is not None and self.nvme_path is None:
+            raise ConfigError(f"nvme_codec={self.nvme_codec!r} without nvme_path: say where the store is")
         if self.nvme_path is None and self.nvme_bytes is not None:
             raise ConfigError(f"nvme_bytes={self.nvme_bytes!r} without nvme_path: say where the store is")
         if not 0.0 <= self.low_watermark <= self.high_watermark < 1.0:
@@ -99,6 +153,15 @@ class PagerConfig:
         for setting in ("namespace_quotas", "namespace_secrets"):
             if not isinstance(getattr(self, setting), Mapping):
                 raise ConfigError(f"{setting}={getattr(self, setting)!r}: give a mapping from namespace to value")
+        if not isinstance(self.nvme_queue_depth, int) or not 1 <= self.nvme_queue_depth <= MAX_IO_DEPTH:
+            raise ConfigError(
+                f"nvme_queue_depth={self.nvme_queue_depth!r}: need 1 to {MAX_IO_DEPTH} requests in flight"
+            )
+        if not MIN_SEGMENT_BYTES <= self.segment_size <= MAX_SEGMENT_BYTES:
+            raise ConfigError(
+                f"nvme_segment_bytes={self.nvme_segment_bytes!r}: need {format_bytes(MIN_SEGMENT_BYTES)} to "
+                f"{format_bytes(MAX_SEGMENT_BYTES)}"
+            )
         if not isinstance(self.host_prefault, bool):
             raise ConfigError(f"host_prefault={self.host_prefault!r}: choose true or false")
         check_huge_pages(self.host_huge_pages)

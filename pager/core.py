@@ -56,6 +56,7 @@ class Core:
         self.layouts, self.config, self.backend, self.nvme = layouts, config, backend, nvme
         self.rules, self.clock = rules, clock
         self.block_size = layouts[0].block_size
+        self.model_fingerprint = model_fingerprint
         self.fingerprint = "|".join([model_fingerprint, *(layout.fingerprint for layout in layouts)])
         self.counters, self.ghosts = Counters(), Ghosts()
         self.lock = threading.RLock()

@@ -89,7 +89,7 @@ class Pager:
             config.nvme_path is not None,
         )
         owned = backend is None
-        backend = backend or get_backend(config.backend)
+        backend = backend or get_backend(config.backend, io_depth=config.nvme_queue_depth)
         nvme = None
         try:
             if config.require_pinned and not backend.pinned:
@@ -110,6 +110,11 @@ class Pager:
     @property
     def layouts(self) -> tuple[KVLayout, ...]:
         return self._core.layouts
+
+    @property
+    def model_fingerprint(self) -> str:
+        """What the blocks' keys say of the model, as it was given to `open`."""
+        return self._core.model_fingerprint
 
     @property
     def block_size(self) -> int:
@@ -368,7 +373,7 @@ class Pager:
                     blocks = table.ids[dead]
                     table.ids[dead] = NOWHERE
                     group.unref(blocks)
-            core.counters.add("computed_tokens", int(lease.cu_q[-1]))
+            core.counters.add("stored_tokens" if lease.is_write_only else "computed_tokens", int(lease.cu_q[-1]))
 
     def _name_full_blocks(self, span: Span) -> None:
         core, size = self._core, self.block_size
@@ -671,11 +676,15 @@ def _open_nvme(
 ) -> Any:
     if config.nvme_path is None:
         return None
+    from ..tiers.nvme.codecs import NONE
+    from ..tiers.nvme.identity import overhead_of
     from ..tiers.nvme.layout import bytes_on_disk
     from ..tiers.nvme.store import NvmeTier, StoreIdentity
 
+    codecs = config.codecs([layout.name for layout in layouts])
+    used = _recorded_codecs(Path(config.nvme_path), len(layouts)) or codecs or [NONE] * len(layouts)
     budget = config.nvme_size if config.nvme_size is not None else _free_disk(Path(config.nvme_path))
-    sizes = [bytes_on_disk(layout) for layout in layouts]
+    sizes = [bytes_on_disk(layout, overhead_of(codec, layout)) for layout, codec in zip(layouts, used, strict=True)]
     slots = split_blocks(layouts, budget, sizes)
     if min(slots) < 1 and config.nvme_size is not None:
         raise ConfigError(
@@ -687,8 +696,23 @@ def _open_nvme(
         num_slots=slots,
         backend=backend,
         durability=config.durability,
+        segment_bytes=config.segment_size,
+        codecs=codecs,
         about=about,
     )
+
+
+def _recorded_codecs(path: Path, num_groups: int) -> list[str] | None:
+    """Those of the store that is there, if it can be one of this model; opening it says what is wrong with it."""
+    from ..tiers.nvme.identity import STORE_FILE, stored_codecs
+
+    if not (path / STORE_FILE).exists():
+        return None
+    try:
+        codecs = stored_codecs(path)
+    except ConfigError:
+        return None
+    return codecs if len(codecs) == num_groups else None
 
 
 def _free_disk(path: Path) -> int:

@@ -105,6 +105,7 @@ def _nvme(core: Core) -> dict[str, Any]:
     total["corrupt_blocks"] = int(core.counters.get("corrupt_blocks", tier="nvme"))
     below = core.nvme.status()
     total |= {name: below[name] for name in _COLD_ONLY}
+    total["codecs"], total["stored_bytes"] = below["codecs"], sum(below["stored_bytes"])
     total["namespaces"] = core.quotas.to_dict()
     total["takes_writes"] = all(group.can_write_nvme for group in core.groups)
     total["path"] = str(core.config.nvme_path)

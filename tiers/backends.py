@@ -5,27 +5,30 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-from .cpu import CpuBackend
+from .cpu import IO_DEPTH, CpuBackend
 from .errors import ConfigError
 from .streams import Backend
 
 
-def get_backend(name: str = "auto") -> Backend:
-    """The backend of that name; "auto" takes CUDA where torch and CuPy both see a device. Raises ConfigError."""
+def get_backend(name: str = "auto", *, io_depth: int = IO_DEPTH) -> Backend:
+    """The backend of that name, with io_depth requests in flight on the disk each way.
+
+    "auto" takes CUDA where torch and CuPy both see a device. Raises ConfigError.
+    """
     if name == "cpu":
-        return CpuBackend()
+        return CpuBackend(io_depth=io_depth)
     if name not in ("auto", "cuda"):
         raise ConfigError(f"backend={name!r} is unknown; choose auto, cpu or cuda")
     missing = cuda_missing(probe=name == "cuda" or "torch" in sys.modules)
     if missing is None:
         from .cuda import CudaBackend
 
-        return CudaBackend()
+        return CudaBackend(io_depth=io_depth)
     if name == "cuda":
         raise ConfigError(
             f"backend='cuda': {missing}; install kvtier[cuda] on a machine with an NVIDIA driver, or use 'cpu'"
         )
-    return CpuBackend()
+    return CpuBackend(io_depth=io_depth)
 
 
 def cuda_missing(*, probe: bool = True) -> str | None:

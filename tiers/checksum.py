@@ -59,6 +59,15 @@ def _zeros_appended(nbytes: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tables)
 
 
+def layer_sums(layout: KVLayout, block: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """xxh3_64 of each layer slice of one block.
+
+    Shapes: block uint8 [block_bytes] -> uint64 [layers].
+    """
+    slices = block.reshape(layout.num_layers, layout.layer_bytes)
+    return np.array([xxhash.xxh3_64_intdigest(part.data) for part in slices], np.uint64)
+
+
 def block_sum(sums: npt.NDArray[np.uint64]) -> int:
     """What the manifest keeps of a block: xxh3_64 over its layer sums, little-endian."""
     return xxhash.xxh3_64_intdigest(np.ascontiguousarray(sums, "<u8").data)

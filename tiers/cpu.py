@@ -18,7 +18,7 @@ from .errors import QueueFullError, TierUnavailableError
 from .memory import aligned_rows
 from .streams import DONE, POISON, Event, IntArray, Progress, Rows, copy_rows_now
 
-READ_WORKERS, WRITE_WORKERS = 8, 8  # requests in flight on the disk; threads that wait cost no core
+IO_DEPTH = 8  # requests in flight on the disk, each way; threads that wait cost no core
 QUEUE_LIMIT = 1 << 16  # operations waiting in one queue
 SHARED_COPY_BYTES = 4 << 20  # from here on two threads copy: one reaches half of the memory's rate with 2 MiB pieces
 _LOOK_S = 0.2  # how often a worker that waits for another looks whether it should end
@@ -65,6 +65,10 @@ class Workers:
         ]
         for thread in self._threads:
             thread.start()
+
+    @property
+    def num_threads(self) -> int:
+        return len(self._threads)
 
     def submit(self, fn: Callable[[], None]) -> HostEvent:
         """Queue a call. Raises QueueFullError when far too much waits, TierUnavailableError after close."""
@@ -209,14 +213,14 @@ class CpuBackend:
     pinned = False
     near_node = None
 
-    def __init__(self, *, poison: bool = False, delay_s: float = 0.0) -> None:
+    def __init__(self, *, poison: bool = False, delay_s: float = 0.0, io_depth: int = IO_DEPTH) -> None:
         self._progress = Progress()
         notify = self._progress.notify
         self.compute = CallerStream()
         self.promote = CpuStream("promote", notify, poison=poison, delay_s=delay_s)
         self.demote = CpuStream("demote", notify, poison=poison, delay_s=delay_s)
-        self.read_io = Workers("read", READ_WORKERS, notify)
-        self.write_io = Workers("write", WRITE_WORKERS, notify)
+        self.read_io = Workers("read", io_depth, notify)
+        self.write_io = Workers("write", io_depth, notify)
 
     @property
     def on_progress(self) -> Callable[[], object] | None:

@@ -21,7 +21,7 @@ import torch
 from .completions import Completions, Pending, PolledEvent, unavailable
 from .copy_paths import PROBE_ROW_BYTES, PROBE_ROWS, copy_by_calls, copy_by_tensors, copy_on_host, is_exact
 from .copy_plan import CopyPlan, plan_copy, row_space
-from .cpu import READ_WORKERS, WRITE_WORKERS, Workers
+from .cpu import IO_DEPTH, Workers
 from .errors import ConfigError, TierUnavailableError
 from .machine import Machine
 from .memcpy_batch import LEGACY_STREAMS, MemcpyBatch, dotted, driver_too_old_for, driver_version
@@ -234,7 +234,9 @@ class CudaBackend:
     name = "cuda"
     pinned = True
 
-    def __init__(self, *, device: int | None = None, copy_path: CopyPath | None = None) -> None:
+    def __init__(
+        self, *, device: int | None = None, copy_path: CopyPath | None = None, io_depth: int = IO_DEPTH
+    ) -> None:
         if (reason := unavailable_reason()) is not None:
             raise ConfigError(f"backend='cuda': {reason}")
         if copy_path is not None and copy_path not in COPY_PATHS:
@@ -247,8 +249,8 @@ class CudaBackend:
         self.compute = ComputeStream(self.device, self._engine)
         self.promote = CopyStream("promote", self.device, self._engine, self._completions)
         self.demote = CopyStream("demote", self.device, self._engine, self._completions)
-        self.read_io = Workers("read", READ_WORKERS, notify)
-        self.write_io = Workers("write", WRITE_WORKERS, notify)
+        self.read_io = Workers("read", io_depth, notify)
+        self.write_io = Workers("write", io_depth, notify)
 
     @property
     def copy_path(self) -> CopyPath:

@@ -23,6 +23,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
         host_bytes=arguments.host_bytes,
         nvme_path=arguments.store,
         nvme_bytes=arguments.nvme_bytes,
+        nvme_codec=arguments.nvme_codec,
     )
     params = dict(
         max_tokens=arguments.max_tokens,

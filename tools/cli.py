@@ -14,7 +14,11 @@ from ..tiers.errors import KvTierError
 BENCHES = {
     "decode": "a decode step of an HF model over pages, against transformers' own caches",
     "nvme": "the Zarr store against the disk (fio) and against zarr-python",
+    "endless": "a text without end through a window with sinks, in flat memory",
+    "sessions": "many long chats on few pages, every answer checked, over restarts",
+    "prefix": "what a prefix cache saves a RAG pipeline, and loading K/V against memcpy and the disk",
     "host": "moving scattered blocks between the memory tiers, against memcpy",
+    "codecs": "how much smaller codecs make KV, how fast on one core, and what a store makes of it",
     "metadata": "what the pager's books cost per block of a long prompt",
 }
 
@@ -42,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--device-bytes", metavar="SIZE", help="device tier, e.g. 24MiB (default 10%% of the KV)")
     demo.add_argument("--host-bytes", metavar="SIZE", help="host tier (default 30%% of the KV)")
     demo.add_argument("--nvme-bytes", metavar="SIZE", help="Zarr store (default twice the KV)")
+    demo.add_argument("--nvme-codec", metavar="NAME", help="none (default), lz4, zstd or split")
     demo.add_argument(
         "--block-size", type=int, metavar="N", help="tokens per block (default 256, less for small tiers)"
     )
@@ -59,6 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--host-bytes", default="1GiB", metavar="SIZE")
     chat.add_argument(
         "--nvme-bytes", metavar="SIZE", help="most that the store may take (default 80%% of the free disk)"
+    )
+    chat.add_argument(
+        "--nvme-codec", metavar="NAME", help="how a new store keeps blocks: none (default), lz4, zstd, split"
     )
     chat.add_argument("--max-tokens", type=int, default=128, metavar="N", help="longest answer (default 128)")
     chat.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")

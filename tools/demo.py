@@ -100,6 +100,7 @@ class _Demo:
             host_bytes=host,
             nvme_path=path,
             nvme_bytes=self.arguments.nvme_bytes or 2 * self.kv_bytes + (64 << 20),
+            nvme_codec=self.arguments.nvme_codec,
             backend="auto",
         )
 

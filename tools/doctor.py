@@ -11,10 +11,11 @@ import resource
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 from ..tiers.backends import cuda_missing
+from ..tiers.cpu import IO_DEPTH
 from ..tiers.errors import ConfigError
 from ..tiers.kernel_calls import memory_policy, populate
 from ..tiers.layout import format_bytes
@@ -22,6 +23,8 @@ from ..tiers.machine import Machine
 from ..tiers.memory import address_of, aligned_rows
 from ..tiers.numa import Placement
 from ..tiers.nvme.calibrate import probe_disk
+from ..tiers.nvme.codecs import CODECS
+from ..tiers.nvme.layout import SEGMENT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     path = Path(arguments.path)
     if not path.is_dir():
         raise ConfigError(f"--path {str(path)!r} is not a directory")
-    checks: list[Callable[[], Finding]] = [_torch, _cuda, _cupy, _triton, _memory, _memlock]
+    checks: list[Callable[[], Finding]] = [_torch, _cuda, _cupy, _triton, _codecs, _memory, _memlock]
     checks += [_huge_pages, _reserved_pages, _prefault, _numa]
     findings = [check() for check in checks] + [_disk(path), *_disk_speed(path)]
     if arguments.json:
@@ -82,6 +85,19 @@ def _triton() -> Finding:
 
 def _package(name: str, package: str, cost: str, mend: str) -> Finding:
     return Finding.of(name, importlib.util.find_spec(package) is not None, _version(package), cost, mend)
+
+
+def _codecs() -> Finding:
+    """Whether Zarr finds our own codec; the others come with it."""
+    is_found = bool(entry_points(group="zarr.codecs", name="kvtier.split"))
+    said = ", ".join(CODECS) + f"; numcodecs {_version('numcodecs')}"
+    return Finding.of(
+        "codecs",
+        is_found,
+        said if is_found else f"{said}; zarr does not know kvtier.split",
+        "zarr cannot read arrays stored under codec split",
+        "install kvtier as a package (pip install), so that its entry points are known",
+    )
 
 
 def _version(package: str) -> str:
@@ -128,13 +144,13 @@ def _disk(path: Path) -> Finding:
 
 
 def _disk_speed(path: Path) -> list[Finding]:
-    """What a half-second probe of the disk shows."""
+    """What a short calibration of the disk shows, and which settings follow from it."""
     try:
         probe = probe_disk(path)
     except OSError as error:
         reason = error.strerror or str(error)
         return [Finding("disk probe", False, reason, "no store can be kept here", "give --path on a writable disk")]
-    depth = probe.best_depth
+    depth, size = probe.best_depth, probe.best_segment_bytes
     rates = (
         f"write {max(probe.write_rates.values()) / 1e9:.1f} GB/s, read {max(probe.read_rates.values()) / 1e9:.1f} GB/s"
     )
@@ -146,7 +162,21 @@ def _disk_speed(path: Path) -> list[Finding]:
             "reads and writes go through the page cache",
             "put the store on ext4 or xfs on a local disk",
         ),
-        Finding("disk probe", True, f"{rates} in bursts; best from {depth} requests of 2 MiB in flight"),
+        Finding("disk speed", True, f"{rates} in bursts, in requests of 2 MiB"),
+        Finding.of(
+            "queue depth",
+            probe.read_rates[IO_DEPTH] >= 0.9 * probe.read_rates[depth],
+            f"reads are best from {depth} requests in flight; the default is {IO_DEPTH}",
+            f"reads reach {probe.read_rates[IO_DEPTH] / probe.read_rates[depth]:.0%} of what they could",
+            f"nvme_queue_depth={depth}",
+        ),
+        Finding.of(
+            "segments",
+            probe.segment_rates[SEGMENT_BYTES] >= 0.9 * probe.segment_rates[size],
+            f"new ones are filled best from {format_bytes(size)} on; the default is {format_bytes(SEGMENT_BYTES)}",
+            f"writes to new segments reach {probe.segment_rates[SEGMENT_BYTES] / probe.segment_rates[size]:.0%}",
+            f"nvme_segment_bytes={format_bytes(size).replace(' ', '')!r}, before the store is made",
+        ),
     ]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..tiers.layout import format_bytes
 from ..tiers.nvme import maintenance
+from ..tiers.nvme.codecs import CODECS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument("path", metavar="PATH", help="directory of the store")
         if verb in ("export", "import"):
             one.add_argument("target", metavar="TARGET", help="directory of the other store")
+        if verb == "export":
+            one.add_argument(
+                "--codec", choices=list(CODECS), help="how a new store keeps blocks (default: as this one)"
+            )
         one.add_argument("--json", action="store_true")
         one.set_defaults(run=run_store, verb=verb)
 
@@ -41,7 +46,7 @@ def run_store(arguments: argparse.Namespace) -> int:
         elif arguments.verb == "gc":
             report = maintenance.collect(path, show)
         elif arguments.verb == "export":
-            report = maintenance.copy(path, Path(arguments.target), show)
+            report = maintenance.copy(path, Path(arguments.target), show, codec=arguments.codec)
         else:
             report = maintenance.copy(Path(arguments.target), path, show)
     if arguments.json:

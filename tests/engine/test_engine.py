@@ -135,7 +135,7 @@ def test_a_store_says_what_its_model_is(tmp_path):
         engine.generate([[1, 2, 3]], SamplingParams(max_tokens=1))
     said = zarr.open_group(str(tmp_path / "s" / "blocks.zarr"), mode="r").attrs["kvtier"]
     assert said["about"]["model_type"] == "llama" and said["about"]["rope_parameters"]["rope_theta"] == 10000.0
-    assert said["format"] == 3 and said["version"] and said["layouts"][0]["num_layers"] == 4
+    assert said["format"] == 4 and said["version"] and said["layouts"][0]["num_layers"] == 4
     array = zarr.open_group(str(tmp_path / "s" / "blocks.zarr"), mode="r")["g0"]
     assert array.attrs["kvtier"]["codec"] == "none" and array.attrs["kvtier"]["dtype"] == "float32"
 

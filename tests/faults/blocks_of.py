@@ -20,11 +20,17 @@ def key_of(number: int) -> bytes:
 
 
 def bytes_of(key: bytes) -> np.ndarray:
-    return np.frombuffer(hashlib.shake_128(key).digest(LAYOUT.block_bytes), np.uint8)
+    """Noise at the start of each layer, more in some blocks than in others, so that their encodings differ in size."""
+    drawn = np.frombuffer(hashlib.shake_128(key).digest(LAYOUT.block_bytes), np.uint8)
+    layers = drawn.reshape(LAYOUT.num_layers, LAYOUT.layer_bytes).copy()
+    layers[:, LAYOUT.layer_bytes // 16 * (1 + key[0] % 16) :] = 0
+    return layers.reshape(-1)
 
 
-def open_tier(path, backend: CpuBackend, slots: int = 256, **options) -> NvmeTier:
-    return NvmeTier.open(path, IDENTITY, num_slots=[slots], backend=backend, **options)
+def open_tier(path, backend: CpuBackend, slots: int = 256, codec: str | None = None, **options) -> NvmeTier:
+    """A new store has that codec (none), one that exists keeps its own."""
+    codecs = None if codec is None else [codec]
+    return NvmeTier.open(path, IDENTITY, num_slots=[slots], backend=backend, codecs=codecs, **options)
 
 
 def put(tier: NvmeTier, slots: np.ndarray, numbers: list[int]) -> np.ndarray:

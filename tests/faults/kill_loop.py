@@ -48,11 +48,11 @@ def writer(path: str, first: int, seed: int, pipe: int) -> None:
             waiting = []
 
 
-def main(path: str, loops: int, seed: int) -> dict[str, int]:
+def main(path: str, loops: int, seed: int, codec: str) -> dict[str, int]:
     choose, acknowledged = random.Random(seed), set()
     totals = {"loops": loops, "acknowledged": 0, "lost": 0, "wrong": 0, "kept": 0}
     backend = CpuBackend()
-    open_tier(path, backend).close()  # making the Zarr metadata takes longer than a writer lives
+    open_tier(path, backend, codec=codec).close()  # making the Zarr metadata takes longer than a writer lives
     backend.close(5)
     for loop in range(loops):
         reader, pipe = os.pipe()
@@ -90,4 +90,4 @@ def main(path: str, loops: int, seed: int) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))

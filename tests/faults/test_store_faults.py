@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from blocks_of import CpuBackend, SystemCalls, key_of, open_tier, put, wrong_blocks
 
 from kvtier.tiers.nvme.identity import PROBE_FILE
+from kvtier.tiers.nvme.layout import CRC_BYTES
 from kvtier.tiers.nvme.manifest import _replay
 
 
@@ -32,9 +33,9 @@ def backend():
 
 
 # ---------------------------------------------------------------------- kill -9
-def kill_loops(path, loops: int, seed: int) -> dict[str, int]:
+def kill_loops(path, loops: int, seed: int, codec: str = "none") -> dict[str, int]:
     script = Path(__file__).parent / "kill_loop.py"
-    command = [sys.executable, script, path, str(loops), str(seed)]
+    command = [sys.executable, script, path, str(loops), str(seed), codec]
     env = os.environ | {"PYTHONPATH": str(script.parent)}  # with PYTHONSAFEPATH a script's own folder is not searched
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -44,6 +45,11 @@ def kill_loops(path, loops: int, seed: int) -> dict[str, int]:
 def test_killed_writers_lose_nothing_that_was_acknowledged(tmp_path, seed):
     totals = kill_loops(tmp_path / "s", 300, seed)
     assert totals["wrong"] == totals["lost"] == 0 and totals["acknowledged"] > 300 and totals["kept"] > 0, totals
+
+
+def test_killed_writers_of_compressed_blocks_lose_nothing_either(tmp_path, seed):
+    totals = kill_loops(tmp_path / "s", 60, seed, "zstd")
+    assert totals["wrong"] == totals["lost"] == 0 and totals["acknowledged"] > 60 and totals["kept"] > 0, totals
 
 
 @pytest.mark.soak
@@ -97,6 +103,18 @@ class FailingCalls(SystemCalls):
         self._fails()
         super().fallocate(fd, size)
 
+    def set_size(self, fd, size):
+        self._fails()
+        super().set_size(fd, size)
+
+    def next_byte(self, fd, offset):
+        self._fails()
+        return super().next_byte(fd, offset)
+
+    def punch(self, fd, offset, size):
+        self._fails()
+        super().punch(fd, offset, size)
+
 
 def fill(tier) -> None:
     put(tier, tier.allocate(0, 12), list(range(12)))
@@ -141,11 +159,16 @@ def relocate(tier) -> None:
     tier.flush()
 
 
-@pytest.mark.parametrize("script", [fill, rewrite, read_all, sessions, many_commits, quarantine, relocate])
+SCRIPTS = [fill, rewrite, read_all, sessions, many_commits, quarantine, relocate]
+
+
+@pytest.mark.parametrize(
+    ("codec", "script"), [("none", s) for s in SCRIPTS] + [("split", s) for s in (fill, rewrite, read_all)]
+)
 @pytest.mark.parametrize("how", ["EIO", "ENOSPC", "short"])
-def test_a_fault_at_every_call_is_never_served_and_never_a_foreign_exception(tmp_path, backend, script, how):
+def test_a_fault_at_every_call_is_never_served_and_never_a_foreign_exception(tmp_path, backend, script, how, codec):
     pristine = tmp_path / "pristine"
-    tier = open_tier(pristine, backend)
+    tier = open_tier(pristine, backend, codec=codec)
     put(tier, tier.allocate(0, 20), list(range(500, 520)))
     tier.close()
     for n in range(1, 500):
@@ -278,14 +301,15 @@ def test_many_power_losses(tmp_path, backend, seed):
 
 
 # ---------------------------------------------------------------------- flipped bits
-def flip_bits(path, backend, times: int, seed: int) -> None:
+def flip_bits(path, backend, times: int, seed: int, codec: str = "none") -> None:
     """One random bit at a time, in data, trailers, index, journal and identity; each is noticed or harmless padding."""
     choose = random.Random(seed)
-    tier = open_tier(path, backend)
+    tier = open_tier(path, backend, codec=codec)
     put(tier, tier.allocate(0, 30), list(range(30)))
     tier.put_session("a", {"n": 1})
-    tier.close()
     geometry = tier.geometry(0)
+    ends = (tier.stamps(0, np.arange(30))["stored_bytes"] + geometry.proof_bytes - CRC_BYTES).tolist()
+    tier.close()
     segments = sorted((path / "blocks.zarr" / "g0").glob("c.*"))
     sizes = {segment: segment.stat().st_size for segment in segments}
     meta = [path / "manifest.log", path / "store.json", *sorted((path / "blocks.zarr").rglob("zarr.json"))]
@@ -302,7 +326,7 @@ def flip_bits(path, backend, times: int, seed: int) -> None:
         with open(file, "r+b") as handle:  # in place: the file keeps its inode
             handle.write(raw)
         number = segments.index(file) if file in segments else -1
-        part = part_of_segment(geometry, number, at) if number >= 0 else "metadata"
+        part = part_of_segment(geometry, ends, number, at) if number >= 0 else "metadata"
         is_cut = file.suffix == ".log" and _replay(bytes(raw))[1] < len(raw)  # noticed, also where no block hung on it
         is_same = file.suffix == ".json" and means_the_same(bytes(raw), pristine[file])
         try:
@@ -319,13 +343,13 @@ def flip_bits(path, backend, times: int, seed: int) -> None:
     assert listed_right(path, backend) == (everything, 0)
 
 
-def part_of_segment(geometry, number: int, at: int) -> str:
-    """What a byte of a segment file belongs to, where slots 0 to 29 hold blocks."""
+def part_of_segment(geometry, ends: list[int], number: int, at: int) -> str:
+    """What a byte of a segment file belongs to, where the first slots hold blocks that end, trailer and all, there."""
     if at < geometry.header_bytes:
         return "index" if at < 16 * geometry.slots_per_segment + 4 else "nothing"
     slot, where = divmod(at - geometry.header_bytes, geometry.stride)
-    is_used = number * geometry.slots_per_segment + slot < 30
-    return "block" if is_used and where < geometry.stride - geometry.padding_bytes else "nothing"
+    slot += number * geometry.slots_per_segment
+    return "block" if slot < len(ends) and where < ends[slot] else "nothing"
 
 
 def means_the_same(raw: bytes, before: bytes) -> bool:
@@ -350,6 +374,10 @@ def listed_right(path, backend) -> tuple[set[bytes], int]:
 
 def test_flipped_bits_are_misses_or_refusals_and_never_wrong_bytes(tmp_path, backend, seed):
     flip_bits(tmp_path / "s", backend, 2000, seed)
+
+
+def test_flipped_bits_of_a_compressed_store_are_noticed_too(tmp_path, backend, seed):
+    flip_bits(tmp_path / "s", backend, 700, seed, "lz4")
 
 
 @pytest.mark.soak

@@ -68,3 +68,23 @@ def test_prefaulting_can_be_switched_off_and_ends_with_the_pager():
         pager.close()
         state = memory.status()["prefault"]
         assert state in ("done", "stopped", "refused") if wanted else state == "off"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"nvme_queue_depth": 0}, "nvme_queue_depth=0"),
+        ({"nvme_queue_depth": "many"}, "nvme_queue_depth='many'"),
+        ({"nvme_segment_bytes": "1KiB"}, "nvme_segment_bytes='1KiB'"),
+    ],
+)
+def test_disk_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        PagerConfig("1MiB", **settings).validate()
+
+
+def test_the_queue_depth_is_that_of_the_backend():
+    with Pager.open(
+        KVLayout(1, 1, 8, 16, "float32"), PagerConfig("1MiB", "1MiB", backend="cpu", nvme_queue_depth=3)
+    ) as pager:
+        assert pager.backend.read_io.num_threads == pager.backend.write_io.num_threads == 3

@@ -247,10 +247,51 @@ def test_config_comes_from_override_environment_file_and_default_in_that_order(t
         load_config(file, env={})
 
 
-def test_real_threads_do_the_same(tmp_path):
+def test_a_codec_is_for_all_groups_for_each_or_by_name(tmp_path):
+    def chosen(value, groups=("full", "window")):
+        return PagerConfig("1MiB", "1MiB", nvme_path=tmp_path, nvme_codec=value).validate().codecs(groups)
+
+    assert chosen(None) is None and chosen("zstd") == ["zstd", "zstd"]
+    assert chosen(["lz4", "none"]) == chosen("lz4, none") == ["lz4", "none"]
+    assert chosen({"window": "split"}) == chosen("window=split") == ["none", "split"]
+    for value, said in (
+        ("gzip", r"nvme_codec='gzip' is unknown; choose none, lz4, zstd, split"),
+        ({"window": 3}, "nvme_codec=3 is unknown"),
+        (7, "nvme_codec=7: give a codec, a list"),
+        ("zstd,full=none", "mixes codecs with and without"),
+        (["zstd"], r"names 1 codecs; this model has 2 layer groups \(full, window\)"),
+        ("half=zstd", "there is no layer group 'half'; this model has full, window"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            chosen(value)
+    with pytest.raises(ConfigError, match="nvme_codec='zstd' without nvme_path"):
+        PagerConfig("1MiB", nvme_codec="zstd").validate()
+    file = tmp_path / "kvtier.toml"
+    file.write_text('device_bytes = "1GiB"\nhost_bytes = "1GiB"\nnvme_path = "s"\n[nvme_codec]\nfull = "zstd"\n')
+    assert load_config(file, env={}).codecs(["full", "window"]) == ["zstd", "none"]
+    assert load_config(file, env={"KVTIER_NVME_CODEC": "lz4"}).codecs(["full"]) == ["lz4"]
+
+
+def test_a_pager_uses_the_codec_of_the_store_that_it_finds(tmp_path, caplog):
+    rig = Rig(0, path=tmp_path / "s", nvme_codec="split", layouts=[LAYOUT, WINDOWED])
+    seq = rig.start(ids(16))
+    rig.prefill(seq)
+    rig.pager.park("a", seq)
+    rig.settle()
+    assert rig.pager.status()["tiers"]["nvme"]["codecs"] == ["split", "split"]
+    rig.pager.close()
+    again = Rig(0, path=tmp_path / "s", nvme_codec="lz4", layouts=[LAYOUT, WINDOWED])
+    assert "array g0 was made with codec='split'" in caplog.text
+    assert again.pager.status()["tiers"]["nvme"]["codecs"] == ["split", "split"]
+    again.pager.close()
+
+
+@pytest.mark.parametrize("codec", [None, "lz4", "full=split"])
+def test_real_threads_do_the_same(tmp_path, codec):
     from kvtier.tiers.cpu import CpuBackend
 
-    rig = Rig(0, pages=8, host=12, path=tmp_path / "s", staging=1, backend=CpuBackend(poison=True, delay_s=0.0005))
+    backend = CpuBackend(poison=True, delay_s=0.0005)
+    rig = Rig(0, pages=8, host=12, path=tmp_path / "s", staging=1, backend=backend, nvme_codec=codec)
     seqs = [rig.start(ids(30, seed)) for seed in range(3)]
     for _ in range(3):
         for seq in seqs:

@@ -290,7 +290,7 @@ def test_refusals_name_the_cause_and_touch_nothing(tmp_path, backend):
     with pytest.raises(StoreMismatchError, match="layouts"):
         open_tier(tmp_path / "s", backend, StoreIdentity("model", (LAYOUT,)), [10])
     file = tmp_path / "s" / "store.json"
-    file.write_text(file.read_text().replace('"format": 3', '"format": 99'))
+    file.write_text(file.read_text().replace('"format": 4', '"format": 99'))
     before = sorted(p.name for p in (tmp_path / "s").rglob("*"))
     with pytest.raises(StoreMismatchError, match="format=99"):
         open_tier(tmp_path / "s", backend)
@@ -343,3 +343,16 @@ def test_after_kill_minus_nine_every_listed_block_is_whole(tmp_path, backend):
     ok, _ = load(tier, slots)
     assert len(slots) >= 15 and ok.all()
     tier.close()
+
+
+def test_segments_are_as_large_as_asked_for(tmp_path, backend):
+    for size in (1 << 20, 4 << 20):
+        tier = NvmeTier.open(
+            tmp_path / str(size),
+            StoreIdentity("m", (LAYOUT,)),
+            num_slots=[100_000],
+            backend=backend,
+            segment_bytes=size,
+        )
+        assert 0.9 * size < tier.geometry(0).segment_bytes <= size + tier.geometry(0).header_bytes
+        tier.close()

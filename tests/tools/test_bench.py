@@ -19,7 +19,11 @@ SMALL = {
     "decode": ["--contexts", "64,100", "--rounds", "2"],
     "host": ["--blocks", "4", "--rounds", "2"],
     "nvme": ["--blocks", "16", "--rounds", "1"],
+    "prefix": ["--tokens", "64", "--documents", "1", "--rounds", "1"],
     "metadata": ["--context", "512", "--rounds", "2"],
+    "codecs": ["--blocks", "1", "--rounds", "1"],
+    "endless": ["--tokens", "20000", "--window", "512"],
+    "sessions": ["--sessions", "3", "--context", "512", "--resident", "2", "--turns", "2"],
 }
 WITHOUT_LMCACHE = pytest.mark.skipif(find_spec("lmcache") is not None, reason="lmcache is installed here")
 FIELDS = {"case", "metric", "value", "unit", "reference", "reference_value", "ratio", "rounds"}
@@ -58,6 +62,8 @@ def test_a_benchmark_prints_one_object_and_keeps_it(name, capsys, tmp_path):
         (["nvme", "--blocks", "1", "--lmcache", "/no/such/python"], "'/no/such/python' is not a program"),
         (["nvme", "--blocks", "1", "--lmcache", "true"], "it ended without a word"),
         pytest.param(["nvme", "--blocks", "1", "--lmcache", sys.executable], "'lmcache'", marks=WITHOUT_LMCACHE),
+        (["codecs", "--blocks", "0"], "--blocks 0"),
+        (["codecs", "--path", "/nowhere"], "--path '/nowhere'"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(argv, message, capsys):

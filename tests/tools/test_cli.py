@@ -23,8 +23,9 @@ def demo(capsys, *argv):
     return run(capsys, cli.main, "demo", "--context", 2048, "--fast-fill", "--json", "--block-size", 32, *argv)
 
 
-def test_the_demo_answers_everything_before_and_after_its_restart(capsys):
-    code, out, _ = demo(capsys)
+@pytest.mark.parametrize("argv", [[], ["--nvme-codec", "split", "--dtype", "bfloat16"]])
+def test_the_demo_answers_everything_before_and_after_its_restart(capsys, argv):
+    code, out, _ = demo(capsys, *argv)
     result = json.loads(out)
     assert code == 0
     assert result["needles_exact"] == result["needles_exact_after_restart"] == result["needles_asked"] == 16
@@ -44,6 +45,7 @@ def test_the_demo_answers_everything_before_and_after_its_restart(capsys):
         (["--device-bytes", "many"], "--device-bytes='many'"),
         (["--needles", 0], "--needles 0"),
         (["--nvme-bytes", "512KiB"], "longer than all tiers together"),
+        (["--nvme-codec", "gzip"], "nvme_codec='gzip' is unknown; choose none, lz4, zstd, split"),
         (["--nvme-bytes", "1KiB"], "nvme_bytes=1024 holds no block"),
     ],
 )

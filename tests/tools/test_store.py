@@ -10,22 +10,22 @@ import pytest
 
 from kvtier import KVLayout, Pager, PagerConfig
 from kvtier.tiers.cpu import CpuBackend
-from kvtier.tiers.nvme.identity import stored_geometries
+from kvtier.tiers.nvme.identity import stored_codecs, stored_geometries
 from kvtier.tools import cli
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "faults"))
 from blocks_of import IDENTITY, open_tier, put, wrong_blocks
 
 
-@pytest.fixture
-def path(tmp_path):
-    make(tmp_path / "s", list(range(80)), gone=slice(30, 64))
+@pytest.fixture(params=["none", "zstd"])
+def path(tmp_path, request):
+    make(tmp_path / "s", list(range(80)), gone=slice(30, 64), codec=request.param)
     return tmp_path / "s"
 
 
-def make(path, numbers, gone=slice(0, 0)):
+def make(path, numbers, gone=slice(0, 0), codec="none"):
     backend = CpuBackend()
-    tier = open_tier(path, backend)
+    tier = open_tier(path, backend, codec=codec)
     slots = tier.allocate(0, len(numbers))
     put(tier, slots, numbers)
     tier.free(0, slots[gone])
@@ -77,6 +77,25 @@ def test_gc_gives_empty_segments_back(path, capsys):
     assert code == 0 and report["freed_bytes"] > 0
     assert len(list((path / "blocks.zarr" / "g0").glob("c.*"))) == 3  # of five
     assert right_keys(path) == before
+
+
+def test_gc_gives_the_disk_under_free_slots_of_sparse_segments_back(tmp_path, capsys):
+    make(tmp_path / "s", list(range(80)), gone=slice(0, 80, 2), codec="lz4")
+    before = right_keys(tmp_path / "s")
+    code, report = store(capsys, "gc", tmp_path / "s")
+    assert code == 0 and report["freed_bytes"] > 40 * 4096 / 2
+    assert len(before) == 40 and right_keys(tmp_path / "s") == before
+    code, report = store(capsys, "gc", tmp_path / "s")
+    assert code == 0 and report["freed_bytes"] <= 0
+
+
+def test_export_writes_another_codec_when_asked(path, tmp_path, capsys):
+    had = stored_codecs(path)
+    for codec in ("split", "none"):
+        code, report = store(capsys, "export", path, tmp_path / codec, "--codec", codec)
+        assert code == 0 and report["copied_blocks"] == 46 and stored_codecs(tmp_path / codec) == [codec]
+        assert right_keys(tmp_path / codec) == right_keys(path)
+    assert store(capsys, "export", path, tmp_path / "same")[0] == 0 and stored_codecs(tmp_path / "same") == had
 
 
 def test_export_and_import_carry_blocks_and_sessions(path, tmp_path, capsys):

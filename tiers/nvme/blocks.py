@@ -19,8 +19,9 @@ import numpy.typing as npt
 from ..checksum import block_sum, layer_sums_and_crc, slice_sum
 from ..layout import KVLayout
 from ..streams import IntArray, Rows
-from .files import Scratch, Segment, SegmentFiles, is_aligned
+from .files import Scratch, is_aligned
 from .layout import PAGE_BYTES, Geometry, Trailer
+from .segment_io import SegmentIo
 from .slots import Run
 
 MAX_TRAILERS = 4096  # remembered
@@ -29,33 +30,32 @@ Stamps = npt.NDArray[Any]
 
 
 class BlockIo:
-    """Moves blocks of all layer groups of one store. Called from many workers at once."""
+    """Moves blocks that are stored as they are, of all layer groups of one store. Called from many workers at once."""
 
     def __init__(
         self,
-        files: SegmentFiles,
+        io: SegmentIo,
         layouts: Sequence[KVLayout],
         geometries: Sequence[Geometry],
         *,
         with_checksums: bool = True,
     ) -> None:
-        self._files, self._layouts, self._geometries = files, layouts, geometries
+        self._io, self._layouts, self._geometries = io, layouts, geometries
         self._with_checksums = with_checksums
         self._scratch = Scratch()
         self._lock = threading.Lock()
         self._hashing = threading.Semaphore(NUM_HASHING)
         self._trailers: OrderedDict[tuple[int, int, int], npt.NDArray[np.uint64]] = OrderedDict()
-        self.bytes_read = self.bytes_written = 0
-        self.last_write_error: str | None = None
 
     def write(self, group: int, run: Run, source: Rows, rows: IntArray, stamps: Stamps, *, is_empty: bool) -> bool:
-        """Write the run's blocks and fill in their checksums. False when not all bytes went down.
+        """Write the run's blocks and fill in their checksums and sizes. False when not all bytes went down.
 
         `is_empty`: nothing is listed in this segment (see SegmentFiles.use).
         """
         geometry = self._geometries[group]
         tails_at, direct = self._buffers(geometry, run, source, rows)
         buffers: list[Any] = []
+        stamps["stored_bytes"] = geometry.most_stored_bytes
         for i in range(run.count):
             row, tail = source[rows[i]], tails_at[i]
             tail[:] = np.frombuffer(self._tail(group, row, stamps[i : i + 1]), np.uint8)
@@ -64,14 +64,7 @@ class BlockIo:
         if not direct:
             buffers = [self._staged(geometry, run, source, rows).data]
         wanted = run.count * geometry.stride
-        try:
-            with self._files.use((group, run.segment), create=True, is_empty=is_empty) as fd:
-                written = self._files.calls.pwritev(fd, buffers, run.offset)
-        except OSError as error:
-            self.last_write_error = error.strerror or str(error)
-            return False
-        self.bytes_written += written
-        return written == wanted
+        return self._io.write((group, run.segment), buffers, run.offset, wanted, is_empty=is_empty)
 
     def read(self, group: int, run: Run, target: Rows, rows: IntArray, stamps: Stamps) -> npt.NDArray[np.bool_]:
         """Read the run's blocks into target rows; False for each that is not the block that its stamp names."""
@@ -82,7 +75,7 @@ class BlockIo:
         else:
             staged = self._scratch.take(run.count * geometry.stride)
             buffers = [staged.data]
-        if not self._pread(group, run.segment, buffers, run.offset, run.count * geometry.stride):
+        if not self._io.read((group, run.segment), buffers, run.offset, run.count * geometry.stride):
             return ok
         for i in range(run.count):
             row = target[rows[i]]
@@ -100,13 +93,13 @@ class BlockIo:
         segment, offset = geometry.place(slot)
         start = layer * size
         if is_aligned(row) and start % PAGE_BYTES == 0:
-            if not self._pread(group, segment, [row.data], offset + start, size):
+            if not self._io.read((group, segment), [row.data], offset + start, size):
                 return False
         else:
             first = start // PAGE_BYTES * PAGE_BYTES
             wanted = -(-(start + size - first) // PAGE_BYTES) * PAGE_BYTES
             around = self._scratch.take(wanted)
-            if not self._pread(group, segment, [around.data], offset + first, wanted):
+            if not self._io.read((group, segment), [around.data], offset + first, wanted):
                 return False
             row[:] = around[start - first : start - first + size]
         return slice_sum(row) == int(sums[layer])
@@ -146,12 +139,12 @@ class BlockIo:
         else:  # for measuring; stock readers refuse such a block
             sums, crc = np.zeros(layout.num_layers, np.uint64), 0
         stamp["checksum"] = block_sum(sums)
-        key, generation, checksum, tokens, _ = stamp[0].tolist()
+        key, generation, checksum, tokens, *_ = stamp[0].tolist()
         return self._geometries[group].tail(Trailer(key, generation, checksum, tokens, sums, crc))
 
     def _is_the_block(self, group: int, row: npt.NDArray[np.uint8], tail: bytes, stamp: Any) -> bool:
         trailer = self._geometries[group].read_tail(tail)
-        if trailer is None or not _same(trailer, stamp):
+        if trailer is None or not names_it(trailer, stamp):
             return False
         if not self._with_checksums:
             return True
@@ -170,10 +163,10 @@ class BlockIo:
         segment, offset = geometry.place(slot)
         first = geometry.block_bytes // PAGE_BYTES * PAGE_BYTES
         tail = self._scratch.take(geometry.stride - first)
-        if not self._pread(group, segment, [tail.data], offset + first, geometry.stride - first):
+        if not self._io.read((group, segment), [tail.data], offset + first, geometry.stride - first):
             return None
         trailer = geometry.read_tail(tail[geometry.block_bytes - first :].tobytes())
-        if trailer is None or not _same(trailer, stamp):
+        if trailer is None or not names_it(trailer, stamp):
             return None
         with self._lock:
             self._trailers[key] = trailer.layer_sums
@@ -181,22 +174,11 @@ class BlockIo:
                 self._trailers.popitem(last=False)
         return trailer.layer_sums
 
-    def _pread(self, group: int, segment: int, buffers: list[Any], offset: int, wanted: int) -> bool:
-        try:
-            with self._files.use((group, segment)) as fd:
-                got = self._files.calls.preadv(fd, buffers, offset)
-        except OSError:
-            return False
-        self.bytes_read += got
-        return got == wanted
 
-
-def _same(trailer: Trailer, stamp: Any) -> bool:
+def names_it(trailer: Trailer, stamp: Any) -> bool:
+    """Whether a trailer is that of the block which the manifest lists."""
     return (
         trailer.key == stamp["key"].tobytes()
         and trailer.generation == int(stamp["generation"])
         and trailer.checksum == int(stamp["checksum"])
     )
-
-
-__all__ = ["BlockIo", "Segment"]

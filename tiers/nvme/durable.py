@@ -118,7 +118,7 @@ class DurableListing:
                 self.torn_indexes += len(torn)
                 stale, self._stale_index = self._stale_index | torn, set()
                 unsynced, self._unsynced = self._unsynced, {}
-                pages = {segment: self._listed(segment) for segment in stale}
+                pages = {segment: self._stored(segment) for segment in stale}
             late = {segment for segment in sorted(stale) if not self._write_index(segment, pages[segment])}
             touched = sorted(stale | unsynced.keys())
             refused = [segment for segment in touched if not self._sync(segment)]
@@ -190,9 +190,9 @@ class DurableListing:
         for segment in self._segments(group, slots):
             self._unsynced.setdefault(segment, []).append(slots)
 
-    def _write_index(self, segment: Segment, listed: npt.NDArray[np.bool_]) -> bool:
+    def _write_index(self, segment: Segment, stored: npt.NDArray[np.uint64]) -> bool:
         try:
-            self._files.write_index(segment, listed)
+            self._files.write_index(segment, stored)
         except FileNotFoundError:
             return True  # somebody deleted it; its blocks fail their checks, and a new file may be made
         except OSError:
@@ -224,9 +224,8 @@ class DurableListing:
         self._on_distrust(group, slots)
         self._files.forget(segment)
 
-    def _listed(self, segment: Segment) -> npt.NDArray[np.bool_]:
+    def _stored(self, segment: Segment) -> npt.NDArray[np.uint64]:
+        """Stored bytes of the slots of a segment, 0 for those that are not listed."""
         group, number = segment
         book = self._books[group]
-        size = book.geometry.slots_per_segment
-        book.listing.reach((number + 1) * size)
-        return book.listing.in_segment(number, size).copy()
+        return book.listing.stored_in_segment(number, book.geometry.slots_per_segment)

@@ -1,4 +1,4 @@
-"""Segment files: open, preallocated, read and written past the page cache where the file system allows it.
+"""Segment files: open, preallocated or sparse, read and written past the page cache where the file system allows it.
 
 One seam (`SystemCalls`) lies between us and the kernel, so that tests can make any call fail. Buffers that the kernel
 reads into or writes from are page aligned; whoever has others goes through a worker's own scratch buffer. Guards: a
@@ -7,6 +7,7 @@ file of another size or with an index that is not ours was rewritten by somebody
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import threading
@@ -25,6 +26,8 @@ from ..streams import aligned_rows
 from .identity import NEW_SEGMENT_FILE, PROBE_FILE, segment_path
 from .layout import PAGE_BYTES, Geometry
 
+_LIBC = ctypes.CDLL(None, use_errno=True)
+_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # <linux/falloc.h>
 MAX_OPEN_FILES = 512
 DIRECT_MIN_BYTES = 256 << 10  # smaller blocks are many requests: the page cache then saves more than its copy costs
 Segment = tuple[int, int]  # layer group, number
@@ -53,6 +56,20 @@ class SystemCalls:
 
     def fallocate(self, fd: int, size: int) -> None:
         os.posix_fallocate(fd, 0, size)
+
+    def set_size(self, fd: int, size: int) -> None:
+        """A file of that size; what is not written takes no disk."""
+        os.ftruncate(fd, size)
+
+    def next_byte(self, fd: int, offset: int) -> int:
+        """Where the first byte that takes disk lies, at the offset or behind it."""
+        return os.lseek(fd, offset, os.SEEK_DATA)
+
+    def punch(self, fd: int, offset: int, size: int) -> None:
+        """Give the disk under these bytes back; they read as zeros from now on."""
+        if _LIBC.fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(size)):
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
 
 
 class ForeignSegmentError(OSError):
@@ -116,10 +133,21 @@ class SegmentFiles:
                 if held.is_over and not held.users:
                     self.calls.close(held.fd)
 
-    def write_index(self, segment: Segment, listed: npt.NDArray[np.bool_]) -> None:
-        """Say in the shard's index which of its slots hold blocks."""
+    def write_index(self, segment: Segment, stored: npt.NDArray[np.uint64]) -> None:
+        """Say in the shard's index which of its slots hold blocks, by their stored bytes."""
         with self.use(segment, check_index=False) as fd:  # whatever was there, this is what it should say
-            self._write_header(segment, fd, listed)
+            self._write_header(segment, fd, stored)
+
+    def punch(self, segment: Segment, start: int, end: int) -> None:
+        """Give the disk under a part of a segment back, if any is there. Where that cannot be done, nothing changes."""
+        if start >= end:
+            return
+        try:
+            with self.use(segment) as fd:
+                if self.calls.next_byte(fd, start) < end:  # looking is cheap, punching stops other writers of the file
+                    self.calls.punch(fd, start, end - start)
+        except OSError:  # nothing behind the start, or a file system that cannot
+            pass
 
     def sync(self, segment: Segment) -> None:
         """What was written to the segment survives a power loss once this returns, and so does its name."""
@@ -180,8 +208,9 @@ class SegmentFiles:
         new.unlink(missing_ok=True)
         fd = self.calls.open(new, flags | os.O_CREAT)
         try:
-            self.calls.fallocate(fd, geometry.segment_bytes)
-            self._write_header(segment, fd, np.zeros(geometry.slots_per_segment, bool))
+            reserve = self.calls.set_size if geometry.is_encoded else self.calls.fallocate
+            reserve(fd, geometry.segment_bytes)
+            self._write_header(segment, fd, np.zeros(geometry.slots_per_segment, np.uint64))
             new.replace(path)
         except BaseException:
             self.calls.close(fd)
@@ -190,10 +219,10 @@ class SegmentFiles:
         self._grown.add(path.parent)
         return fd
 
-    def _write_header(self, segment: Segment, fd: int, listed: npt.NDArray[np.bool_]) -> None:
+    def _write_header(self, segment: Segment, fd: int, stored: npt.NDArray[np.uint64]) -> None:
         geometry = self._geometries[segment[0]]
         pages = aligned_rows(1, geometry.header_bytes)
-        pages[0] = np.frombuffer(geometry.header(listed), np.uint8)
+        pages[0] = np.frombuffer(geometry.header(stored), np.uint8)
         if self.calls.pwritev(fd, [pages[0].data], 0) != geometry.header_bytes:
             raise OSError(errno.EIO, f"index of {self.path(segment).name} was written in part")
 

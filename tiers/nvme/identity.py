@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,9 +20,10 @@ import xxhash
 
 from ..errors import ConfigError, StoreLockedError, StoreMismatchError
 from ..layout import KVLayout
+from .codecs import NONE, check_codec, codec_for
 from .layout import Geometry
 
-FORMAT = 3  # 1 had no seal over a block's crc; 2 had segments of one size and stamps without an owner
+FORMAT = 4  # 1: no seal over a block's crc; 2: segments of one size, stamps without an owner; 3: without stored bytes
 STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR = "store.json", "LOCK", "manifest.log", "blocks.zarr"
 PROBE_FILE = "probe.tmp"  # written and removed at open, to see what the file system takes
 SPARE_DIR = "blocks.new"  # Zarr metadata on its way
@@ -84,17 +85,22 @@ def claim(path: Path, identity: StoreIdentity) -> tuple[int, bool]:
 def check_identity(path: Path, identity: StoreIdentity) -> None:
     """Raises StoreMismatchError naming what differs."""
     stored = read_identity(path)
-    if stored.get("format") != FORMAT:
-        raise StoreMismatchError(
-            f"store {path} has format={stored.get('format')!r}, this version of kvtier reads and writes {FORMAT} only: use "
-            "another path, or delete the store (what it holds is a cache and can be computed again)"
-        )
+    check_format(path, stored)
     for name, wanted in identity.to_dict().items():
         if stored.get(name) != wanted:
             raise StoreMismatchError(
                 f"store {path} was made with {name}={_short(stored.get(name))}, this model has {_short(wanted)}; "
                 "use another path for this model, or delete the store"
             )
+
+
+def check_format(path: Path, stored: Mapping[str, Any]) -> None:
+    """Raises StoreMismatchError."""
+    if stored.get("format") != FORMAT:
+        raise StoreMismatchError(
+            f"store {path} has format={stored.get('format')!r}, this version of kvtier reads and writes {FORMAT} only: use "
+            "another path, or delete the store (what it holds is a cache and can be computed again)"
+        )
 
 
 def read_identity(path: Path) -> dict[str, Any]:
@@ -110,16 +116,26 @@ def read_identity(path: Path) -> dict[str, Any]:
     return stored
 
 
-def make_arrays(path: Path, identity: StoreIdentity, num_slots: list[int], about: Mapping[str, Any]) -> list[Geometry]:
+def make_arrays(
+    path: Path,
+    identity: StoreIdentity,
+    num_slots: list[int],
+    codecs: Sequence[str],
+    about: Mapping[str, Any],
+    segment_bytes: int,
+) -> list[Geometry]:
     """Write the Zarr metadata and, last, the identity file.
 
     `about` describes the model to whoever opens the store without kvtier; it is kept in the group's attributes.
     """
-    geometries = [Geometry.for_room(layout, n) for layout, n in zip(identity.layouts, num_slots, strict=True)]
-    _write_metadata(path / ZARR_DIR, identity, geometries, num_slots, about)
+    geometries = [
+        Geometry.for_room(layout, n, overhead_of(codec, layout), segment_bytes)
+        for layout, n, codec in zip(identity.layouts, num_slots, codecs, strict=True)
+    ]
+    _write_metadata(path / ZARR_DIR, identity, geometries, num_slots, codecs, about)
     arrays = [
-        {"slots_per_segment": geometry.slots_per_segment, "metadata_sum": _metadata_sum(path, index)}
-        for index, geometry in enumerate(geometries)
+        {"slots_per_segment": geometry.slots_per_segment, "metadata_sum": _metadata_sum(path, index), "codec": codec}
+        for index, (geometry, codec) in enumerate(zip(geometries, codecs, strict=True))
     ]
     _write_whole(path / STORE_FILE, {**identity.to_dict(), "about": dict(about), "arrays": arrays})
     return geometries
@@ -133,7 +149,7 @@ def repair_metadata(path: Path, identity: StoreIdentity) -> bool:
     folders = [path / ZARR_DIR / f"g{index}" for index in range(len(geometries))]
     slots = [_reached(folder, geometry) for folder, geometry in zip(folders, geometries, strict=True)]
     spare = path / SPARE_DIR
-    _write_metadata(spare, identity, geometries, slots, stored.get("about", {}))
+    _write_metadata(spare, identity, geometries, slots, stored_codecs(path, identity), stored.get("about", {}))
     for part in (Path(), *(Path(folder.name) for folder in folders)):
         (spare / part / "zarr.json").replace(path / ZARR_DIR / part / "zarr.json")
     shutil.rmtree(spare)
@@ -145,6 +161,7 @@ def _write_metadata(
     identity: StoreIdentity,
     geometries: list[Geometry],
     num_slots: list[int],
+    codecs: Sequence[str],
     about: Mapping[str, Any],
 ) -> None:
     """By zarr-python itself, so that it is always stock."""
@@ -152,13 +169,16 @@ def _write_metadata(
 
     said = {"version": _version(), "about": dict(about), **identity.to_dict()}
     group = zarr.create_group(str(folder), overwrite=True, attributes={"kvtier": said})
-    for index, (layout, geometry, slots) in enumerate(zip(identity.layouts, geometries, num_slots, strict=True)):
-        _make_array(group, index, layout, geometry, slots)
+    arrays = zip(identity.layouts, geometries, num_slots, codecs, strict=True)
+    for index, (layout, geometry, slots, codec) in enumerate(arrays):
+        _make_array(group, index, layout, geometry, slots, codec)
 
 
-def _make_array(group: Any, index: int, layout: KVLayout, geometry: Geometry, slots: int) -> None:
+def _make_array(group: Any, index: int, layout: KVLayout, geometry: Geometry, slots: int, codec: str) -> None:
     from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
+    encoder = codec_for(codec, layout)
+    compressor = [] if encoder is None else [encoder.zarr_codec()]
     chunk = (1, *layout.block_shape)
     kinds = _DIM_NAMES if len(chunk) == len(_DIM_NAMES) else ("slot", "layer", "element")
     names = [f"g{index}_{kind}" for kind in kinds]  # of its own, so that xarray takes groups of other sizes
@@ -169,7 +189,7 @@ def _make_array(group: Any, index: int, layout: KVLayout, geometry: Geometry, sl
         dtype=layout.storage_dtype,
         serializer=ShardingCodec(
             chunk_shape=chunk,
-            codecs=[BytesCodec(), Crc32cCodec()],
+            codecs=[BytesCodec(), *compressor, Crc32cCodec()],
             index_codecs=[BytesCodec(), Crc32cCodec()],
             index_location="start",
         ),
@@ -178,7 +198,7 @@ def _make_array(group: Any, index: int, layout: KVLayout, geometry: Geometry, sl
         fill_value=0,
         chunk_key_encoding={"name": "default", "separator": "."},
         dimension_names=names,
-        attributes={"kvtier": {"dtype": layout.dtype, "codec": "none", "layout": layout.to_dict()}},
+        attributes={"kvtier": {"dtype": layout.dtype, "codec": codec, "layout": layout.to_dict()}},
     )
 
 
@@ -188,9 +208,27 @@ def stored_geometries(path: Path, identity: StoreIdentity) -> list[Geometry]:
         counts = [int(array["slots_per_segment"]) for array in read_identity(path)["arrays"]]
         if min(counts) < 1:
             raise ValueError("slots_per_segment must be at least 1")
-        return [Geometry.of(layout, n) for layout, n in zip(identity.layouts, counts, strict=True)]
+        overheads = map(overhead_of, stored_codecs(path, identity), identity.layouts)
+        return [Geometry.of(*parts) for parts in zip(identity.layouts, counts, overheads, strict=True)]
     except (LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"store {path}: {STORE_FILE} does not say how its arrays are cut: {error}") from error
+
+
+def stored_codecs(path: Path, identity: StoreIdentity | None = None) -> list[str]:
+    """The codec of each of the store's arrays. Raises ConfigError."""
+    try:
+        names = [check_codec(array["codec"]) for array in read_identity(path)["arrays"]]
+        if identity is not None and len(names) != len(identity.layouts):
+            raise ValueError(f"{len(names)} arrays for {len(identity.layouts)} layer groups")
+        return names
+    except (LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"store {path}: {STORE_FILE} does not say how its arrays are stored: {error}") from error
+
+
+def overhead_of(codec: str, layout: KVLayout) -> int | None:
+    """Bytes that an encoded block can have more than the block; None where it is not encoded. Raises ConfigError."""
+    encoder = None if codec == NONE else codec_for(codec, layout)
+    return None if encoder is None else encoder.overhead_bytes
 
 
 def grow_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> list[Geometry]:
@@ -212,6 +250,8 @@ def grow_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> li
         if has < wanted:
             import zarr
 
+            if (encoder := codec_for(arrays[index]["codec"], identity.layouts[index])) is not None:
+                encoder.zarr_codec()  # zarr then knows it, also where an older installation lacks the entry point
             array = zarr.open_array(str(file.parent), mode="r+")
             array.resize((wanted, *array.shape[1:]))
     return geometries

@@ -76,7 +76,7 @@ def check(path: Path, progress: Progress, *, repair: bool = False) -> Report:
 
 
 def collect(path: Path, progress: Progress) -> Report:
-    """Remove segment files that hold no block, and history from the journal."""
+    """Remove segment files that hold no block, the disk under free slots of sparse ones, and history from the journal."""
     report = Report()
     with _opened(path) as (tier, _):
         before = _disk_bytes(path)
@@ -90,25 +90,28 @@ def collect(path: Path, progress: Progress) -> Report:
                     tier.drop_segment(group, int(file.name.split(".")[1]))
                     file.unlink()
                 progress(done + 1, len(files))
+            tier.punch_unused(group)
         tier.flush()
         tier.shrink_journal()
         report.freed_bytes = before - _disk_bytes(path)
     return report
 
 
-def copy(source: Path, target: Path, progress: Progress) -> Report:
+def copy(source: Path, target: Path, progress: Progress, *, codec: str | None = None) -> Report:
     """Copy blocks and sessions from one store into another of the same model, which is made where there is none.
 
+    A new target is stored as the source is, or under `codec`; one that exists keeps its own.
     Raises: StoreMismatchError when the two are of different models; ConfigError when the target has no room.
     """
-    identity = stored_identity(source)
-    if (target / "store.json").exists() and stored_identity(target) != identity:
+    identity, is_new = stored_identity(source), not (target / "store.json").exists()
+    if not is_new and stored_identity(target) != identity:
         raise StoreMismatchError(f"store {target} belongs to another model or layout than {source}")
     report = Report()
     with _opened(source) as (origin, backend):
         listed = origin.recovered()
         total = sum(len(slots) for slots, _ in listed)
-        with _opened(target, identity, [len(slots) for slots, _ in listed]) as (into, _):
+        codecs = [codec] * len(listed) if codec is not None else origin.codecs if is_new else None
+        with _opened(target, identity, [len(slots) for slots, _ in listed], codecs) as (into, _):
             known = [{stamp.tobytes() for stamp in stamps["key"]} for _, stamps in into.recovered()]
             for group, (slots, stamps) in enumerate(listed):
                 keys = [stamp.tobytes() for stamp in stamps["key"]]
@@ -133,7 +136,10 @@ def copy(source: Path, target: Path, progress: Progress) -> Report:
 # ---------------------------------------------------------------------- inside
 @contextmanager
 def _opened(
-    path: Path, identity: StoreIdentity | None = None, more_slots: list[int] | None = None
+    path: Path,
+    identity: StoreIdentity | None = None,
+    more_slots: list[int] | None = None,
+    codecs: list[str] | None = None,
 ) -> Iterator[tuple[NvmeTier, CpuBackend]]:
     """The store with room for what it lists, and for `more_slots` besides."""
     if identity is None or (path / "store.json").exists():
@@ -146,7 +152,7 @@ def _opened(
             held = [int(slots.max()) + 1 if len(slots) else 0 for slots, _ in tier.recovered()]
             tier.close()
         room = [a + b for a, b in zip(held, more_slots or [0] * len(held), strict=True)]
-        tier = NvmeTier.open(path, identity, num_slots=room, backend=backend)
+        tier = NvmeTier.open(path, identity, num_slots=room, backend=backend, codecs=codecs)
         try:
             yield tier, backend
         finally:

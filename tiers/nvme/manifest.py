@@ -21,7 +21,16 @@ import numpy.typing as npt
 
 from .files import SystemCalls, sync_directory
 
-STAMP = np.dtype([("key", "V32"), ("generation", "<u8"), ("checksum", "<u8"), ("tokens", "<u4"), ("owner", "<u4")])
+STAMP = np.dtype(
+    [
+        ("key", "V32"),
+        ("generation", "<u8"),
+        ("checksum", "<u8"),  # of the block, whatever its encoding
+        ("tokens", "<u4"),
+        ("owner", "<u4"),
+        ("stored_bytes", "<u8"),  # of the chunk and its crc, as Zarr's index lists them; set by whoever writes it
+    ]
+)
 _FRAME = struct.Struct("<II")
 _MAX_FRAME_BYTES = 64 << 20
 _BATCH = 4096  # slots per record of a snapshot
@@ -57,6 +66,12 @@ class GroupListing:
     def in_segment(self, number: int, size: int) -> npt.NDArray[np.bool_]:
         """Which slots of a segment are listed; a view, shorter where the listing does not reach."""
         return self.listed[number * size : (number + 1) * size]
+
+    def stored_in_segment(self, number: int, size: int) -> npt.NDArray[np.uint64]:
+        """Stored bytes of each slot of a segment, 0 where nothing is listed."""
+        self.reach((number + 1) * size)
+        stamps = self.stamps[number * size : (number + 1) * size]
+        return np.where(self.in_segment(number, size), stamps["stored_bytes"], np.uint64(0))
 
 
 @dataclass(slots=True)

@@ -7,21 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from ..layout import KVLayout
-from .identity import MANIFEST_FILE, read_identity
+from .identity import MANIFEST_FILE, check_format, read_identity, stored_codecs
 from .manifest import replay
 
 
 def read_store_status(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Blocks, bytes and sessions per layer group. Raises ConfigError when there is no store."""
+    """Blocks, bytes and sessions per layer group.
+
+    Raises: ConfigError when there is no store, StoreMismatchError when it is of another format.
+    """
     where = Path(path)
     identity = read_identity(where)
+    check_format(where, identity)
     listing = replay(where / MANIFEST_FILE)
-    groups = []
+    codecs, groups = stored_codecs(where), []
     for index, fields in enumerate(identity.get("layouts", [])):
         layout = KVLayout.from_dict(fields)
-        blocks = len(listing.group(index).slots())
+        stamps = listing.group(index).stamps[listing.group(index).slots()]
         groups.append(
-            {"name": layout.name, "blocks": blocks, "bytes": blocks * layout.block_bytes, "dtype": layout.dtype}
+            {
+                "name": layout.name,
+                "blocks": len(stamps),
+                "bytes": len(stamps) * layout.block_bytes,
+                "stored_bytes": int(stamps["stored_bytes"].sum()),
+                "dtype": layout.dtype,
+                "codec": codecs[index],
+            }
         )
     return {
         "path": str(where),

@@ -17,15 +17,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError, TierUnavailableError
+from ..layout import KVLayout
 from ..streams import AllDone, Backend, IntArray, Rows, aligned_rows
 from .blocks import BlockIo
+from .codecs import NONE, check_codecs, codec_for, warn_of_others
 from .commit import Committer, Durability, check_durability
 from .durable import DurableListing
+from .encoded import EncodedIo
 from .files import SegmentFiles, SystemCalls
-from .identity import MANIFEST_FILE, StoreIdentity, claim, grow_arrays, make_arrays
-from .layout import Geometry
+from .identity import MANIFEST_FILE, StoreIdentity, claim, grow_arrays, make_arrays, stored_codecs
+from .layout import SEGMENT_BYTES, Geometry
 from .manifest import STAMP, Manifest
-from .slots import NONE_OPEN, Run, SlotBook, plan_runs
+from .segment_io import SegmentIo
+from .slots import NONE_OPEN, Run, SlotBook, plan_runs, segments_of
 
 __all__ = ["STAMP", "IoTicket", "NvmeTier", "StoreIdentity"]
 
@@ -51,6 +55,7 @@ class NvmeTier:
         backend: Backend,
         lock_fd: int,
         durability: Durability,
+        codecs: list[str],
         calls: SystemCalls,
         with_checksums: bool,
     ) -> None:
@@ -60,7 +65,10 @@ class NvmeTier:
         listing = manifest.listing
         self._books = [SlotBook(n, g, listing.group(i)) for i, (n, g) in enumerate(zip(num_slots, geometries))]
         self._files = SegmentFiles(path, identity.layouts, geometries, calls)
-        self._io = BlockIo(self._files, identity.layouts, geometries, with_checksums=with_checksums)
+        self.codecs = codecs
+        self._io = SegmentIo(self._files)
+        self._plain = BlockIo(self._io, identity.layouts, geometries, with_checksums=with_checksums)
+        self._movers = [self._mover(*parts) for parts in zip(identity.layouts, geometries, codecs, strict=True)]
         self._listing = DurableListing(path, manifest, self._books, self._files, durability, self._lost)
         self._lock = self._listing.lock  # of the books too
         self._generation = 1 + max((int(b.listing.stamps["generation"].max(initial=0)) for b in self._books), default=0)
@@ -78,21 +86,30 @@ class NvmeTier:
         num_slots: Sequence[int],
         backend: Backend,
         durability: str = "batch",
+        codecs: Sequence[str] | None = None,
+        segment_bytes: int = SEGMENT_BYTES,
         about: Mapping[str, Any] | None = None,
         calls: SystemCalls | None = None,
         with_checksums: bool = True,
     ) -> NvmeTier:
         """Create or reopen a store with room for num_slots[g] blocks of each layer group.
 
-        `durability` is none, batch or always (commit.py); `about` describes the model in a new store's Zarr attributes;
-        `calls` and `with_checksums` are for tests and measurements.
+        `durability` is none, batch or always (commit.py); `codecs` names each group's codec (codecs.py; none by default)
+        in a new store and is ignored, with a warning, where an array exists under another; `about` describes the model in
+        a new store's Zarr attributes; `calls` and `with_checksums` (of blocks not encoded) are for tests and measurements.
         Raises: ConfigError, StoreMismatchError, StoreLockedError; the directory is then as it was.
         """
         where, chosen, slots = Path(path), check_durability(durability), list(num_slots)
+        asked = check_codecs(codecs, identity.layouts)
         fd, is_new = claim(where, identity)
         try:
-            made = make_arrays(where, identity, slots, about or {}) if is_new else grow_arrays(where, identity, slots)
-            return cls(where, identity, made, slots, backend, fd, chosen, calls or SystemCalls(), with_checksums)
+            if is_new:
+                made = make_arrays(where, identity, slots, asked or [NONE] * len(slots), about or {}, segment_bytes)
+            else:
+                made = grow_arrays(where, identity, slots)
+            kept = stored_codecs(where, identity)
+            warn_of_others(where, kept, asked)
+            return cls(where, identity, made, slots, backend, fd, chosen, kept, calls or SystemCalls(), with_checksums)
         except OSError as error:
             os.close(fd)
             raise ConfigError(f"nvme_path={str(where)!r} cannot be used: {error}") from error
@@ -125,7 +142,7 @@ class NvmeTier:
             if len(listed):
                 self._listing.drop_locked(group, listed)
             book.free(slots)
-        self._io.forget(group, slots)
+        self._plain.forget(group, slots)
 
     def quarantine(self, group: int, slots: IntArray) -> None:
         """These slots hold something else than they should: count them and take them out of the listing."""
@@ -134,6 +151,12 @@ class NvmeTier:
 
     def block_bytes(self, group: int) -> int:
         return self._identity.layouts[group].block_bytes
+
+    def stored_bytes(self, group: int) -> int:
+        """Bytes of disk under the listed blocks of a group."""
+        with self._lock:
+            listing = self._books[group].listing
+            return self._footprint(group, listing.stamps[listing.slots()])
 
     def stamps(self, group: int, slots: IntArray) -> npt.NDArray[Any]:
         """What the manifest says of these slots."""
@@ -179,10 +202,10 @@ class NvmeTier:
         self, group: int, slots: IntArray, target: Rows, target_rows: IntArray, stamps: npt.NDArray[Any]
     ) -> IoTicket:
         """Read blocks into target rows. A slot that fails any check is ok=False and its row means nothing."""
-        ticket = IoTicket(len(slots))
+        ticket, mover = IoTicket(len(slots)), self._movers[group]
 
         def job(run: Run) -> None:
-            ticket.ok[run.part] = self._io.read(group, run, target, target_rows[run.part], stamps[run.part])
+            ticket.ok[run.part] = mover.read(group, run, target, target_rows[run.part], stamps[run.part])
 
         runs = plan_runs(self._books[group].geometry, slots)
         ticket.event = AllDone([self._backend.read_io.submit(_bound(job, run)) for run in runs])
@@ -191,14 +214,14 @@ class NvmeTier:
     def read_layer(
         self, group: int, slots: IntArray, layer: int, target: Rows, target_rows: IntArray, stamps: npt.NDArray[Any]
     ) -> IoTicket:
-        """Read one layer's slice of each block, proven by the trailer's layer sums."""
-        ticket = IoTicket(len(slots))
+        """Read one layer's slice of each block, proven by the trailer's layer sums. Under a codec, decodes whole blocks."""
+        ticket, mover = IoTicket(len(slots)), self._movers[group]
         size = self._identity.layouts[group].layer_bytes
         step = max(1, _SLICE_JOB_BYTES // size)
 
         def job(first: int) -> None:
             for i in range(first, min(first + step, len(slots))):
-                ticket.ok[i] = self._io.read_slice(group, int(slots[i]), layer, target[target_rows[i]], stamps[i])
+                ticket.ok[i] = mover.read_slice(group, int(slots[i]), layer, target[target_rows[i]], stamps[i])
 
         firsts = range(0, len(slots), step)
         ticket.event = AllDone([self._backend.read_io.submit(_bound(job, first)) for first in firsts])
@@ -274,6 +297,16 @@ class NvmeTier:
         self._listing.forget_segment((group, number))
         self._files.forget((group, number))
 
+    def punch_unused(self, group: int) -> None:
+        """Give the disk under free slots of sparse segments back. Nothing else may be in flight."""
+        book = self._books[group]
+        size, stride = book.geometry.slots_per_segment, book.geometry.stride
+        for number in segments_of(book.geometry, book.listing.slots()) if book.geometry.is_encoded else []:
+            for slot, stored in enumerate(book.listing.stored_in_segment(number, size).tolist(), number * size):
+                _, start = book.geometry.place(slot)
+                used = book.geometry.footprint(stored) if stored else 0
+                self._files.punch((group, number), start + used, start + stride)
+
     def shrink_journal(self) -> None:
         """Rewrite the journal without history, whatever its size."""
         self._listing.shrink_journal()
@@ -295,6 +328,8 @@ class NvmeTier:
             "failed_index_writes": self._listing.failed_index_writes,
             "torn_indexes": self._listing.torn_indexes,
             "durability": self._durability,
+            "codecs": self.codecs,
+            "stored_bytes": [self.stored_bytes(group) for group in range(len(self._books))],
             "direct_io": self._files.is_direct,
             "sessions": len(self._listing.sessions()),
         }
@@ -332,7 +367,7 @@ class NvmeTier:
         with self._lock:
             is_empty = not book.listing.in_segment(run.segment, book.geometry.slots_per_segment).any()
         part = run.part
-        return self._io.write(group, run, source, source_rows[part], stamps[part], is_empty=is_empty)
+        return self._movers[group].write(group, run, source, source_rows[part], stamps[part], is_empty=is_empty)
 
     def _publish(self, group: int, slots: IntArray, stamps: npt.NDArray[Any], ticket: IoTicket) -> None:
         """List what was written whole; under `always`, make it durable before the call counts as done."""
@@ -347,7 +382,7 @@ class NvmeTier:
             ticket.ok[:] = False
             return
         if self._committer is not None:
-            self._committer.wrote(int(good.sum()) * self._books[group].geometry.stride)
+            self._committer.wrote(self._footprint(group, stamps[good]))
 
     def _relocate(self, group: int, slots: IntArray, targets: IntArray, ok: npt.NDArray[np.bool_]) -> None:
         """New bytes are durable before the journal says so, and the journal before the old slots are used again."""
@@ -356,7 +391,7 @@ class NvmeTier:
         rows = aligned_rows(len(slots), geometry.block_bytes)
         places, good = np.arange(len(slots)), np.zeros(len(slots), bool)
         for run in plan_runs(geometry, slots):
-            good[run.part] = self._io.read(group, run, rows, places[run.part], stamps[run.part])
+            good[run.part] = self._movers[group].read(group, run, rows, places[run.part], stamps[run.part])
         self._number(stamps)
         for run in plan_runs(geometry, targets):
             good[run.part] &= self._write_run(group, run, rows, places, stamps)
@@ -369,13 +404,21 @@ class NvmeTier:
             return
         if self._durability != "none":
             self._listing.commit_quietly()
-        self.moved_bytes += int(good.sum()) * geometry.stride
+        self.moved_bytes += self._footprint(group, stamps[good])
         ok[:] = good
 
     def _lost(self, group: int, slots: IntArray) -> None:
         """A segment cannot be relied upon: what it held is corrupt as far as anybody can tell."""
         self.corrupt_blocks += len(slots)
-        self._io.forget(group, slots)
+        self._plain.forget(group, slots)
+
+    def _mover(self, layout: KVLayout, geometry: Geometry, codec: str) -> BlockIo | EncodedIo:
+        encoder = codec_for(codec, layout)
+        return self._plain if encoder is None else EncodedIo(self._io, self._files, layout, geometry, encoder)
+
+    def _footprint(self, group: int, stamps: npt.NDArray[Any]) -> int:
+        """Bytes of disk under these blocks."""
+        return int(self._books[group].geometry.footprint(stamps["stored_bytes"]).sum())
 
     def _commits_by_itself(self) -> bool:
         return self._durability == "batch" and self._backend.name != "simulated"

@@ -1,0 +1,107 @@
+"""Clients that come, read along, cancel and vanish at random: nothing leaks, nothing hangs, nobody waits for ever."""
+
+from __future__ import annotations
+
+import random
+import resource
+import threading
+import time
+
+import pytest
+
+from kvtier import SamplingParams
+from kvtier.engine.conversations import Conversations
+from kvtier.engine.loop import EngineLoop
+from kvtier.tiers.errors import Busy, KvTierError
+
+from .test_families import tiny
+from .test_loop import Heard
+from .test_scheduler import check_end, open_engine, prompt_of
+
+CLIENTS = 12
+WAIT_S = 60.0  # bound of the wait for a first token, on a busy machine
+
+
+def crowd(tmp_path, seconds: float, seed: int) -> dict[str, float]:
+    """Let clients at an engine for so long; how many turns there were, the p99 of the first token, memory at its ends."""
+    engine = open_engine(tiny("llama"), 30, nvme_path=tmp_path / "s", nvme_bytes="128MiB")
+    loop = EngineLoop(engine)
+    chats = Conversations(loop, idle_s=0.5)
+    over, waits, failed = threading.Event(), [], []
+    sizes: list[int] = []
+
+    def client(number: int) -> None:
+        choose = random.Random(seed * 1000 + number)
+        while not over.is_set():
+            try:
+                waits.append(one_of(choose, number))
+            except Busy:
+                time.sleep(0.01)
+            except KvTierError as error:
+                failed.append(error)
+
+    def one_of(choose: random.Random, number: int) -> float:
+        params = SamplingParams(max_tokens=choose.randrange(0, 30), temperature=choose.choice([0.0, 1.0]))
+        prompt, heard = prompt_of(choose.randrange(1, 200), choose.randrange(40)), Heard()
+        started_s = time.monotonic()
+        name, kind = f"c{number}-{choose.randrange(3)}", choose.random()
+        if kind < 0.4:
+            if all(one.id != name for one in chats.list_sessions()):
+                chats.create(name)
+            going = chats.send(name, prompt[:40], params, heard)
+        elif kind < 0.5:
+            if any(one.id == name for one in chats.list_sessions()):
+                choose.choice([chats.park, chats.delete, chats.resume])(name)
+            return 0.0
+        else:
+            going = loop.submit(prompt, params, heard, timeout_s=choose.choice([None, 5.0]))
+        if choose.random() < 0.3:
+            time.sleep(choose.random() * 0.05)
+            going.cancel()
+        heard.wait()  # or the test fails: nobody hangs
+        return (going.first.usage.ttft_s or 0.0) if going.first.output.token_ids else time.monotonic() - started_s
+
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    end_s = time.monotonic() + seconds
+    while time.monotonic() < end_s:
+        time.sleep(min(1.0, seconds / 10))
+        sizes.append(resident_bytes())
+    over.set()
+    for thread in threads:
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), "a client hangs"
+    assert chats.park_all() == 0
+    for one in chats.list_sessions():
+        chats.delete(one.id)
+    chats.close()
+    loop.close()
+    check_end(engine)
+    engine.close()
+    assert not failed, failed[:3]
+    waits.sort()
+    third = len(sizes) // 3
+    return {
+        "turns": len(waits),
+        "p99_s": waits[int(0.99 * (len(waits) - 1))],
+        "early_bytes": max(sizes[third : 2 * third]),
+        "late_bytes": max(sizes[2 * third :]),
+    }
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+def test_a_crowd_leaves_nothing_behind(tmp_path, seed=0):
+    found = crowd(tmp_path, 15.0, seed)
+    assert found["turns"] > 50 and found["p99_s"] < WAIT_S, found
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_a_crowd_for_half_an_hour(tmp_path):
+    found = crowd(tmp_path, 1800.0, 1)
+    assert found["p99_s"] < WAIT_S and found["late_bytes"] < 1.05 * found["early_bytes"], found

@@ -1,0 +1,165 @@
+"""Lossless codecs of blocks, by name: what goes into zarr.json, and the same bytes made and read without zarr.
+
+    none    the block's bytes as they are: preallocated, read layer by layer, at the disk's speed
+    lz4     Blosc, bitshuffle, lz4: the fastest
+    zstd    Blosc, bitshuffle, zstd
+    split   planes of bytes, zstd where that helps (split.py): the smallest for random mantissas; needs kvtier to be installed
+
+An encoder takes a row and returns bytes that Zarr's codec of that name decodes; a decoder fills a row whose size is
+known, and refuses whatever does not fill it exactly. Loads numcodecs or zarr only when a codec is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ConfigError
+from ..layout import KVLayout
+
+_LOG = logging.getLogger("kvtier.tiers")
+NONE = "none"
+Row = npt.NDArray[np.uint8]
+
+_BITSHUFFLE = 2
+_BLOSC_OVERHEAD_BYTES = 16  # of a frame that holds its bytes as they were: the header
+_BLOSC_MOST_BYTES = 2**31 - 1 - _BLOSC_OVERHEAD_BYTES
+_BLOSC_HEADER = struct.Struct("<4B3I")  # version, its compressor's, flags, typesize; bytes, block, bytes of the frame
+
+
+class BlockCodec(Protocol):
+    """One array's codec. Called from many threads at once."""
+
+    @property
+    def overhead_bytes(self) -> int:
+        """How many bytes more than the block its encoding can have."""
+
+    def encode(self, row: Row) -> bytes: ...
+
+    def decode(self, encoded: Row, row: Row) -> None:
+        """Fill the row. Raises ValueError when these bytes are not an encoding of exactly so many."""
+
+    def zarr_codec(self) -> Any:
+        """What stands between `bytes` and `crc32c` in the array's metadata. Loads zarr."""
+
+
+def check_codec(name: Any, *, where: str = "codec") -> str:
+    """The name, if there is such a codec. Raises ConfigError."""
+    if not isinstance(name, str) or name not in CODECS:
+        raise ConfigError(f"{where}={name!r} is unknown; choose {', '.join(CODECS)}")
+    return name
+
+
+def codec_for(name: str, layout: KVLayout) -> BlockCodec | None:
+    """The codec for blocks of this layout, None for `none`. Raises ConfigError."""
+    make = CODECS[check_codec(name)]
+    if make is None:
+        return None
+    if layout.block_bytes > _BLOSC_MOST_BYTES:
+        raise ConfigError(f"codec={name!r} takes blocks below 2 GiB; use a smaller block_size than {layout.block_size}")
+    return make(layout)
+
+
+def check_codecs(names: Sequence[str] | None, layouts: Sequence[KVLayout]) -> list[str] | None:
+    """One name per layer group, or None for whatever there is. Raises ConfigError."""
+    if names is None:
+        return None
+    if len(names) != len(layouts):
+        raise ConfigError(f"codecs={list(names)!r}: {len(layouts)} layer groups need one each")
+    for name, layout in zip(names, layouts, strict=True):
+        codec_for(name, layout)
+    return list(names)
+
+
+def warn_of_others(path: Path, kept: Sequence[str], asked: Sequence[str] | None) -> None:
+    """Say in the log where an array keeps another codec than was asked for."""
+    for index, (has, wanted) in enumerate(zip(kept, asked or kept, strict=True)):
+        if has != wanted:
+            _LOG.warning(
+                "store %s: array g%d was made with codec=%r and keeps it, codec=%r is ignored; `kvtier store export "
+                "--codec %s` copies a store into another",
+                path,
+                index,
+                has,
+                wanted,
+                wanted,
+            )
+
+
+class BloscCodec:
+    """Zarr's `blosc`, with bits shuffled: the bits of exponents lie together and repeat, those of mantissas do not."""
+
+    overhead_bytes = _BLOSC_OVERHEAD_BYTES
+
+    def __init__(self, layout: KVLayout, name: str, level: int, piece_bytes: int) -> None:
+        from numcodecs import blosc
+
+        blosc.use_threads = False  # as zarr sets it: Blosc's own threads are one pool with one lock
+        self._blosc, self._name, self._level, self._piece_bytes = blosc, name, level, piece_bytes
+        self._itemsize = layout.itemsize
+
+    def encode(self, row: Row) -> bytes:
+        frame: bytes = self._blosc.compress(
+            row, self._name.encode(), self._level, _BITSHUFFLE, self._piece_bytes, self._itemsize
+        )
+        return frame
+
+    def decode(self, encoded: Row, row: Row) -> None:
+        if len(encoded) < _BLOSC_HEADER.size:
+            raise ValueError(f"{len(encoded)} bytes are no Blosc frame")
+        *_, nbytes, _, frame_bytes = _BLOSC_HEADER.unpack_from(encoded.data)
+        if nbytes != row.nbytes or frame_bytes != len(encoded):
+            raise ValueError(
+                f"a Blosc frame of {frame_bytes} bytes that holds {nbytes}, where {len(encoded)} were to hold {row.nbytes}"
+            )
+        try:
+            self._blosc.decompress(encoded, row)
+        except RuntimeError as error:
+            raise ValueError(f"not a Blosc frame: {error}") from error
+
+    def zarr_codec(self) -> Any:
+        from zarr.codecs import BloscCodec as ZarrBlosc
+
+        return ZarrBlosc(
+            typesize=self._itemsize,
+            cname=self._name,  # type: ignore[arg-type]
+            clevel=self._level,
+            shuffle="bitshuffle",
+            blocksize=self._piece_bytes,
+        )
+
+
+class SplitCodec:
+    """Our own Zarr codec `kvtier.split`, see split.py."""
+
+    def __init__(self, layout: KVLayout) -> None:
+        from . import split
+
+        self._split, self._itemsize = split, layout.itemsize
+        self.overhead_bytes = split.header_bytes(layout.itemsize)
+
+    def encode(self, row: Row) -> bytes:
+        return self._split.encode(row, self._itemsize)
+
+    def decode(self, encoded: Row, row: Row) -> None:
+        self._split.decode(encoded, row)
+
+    def zarr_codec(self) -> Any:
+        from .zarr_split import ZarrSplit
+
+        return ZarrSplit(typesize=self._itemsize)
+
+
+# Levels and piece sizes: `kvtier bench codecs`. Blosc's own choice of pieces makes zstd a third slower and 4 % larger.
+CODECS: Mapping[str, Callable[[KVLayout], BlockCodec] | None] = {
+    NONE: None,
+    "lz4": lambda layout: BloscCodec(layout, "lz4", 5, 256 << 10),
+    "zstd": lambda layout: BloscCodec(layout, "zstd", 1, 1 << 20),
+    "split": SplitCodec,
+}
