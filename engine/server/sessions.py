@@ -19,7 +19,7 @@ from ..conversations import ConversationInfo
 from .answers import Answers
 from .bodies import ChatRequest, ForkRequest, RollbackRequest, SessionRequest
 from .caller import namespace_of
-from .errors import bad
+from .errors import ApiError, bad
 from .generating import answer, chat_wire, entered
 from .prompts import Prompt, plain_messages
 from .replies import ChatReply, Deleted, SessionList, SessionReply, errors
@@ -47,7 +47,12 @@ def router(service: Service) -> APIRouter:
     async def create(body: SessionRequest, request: Request) -> SessionReply:
         """A new, empty session."""
         name = body.id if body.id is not None else secrets.token_hex(12)
-        return _reply(await verb(request, name, lambda inner, ns: conversations.create(inner, namespace=ns)))
+
+        def make(inner: str, namespace: str) -> ConversationInfo:
+            _check_room(service, namespace)
+            return conversations.create(inner, namespace=namespace)
+
+        return _reply(await verb(request, name, make))
 
     @routes.get("", responses=errors(401, 503))
     async def list_sessions(request: Request) -> SessionList:
@@ -79,7 +84,12 @@ def router(service: Service) -> APIRouter:
     @routes.post("/{session_id}/fork", responses=_VERB)
     async def fork(session_id: str, body: ForkRequest, request: Request) -> SessionList:
         """n sessions that go on from here, over the same blocks."""
-        made = await verb(request, session_id, lambda inner, ns: conversations.fork(inner, body.n, namespace=ns))
+
+        def make(inner: str, namespace: str) -> list[ConversationInfo]:
+            _check_room(service, namespace)
+            return conversations.fork(inner, body.n, namespace=namespace)
+
+        made = await verb(request, session_id, make)
         return SessionList(data=[_reply(one) for one in made])
 
     @routes.post("/{session_id}/rollback", responses=_VERB)
@@ -103,6 +113,18 @@ def router(service: Service) -> APIRouter:
             return await answer(service, request, asked, chat_wire(service, body), body, stay)
 
     return routes
+
+
+def _check_room(service: Service, namespace: str) -> None:
+    """Raises: ApiError when the namespace has all the sessions that it may have."""
+    limit = service.settings.max_sessions
+    if len(service.conversations.list_sessions(namespace)) >= limit:
+        raise ApiError(
+            429,
+            f"this namespace has {limit} sessions, as many as it may; DELETE some that are over",
+            code="too_many_sessions",
+            retry_after_s=60.0,
+        )
 
 
 async def _turn(service: Service, session_id: str, body: ChatRequest, namespace: str) -> Asked:

@@ -31,11 +31,12 @@ class ServerSettings:
     drain_s: float = 30.0  # running requests may go on so long after SIGTERM
     request_timeout_s: float | None = None
     idle_s: float = 300.0  # a session unused for so long is parked
+    max_sessions: int = 10_000  # per namespace
     pinned_share: float = 0.5  # of what all tiers hold, for pins of clients
     api_keys: Mapping[str, str] = field(default_factory=dict)  # key -> namespace
 
     def __post_init__(self) -> None:
-        for name in ("max_context", "max_concurrency", "max_request_bytes"):
+        for name in ("max_context", "max_concurrency", "max_request_bytes", "max_sessions"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value}: need at least 1")

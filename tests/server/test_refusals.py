@@ -149,6 +149,27 @@ def test_a_step_that_fails_is_a_500_for_its_request_and_the_server_goes_on(model
         assert server.http.post("/v1/completions", json=TEXT).status_code == 200
 
 
+def test_when_the_engine_has_ended_the_server_lives_and_is_not_ready(model, tokenizer):
+    with serving(model, tokenizer, is_expected_to_fail=True) as server:
+
+        def end(engine):
+            raise SystemExit("the engine's thread dies")
+
+        server.service.loop.tell(end)
+        while server.service.loop.failure is None:
+            pass
+        assert server.http.get("/health").status_code == 200 == server.http.get("/metrics").status_code
+        for reply in (server.http.get("/ready"), server.http.post("/v1/chat/completions", json=CHAT)):
+            assert reply.status_code == 503 and "start" in error_of(reply)["message"]
+            assert int(reply.headers["retry-after"]) > 0
+
+
+def test_sessions_are_bounded(model, tokenizer):
+    with serving(model, tokenizer, max_sessions=2) as server:
+        codes = [server.http.post("/v1/sessions", json={}).status_code for _ in range(3)]
+        assert codes == [200, 200, 429]
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
 def test_nobody_serves_others_without_keys(host):
     with pytest.raises(ConfigError, match="--api-keys FILE"):
