@@ -101,7 +101,10 @@ class Conversations:
             tokens, computed = (record["tokens"], record["computed_tokens"]) if record else (0, 0)
             seq = one.session.current_seq if one else None
             if seq is not None:
-                tokens, computed = self._engine.pager.num_tokens(seq), self._engine.pager.num_computed(seq)
+                try:
+                    tokens, computed = self._engine.pager.num_tokens(seq), self._engine.pager.num_computed(seq)
+                except ConfigError:
+                    seq = None  # parked or deleted since
             found.append(
                 ConversationInfo(
                     id=name,
@@ -132,18 +135,19 @@ class Conversations:
         Raises: UnknownSessionError, Busy while another turn or verb is at work on it, ConfigError for the message.
         """
         held = self._claim(session_id, namespace)
+        turn = _Turn(self, held, listener)
+
+        def make(engine: Engine) -> Request:
+            turn.request = held.session.turn(message, params)
+            turn.request.priority = priority
+            return turn.request
+
         try:
             self._bring_back(held.session)
-
-            turn = _Turn(self, held, listener)
-
-            def make(engine: Engine) -> Request:
-                turn.request = held.session.turn(message, params)
-                turn.request.priority = priority
-                return turn.request
-
             return self._loop.submit_request(make, turn, timeout_s=timeout_s)
         except BaseException:
+            if turn.request is not None:  # appended, but nobody takes it: the queue is full
+                self._loop.call(lambda engine: held.session.undo()).result()
             self._let_go(held)
             raise
 
@@ -311,7 +315,7 @@ class Conversations:
 class _Turn:
     """Passes on what a turn says; the end only once the turn is durable."""
 
-    request: Request
+    request: Request | None = None
 
     def __init__(self, conversations: Conversations, held: _Held, listener: Listener) -> None:
         self._conversations, self._held, self._listener = conversations, held, listener
@@ -321,6 +325,12 @@ class _Turn:
 
     def on_end(self, index: int, output: Output, error: BaseException | None) -> None:
         def finish() -> None:
-            self._listener.on_end(index, output, self._conversations._finish_turn(self._held, self.request))
+            assert self.request is not None
+            try:
+                failed = self._conversations._finish_turn(self._held, self.request)
+            except Exception as unexpected:  # whoever waits for the end must hear of it
+                _LOG.exception("event=turn_not_finished")
+                failed = unexpected
+            self._listener.on_end(index, output, failed)
 
         self._conversations._loop.keep(finish)

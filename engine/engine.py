@@ -354,6 +354,8 @@ class Engine:
 
     def _take_tokens(self, request: Request, logits: Tensor) -> None:
         """Sample for the request from logits [1 + drafted tokens, vocab], and at its first token for its twins."""
+        if request.on_prompt is not None and request.ledger.ttft_s is None:
+            request.on_prompt(request)
         request.ledger.first_token()
         if request.beams is not None:
             request.beams.offer(self, request, logits[0])

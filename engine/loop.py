@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from ..tiers.errors import Busy, TierUnavailableError
+from ..tiers.errors import QueueFullError, TierUnavailableError
 from .engine import Engine
 from .request import Request
 from .sampling import Output, SamplingParams, TokenLogprob
@@ -79,7 +79,7 @@ class EngineLoop:
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> Submission:
-        """Schedule a prompt. Raises: ConfigError (too long), Busy (too many wait), TierUnavailableError (closed)."""
+        """Schedule a prompt. Raises: ConfigError (too long), QueueFullError (too many wait), TierUnavailableError (closed)."""
 
         def begin(engine: Engine) -> Request:
             request = engine.request(prompt, params, namespace, priority=priority)
@@ -91,8 +91,13 @@ class EngineLoop:
         self, make: Callable[[Engine], Request], listener: Listener, *, timeout_s: float | None = None
     ) -> Submission:
         """Schedule what `make` returns; it runs on the loop's thread. Raises as submit does, and what `make` raises."""
-        first = self.call(lambda engine: self._schedule(make(engine), listener, timeout_s)).result()
-        return Submission(first, self)
+        return self.start_request(make, listener, timeout_s=timeout_s).result()
+
+    def start_request(
+        self, make: Callable[[Engine], Request], listener: Listener, *, timeout_s: float | None = None
+    ) -> Future[Submission]:
+        """As submit_request, without waiting for the step that runs; for callers that have their own event loop."""
+        return self.call(lambda engine: Submission(self._schedule(make(engine), listener, timeout_s), self))
 
     def call(self, fn: Callable[[Engine], T]) -> Future[T]:
         """Run fn(engine) between two steps. Raises TierUnavailableError when the loop has ended."""
@@ -117,6 +122,19 @@ class EngineLoop:
         """Run something that waits for a disk on a keeper thread; it must touch only what nobody else touches now."""
         return self._keeper.submit(fn)
 
+    def cancel_all(self) -> None:
+        """End everything that runs or waits at the next step, as Submission.cancel does."""
+
+        def mark(engine: Engine) -> None:
+            for request in engine.scheduler.requests():
+                request.is_cancelled = True
+
+        self.tell(mark)
+
+    @property
+    def is_running(self) -> bool:
+        return not self._is_closing and self._failure is None
+
     @property
     def failure(self) -> BaseException | None:
         """Why the loop ended by itself, if it did."""
@@ -135,7 +153,7 @@ class EngineLoop:
         scheduler = self.engine.scheduler
         if len(scheduler.waiting) >= self._max_waiting:
             self.engine.drop(request)
-            raise Busy(f"{len(scheduler.waiting)} requests wait already; try again later", retry_after_s=1.0)
+            raise QueueFullError(f"{len(scheduler.waiting)} requests wait already; try again later", retry_after_s=1.0)
         if timeout_s is not None:
             request.deadline_s = scheduler.clock() + timeout_s
         for index, one in enumerate((request, *request.twins)):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 OnToken = Callable[["Request", int], None]
 OnEnd = Callable[["Request"], None]
+OnPrompt = OnEnd
 
 
 @dataclass(slots=True, eq=False)
@@ -43,6 +44,7 @@ class Request:
     waiting_since_s: float = 0.0
     keeps_sequence: bool = False
     drafter: Drafter | None = None
+    on_prompt: OnPrompt | None = None  # the prompt is computed, no token is chosen yet; the sequence may be forked
     on_token: OnToken | None = None
     on_end: OnEnd | None = None
     usage: Usage = field(default_factory=Usage)

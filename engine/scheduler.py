@@ -21,6 +21,7 @@ from ..pager.pager import Pager
 from .request import Request
 
 Work = list[tuple[Request, int]]
+_MAX_SERVED = 4096  # namespaces remembered; clients choose salts, and each is a namespace
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ class Scheduler:
         if present and request.namespace not in present:  # who was away has saved nothing up
             least = min(self._served[name] for name in present)
             self._served[request.namespace] = max(self._served[request.namespace], least)
+        if len(self._served) > _MAX_SERVED:
+            self._served = defaultdict(float, {name: self._served[name] for name in present})
         self.waiting.append(request)
 
     def add_twin(self, first: Request, twin: Request) -> None:
@@ -85,6 +88,11 @@ class Scheduler:
             self.active = [r for r in self.active if not r.is_done]
             self.waiting = [r for r in self.waiting if not r.is_done]
         return ended
+
+    @property
+    def prefill_s_per_token(self) -> float:
+        """As measured lately; 0 before anything was."""
+        return self._rate_s / self._rate_tokens if self._rate_tokens else 0.0
 
     # ------------------------------------------------------------------ one step
     def plan(self) -> Work:
@@ -261,5 +269,5 @@ class Scheduler:
     def _costs_s(self, request: Request) -> tuple[float, float]:
         """Seconds to bring the request back from where it would be parked, and to compute it again."""
         tokens = self._pager.num_computed(request.seq)
-        computing = tokens * self._rate_s / self._rate_tokens if self._rate_tokens else float("inf")
+        computing = tokens * self.prefill_s_per_token if self._rate_tokens else float("inf")
         return self._pager.seconds_to_bring_back(request.seq), computing

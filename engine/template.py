@@ -31,17 +31,18 @@ def render_messages(tokenizer: Any, messages: Sequence[Message], known: list[int
         text = "\n".join(str(message["content"]) for message in messages)
         return [int(token) for token in tokenizer(text, add_special_tokens=not known)["input_ids"]]
     if not known:
-        rendered = _render(tokenizer, messages)
+        rendered = render_text(tokenizer, messages)
     else:
         history = [{"role": "user", "content": "-"}, {"role": "assistant", "content": _MARKER}]
-        rendered = _render(tokenizer, [*history, *messages]).partition(_MARKER)[2]
+        rendered = render_text(tokenizer, [*history, *messages]).partition(_MARKER)[2]
         end = tokenizer.eos_token
         if end and known[-1] == tokenizer.eos_token_id and rendered.startswith(end):
             rendered = rendered[len(end) :]  # the model said it already
     return [int(token) for token in tokenizer(rendered, add_special_tokens=False)["input_ids"]]
 
 
-def _render(tokenizer: Any, messages: Sequence[Message]) -> str:
+def render_text(tokenizer: Any, messages: Sequence[Message]) -> str:
+    """A whole chat as text, up to the header of the next answer. Raises: ConfigError when the template refuses it."""
     from jinja2 import TemplateError
 
     try:

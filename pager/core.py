@@ -21,7 +21,7 @@ from ..tiers.streams import Backend
 from .accounting import Counters, Ghosts
 from .config import PagerConfig, check_namespace
 from .group import BlockGroup
-from .keys import KeyChain
+from .keys import KeyChain, unsalted
 from .page_table import BlockTable, Sequence, num_blocks_of
 from .policy import make_policy
 from .quota import Quotas
@@ -35,6 +35,7 @@ from .streaming import StagingRing
 if TYPE_CHECKING:
     from ..tiers.nvme.store import NvmeTier
 
+_MAX_CHAINS = 4096  # remembered; clients choose salts, and a chain is made again from its name
 _LOOK_S = 0.05  # longest wait between two looks at the completions
 
 
@@ -96,7 +97,9 @@ class Core:
     # ------------------------------------------------------------------ sequences
     def chain(self, namespace: str) -> KeyChain:
         if namespace not in self._chains:
-            secret = self.config.secret(check_namespace(namespace))
+            secret = self.config.secret(unsalted(check_namespace(namespace)))
+            if len(self._chains) >= _MAX_CHAINS:
+                self._chains.clear()
             self._chains[namespace] = KeyChain(self.fingerprint, namespace, secret, self.block_size)
         return self._chains[namespace]
 

@@ -125,6 +125,11 @@ class Pager:
         return self._core.backend
 
     @property
+    def policy(self) -> str:
+        """Name of the order in which blocks leave a tier."""
+        return self._core.config.policy
+
+    @property
     def counters(self) -> Counters:
         return self._core.counters
 

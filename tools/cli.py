@@ -1,4 +1,4 @@
-"""The `kvtier` command: demo, chat, bench, store, doctor. Exit codes: 0 done, 1 wrong or bad, 2 refused in one clear line."""
+"""The `kvtier` command: demo, chat, serve, bench, ... Exit codes: 0 done, 1 wrong or bad, 2 refused in one clear line."""
 
 from __future__ import annotations
 
@@ -74,6 +74,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--seed", type=int)
     chat.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto)")
     chat.set_defaults(run=_chat)
+    serve = commands.add_parser("serve", help="a model behind OpenAI's HTTP API, with sessions and cache control")
+    import_module(f"{__package__}.serve").add_arguments(serve)
+    serve.set_defaults(run=_serve)
     bench = commands.add_parser("bench", help="measure, each figure beside a limit or a peer from the same run")
     names = bench.add_subparsers(required=True, metavar="NAME")
     for name, what in BENCHES.items():
@@ -101,6 +104,12 @@ def _chat(arguments: argparse.Namespace) -> int:
     from .chat import run_chat
 
     return run_chat(arguments)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    from .serve import run_serve
+
+    return run_serve(arguments)
 
 
 def _bench(arguments: argparse.Namespace) -> int:

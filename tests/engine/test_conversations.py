@@ -154,3 +154,32 @@ def test_many_sessions_take_turns_on_few_pages_and_across_a_restart(llama, tmp_p
         served.close(park=turn == 1)
         served = Served(llama, tmp_path / "s", blocks=20)
     served.close()
+
+
+def test_a_message_that_the_queue_refuses_was_never_said(llama):
+    served = Served(llama)
+    served.chats.create("a")
+    served.say("a", prompt_of(20, 1))
+    before = served.chats.info("a")
+    served.loop._max_waiting = 0
+    with pytest.raises(Busy, match="wait already"):
+        served.chats.send("a", [7, 8, 9], GREEDY, Heard())
+    assert (served.chats.info("a").tokens, served.chats.info("a").state) == (before.tokens, "active")
+    served.loop._max_waiting = 100
+    assert served.say("a", [7, 8, 9])
+    served.close()
+
+
+def test_a_listener_hears_the_end_of_a_turn_whatever_happens_to_it(llama, monkeypatch):
+    served, heard = Served(llama), Heard()
+    served.chats.create("a")
+
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(served.chats, "_finish_turn", broken)
+    served.chats.send("a", prompt_of(20, 1), GREEDY, heard)
+    assert "a bug" in str(heard.wait().ends[0][1])
+    served.chats.close()
+    served.loop.close()
+    served.engine.close()

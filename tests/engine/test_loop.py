@@ -8,6 +8,7 @@ import pytest
 
 from kvtier import SamplingParams
 from kvtier.engine.loop import EngineLoop
+from kvtier.engine.scheduler import SchedulerLimits
 from kvtier.tiers.errors import Busy, ConfigError, TierUnavailableError
 
 from .test_families import stock, tiny
@@ -132,4 +133,39 @@ def test_a_step_that_fails_ends_its_requests_and_the_loop_goes_on(llama, monkeyp
         loop.submit(prompt_of(20, 2), SamplingParams(max_tokens=4), again)
         assert again.wait().tokens[0] == wanted
         loop.close()
+        check_end(engine)
+
+
+def test_the_end_of_a_prompt_is_told_once_while_its_sequence_can_be_forked(llama):
+    wanted = stock(llama, prompt_of(100, 1), 3)
+    with open_engine(llama) as engine:
+        loop, heard, seen = EngineLoop(engine), Heard(), []
+
+        def on_prompt(request) -> None:
+            pager = engine.pager
+            seen.append((pager.num_computed(request.seq), len(request.output.token_ids)))
+            pager.finish(pager.fork(request.seq))
+
+        def make(engine):
+            request = engine.request(prompt_of(100, 1), SamplingParams(max_tokens=3))
+            request.on_prompt = on_prompt
+            return request
+
+        submission = loop.start_request(make, heard).result()
+        assert submission.first.prompt_tokens == 100
+        assert heard.wait().tokens[0] == wanted and seen == [(100, 0)]
+        loop.close()
+        check_end(engine)
+
+
+def test_cancel_all_ends_what_runs_and_what_waits(llama):
+    with open_engine(llama, 40, limits=SchedulerLimits(max_active=2)) as engine:
+        loop, heard = EngineLoop(engine), [Heard() for _ in range(6)]
+        for i, one in enumerate(heard):
+            loop.submit(prompt_of(60, i), SamplingParams(max_tokens=400), one)
+        loop.cancel_all()
+        assert all(one.wait().ends[0][0] == "cancelled" for one in heard)
+        assert loop.is_running
+        loop.close()
+        assert not loop.is_running
         check_end(engine)

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from kvtier.pager.keys import KEY_BYTES, KeyChain
+from kvtier import KVLayout, Pager, PagerConfig
+from kvtier.pager.config import check_namespace
+from kvtier.pager.keys import KEY_BYTES, KeyChain, salted, unsalted
 
 
 def chain(fingerprint: str = "m", namespace: str = "n", secret: bytes = b"", size: int = 4) -> KeyChain:
@@ -49,3 +51,19 @@ def test_sealed_tails_differ_from_full_blocks_and_from_each_other():
 def test_too_long_a_secret_is_refused():
     with pytest.raises(ValueError, match="65 bytes"):
         chain(secret=b"x" * 65)
+
+
+def test_a_salted_namespace_has_other_keys_and_the_same_owner():
+    name = salted("n", "a salt")
+    assert unsalted(name) == "n" and check_namespace(name) == name and salted("n", "another") != name
+    assert not set(keys_of(chain(), list(range(8)))) & set(keys_of(chain(namespace=name), list(range(8))))
+    assert chain(namespace=name).owner == chain().owner != chain(namespace="m").owner
+    assert unsalted("--") == "--"
+
+
+def test_clients_that_choose_salts_do_not_fill_the_memory():
+    layout = KVLayout(1, 1, 8, block_size=16, dtype="float32")
+    with Pager.open(layout, PagerConfig(device_bytes=8 * layout.block_bytes, backend="cpu", staging_bytes=0)) as pager:
+        for i in range(5000):
+            pager.release(pager.begin(salted("n", str(i))))
+        assert len(pager._core._chains) <= 4096

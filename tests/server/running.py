@@ -1,0 +1,181 @@
+"""A server over a tiny model in this process, spoken to over real HTTP; and `kvtier serve` as a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import openai
+import torch
+import transformers as T
+import uvicorn
+
+from kvtier import Engine, PagerConfig
+from kvtier.engine.hf import discover
+from kvtier.engine.server.app import make_app
+from kvtier.engine.server.run import _listen, _Server
+from kvtier.engine.server.service import Service
+from kvtier.engine.server.settings import ServerSettings
+
+from ..tools.test_chat import make_tokenizer
+
+BLOCK = 16
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
+
+
+def tiny_model(tokenizer):
+    torch.manual_seed(0)
+    model = T.LlamaForCausalLM(
+        T.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=4096,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=None,
+        )
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4.0)
+        model.lm_head.weight[tokenizer.eos_token_id] = 0.0  # answers go on: their length is the test's choice
+    return model
+
+
+@torch.inference_mode()
+def stock(model, prompt: list[int], new_tokens: int) -> list[int]:
+    """What transformers alone says, greedily, up to the end token."""
+    cache, out, x = T.DynamicCache(config=model.config), [], torch.tensor([prompt])
+    while len(out) < new_tokens and model.config.eos_token_id not in out:
+        out.append(int(model(x, past_key_values=cache, use_cache=True).logits[0, -1].argmax()))
+        x = torch.tensor([[out[-1]]])
+    return out
+
+
+class Running:
+    """Clients for a server, and the service behind it where that is in this process."""
+
+    def __init__(self, url: str, service: Service | None = None, model=None) -> None:
+        self.url, self.service, self.model = url, service, model
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
+        self.http = httpx.Client(base_url=url, timeout=60)
+
+    def with_key(self, key: str) -> tuple[openai.OpenAI, httpx.Client]:
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+        return client, httpx.Client(base_url=self.url, timeout=60, headers={"Authorization": f"Bearer {key}"})
+
+    @property
+    def tokenizer(self):
+        return self.service.tokenizer
+
+    def encode_chat(self, *texts: str) -> list[int]:
+        messages = [{"role": "user" if i % 2 == 0 else "assistant", "content": t} for i, t in enumerate(texts)]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def stock_text(self, prompt: list[int], new_tokens: int) -> str:
+        out = stock(self.model, prompt, new_tokens)
+        return self.tokenizer.decode(out, skip_special_tokens=True).rstrip("\ufffd")
+
+    def check_end(self) -> None:
+        """Nobody is at work, nothing leaked, the books agree: what is held, sessions and pins hold."""
+        engine, deadline_s = self.service.engine, time.monotonic() + 10
+        while (self.service.gate.num_inside or any(engine.scheduler.requests())) and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+        assert self.service.gate.num_inside == 0 and not any(engine.scheduler.requests())
+        engine.pager.drain()
+        engine.pager.check_integrity()
+        held = {one.session.current_seq for one in self.service.conversations._held.values()} - {None}
+        held |= {pin.seq for pin in self.service.pins._pins.values()}
+        assert set(engine.pager._core.sequences) == held
+
+
+@contextmanager
+def serving(
+    model,
+    tokenizer,
+    *,
+    blocks: int = 256,
+    host: int = 512,
+    nvme_path=None,
+    block_size=BLOCK,
+    is_expected_to_fail=False,
+    **settings,
+):
+    size = sum(layout.block_bytes for layout in discover(model).layouts(block_size))
+    config = PagerConfig(blocks * size, host * size, nvme_path=nvme_path, backend="cpu", staging_bytes=0)
+    if nvme_path is not None:
+        config = PagerConfig(blocks * size, host * size, nvme_path, 4096 * size, backend="cpu", staging_bytes=0)
+    options = {"model_name": "tiny", "keep_alive_s": 0.2} | settings
+    served = copy.deepcopy(model)  # while an engine has a model, it runs nowhere else
+    with Engine.from_model(served, config, tokenizer, block_size=block_size, max_batch_tokens=64) as engine:
+        service = Service(engine, ServerSettings(**options))
+        listener = _listen("127.0.0.1", 0)
+        server = _Server(uvicorn.Config(make_app(service), log_config=None, lifespan="off", ws="none"))
+        thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+        thread.start()
+        running = Running(f"http://127.0.0.1:{listener.getsockname()[1]}", service, model)
+        try:
+            while not server.started:
+                time.sleep(0.01)
+            yield running
+            if not is_expected_to_fail:
+                running.check_end()
+        finally:
+            running.client.close()
+            running.http.close()
+            service.close()
+            server.should_exit = True
+            thread.join(30)
+            service.end_threads()
+        assert is_expected_to_fail or service.loop.failure is None
+
+
+@contextmanager
+def serve_process(*arguments, expect_rc: int | None = 0):
+    """`kvtier serve --port 0 ...`; yields it once it listens. SIGTERM at the end, unless it has ended."""
+    command = [sys.executable, "-m", "kvtier.tools.cli", "serve", "--port", "0", *[str(a) for a in arguments]]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd="/")
+    try:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            found = re.search(r"on (http://[^ ,]+),", line)
+            if found:
+                break
+        else:
+            raise AssertionError(f"kvtier serve ended: {''.join(lines)}")
+        running = Running(found[1])
+        running.process = process
+        yield running
+        running.client.close()
+        running.http.close()
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        rc = process.wait(60)
+        assert expect_rc is None or rc == expect_rc, process.stderr.read()
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait(10)
+        process.stderr.close()
+
+
+def save_tiny(path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tiny_model(tokenizer).save_pretrained(path)
+    tokenizer.save_pretrained(path)

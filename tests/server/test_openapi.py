@@ -1,0 +1,32 @@
+"""What OpenAPI says is what comes: schemathesis asks for everything, and nothing it sends makes a 5xx."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from .running import serving
+
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
+    "response_headers_conformance",
+    "negative_data_rejection",
+    "allow_header_conformance",
+)
+SECONDS = 15
+
+
+def test_no_request_makes_a_5xx_and_every_answer_is_as_described(model, tokenizer, tmp_path, seed):
+    with serving(model, tokenizer, nvme_path=tmp_path / "store", max_context=96) as server:
+        schema = server.http.get("/openapi.json").json()
+        assert not [name for name in schema["components"]["schemas"] if "Validation" in name]
+        command = [Path(sys.executable).parent / "schemathesis", "run", f"{server.url}/openapi.json", "--no-color"]
+        options = ["--checks", ",".join(CHECKS), "--max-examples", 6, "--max-time", SECONDS, "--seed", seed]
+        out = subprocess.run([str(a) for a in [*command, *options]], capture_output=True, text=True, cwd=tmp_path)
+        assert out.returncode == 0, out.stdout[-6000:] + out.stderr[-2000:]
+        for session in server.http.get("/v1/sessions").json()["data"]:
+            server.http.delete(f"/v1/sessions/{session['id']}")
