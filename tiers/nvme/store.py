@@ -424,7 +424,7 @@ class NvmeTier:
         return self._durability == "batch" and self._backend.name != "simulated"
 
 
-_SLICE_JOB_BYTES = 1 << 20  # slices of small blocks share a job
+_SLICE_JOB_BYTES = 1 << 18  # slices of small blocks share a job
 
 
 def _bound(job: Callable[[Any], None], argument: Any) -> Callable[[], None]:
