@@ -22,8 +22,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/kvtier demo
 
+# two tests at a time, each with one thread for its tiny models
 test: setup
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 bench: setup
 	$(BIN)/kvtier bench metadata --out benchmarks/results/metadata-cpu.json

@@ -12,7 +12,7 @@ import pytest
 from kvtier import SamplingParams
 from kvtier.engine.conversations import Conversations
 from kvtier.engine.loop import EngineLoop
-from kvtier.tiers.errors import Busy, KvTierError
+from kvtier.tiers.errors import Busy, ConfigError, KvTierError
 
 from .test_families import tiny
 from .test_loop import Heard
@@ -37,6 +37,13 @@ def crowd(tmp_path, seconds: float, seed: int) -> dict[str, float]:
                 waits.append(one_of(choose, number))
             except Busy:
                 time.sleep(0.01)
+            except ConfigError as error:
+                if "longer than all tiers" not in str(error):
+                    failed.append(error)
+                    continue
+                for one in chats.list_sessions():  # it has grown for long enough
+                    if one.id.startswith(f"c{number}-") and one.state != "busy":
+                        chats.delete(one.id)
             except KvTierError as error:
                 failed.append(error)
 
