@@ -56,7 +56,9 @@ class Client:
         """Before there is an answer, or before the request is whole."""
         host, port = urlsplit(self.server.url).netloc.split(":")
         body = b'{"prompt": "the fox", "max_tokens": 1200}'
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        )
         with socket.create_connection((host, int(port))) as connection:
             connection.sendall((head % len(body) + body)[: self.random.choice([10, 90, 130, 1000])])
 

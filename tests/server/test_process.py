@@ -127,13 +127,24 @@ def test_after_kill_9_under_load_every_session_is_at_its_last_finished_turn(chec
             assert usage["prompt_tokens"] > found[name] and usage["prompt_tokens_details"]["recomputed_tokens"] == 0
 
 
-def test_the_built_in_model_recalls_over_http():
+def test_the_built_in_model_recalls_over_http_and_a_second_signal_does_not_wait():
     with serve_process("--needle", "--device-bytes", "8MiB", "--host-bytes", "16MiB") as server:
         content = "s5 s6 s7 " + " ".join(f"f{i}" for i in range(1000)) + " s5"
         reply = server.client.chat.completions.create(
             model="needle", messages=[{"role": "user", "content": content}], max_tokens=2, temperature=0
         )
         assert reply.choices[0].message.content == "s6 s7"
+        with server.http.stream(
+            "POST", "/v1/completions", json={"prompt": "f1", "max_tokens": 4000, "stream": True}
+        ) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            assert server.process.poll() is None  # the stream goes on
+            server.process.send_signal(signal.SIGTERM)
+            assert '"cancelled"' in "".join(lines)
+        assert server.process.wait(15) == 0
 
 
 @pytest.mark.parametrize(
