@@ -56,9 +56,19 @@ def test_the_inspector_knows_only_the_protocol():
     assert ours == {"kvtier.pager.protocol"}
 
 
-@pytest.mark.parametrize("module", ["kvtier", "kvtier.tools.inspect", "kvtier.tools.pagerd", "kvtier.pager.pager"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "kvtier",
+        "kvtier.tools.inspect",
+        "kvtier.tools.pagerd",
+        "kvtier.pager.pager",
+        "kvtier.engine.server",
+        "kvtier.tools.serve",
+    ],
+)
 def test_importing_is_light(module):
-    code = f"import sys, {module}; print({{'torch', 'cupy', 'zarr'}} & set(sys.modules))"
+    code = f"import sys, {module}; print({{'torch', 'cupy', 'zarr', 'fastapi', 'uvicorn'}} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert out.stdout.strip() == "set()"
 

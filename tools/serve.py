@@ -8,15 +8,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from kvtier import Engine, PagerConfig
-
-from ..engine.loading import load_checkpoint
 from ..tiers.errors import ConfigError
 
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Without loading anything: every `kvtier` command reads this."""
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="PATH", help="directory of a saved checkpoint with its tokenizer")
     what.add_argument("--needle", action="store_true", help="the built-in needle model: no download, answers by recall")
@@ -56,6 +54,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} is not installed; the server needs: pip install 'kvtier[serve]'")
+    from kvtier import Engine, PagerConfig
+
     from ..engine.server.run import run_server
     from ..engine.server.settings import ServerSettings, check_exposure, load_api_keys
 
@@ -89,6 +89,8 @@ def run_serve(arguments: argparse.Namespace) -> int:
 
 def _load(arguments: argparse.Namespace) -> tuple[Any, Any]:
     if not arguments.needle:
+        from ..engine.loading import load_checkpoint
+
         return load_checkpoint(arguments.model, arguments.dtype, arguments.device)
     from ..engine.needle import build_needle_model
     from ..engine.needle_tokenizer import needle_tokenizer

@@ -9,6 +9,7 @@ import time
 
 import httpx
 import pytest
+import transformers as T
 
 from kvtier.tools import cli
 
@@ -37,6 +38,13 @@ def flags(checkpoint, store) -> list:
     ]
 
 
+def alone(checkpoint, text: str, new_tokens: int) -> str:
+    """What transformers says without us."""
+    tokenizer = T.AutoTokenizer.from_pretrained(checkpoint)
+    model = T.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    return tokenizer.decode(stock(model, tokenizer(text)["input_ids"], new_tokens), skip_special_tokens=True)
+
+
 def say(server, name: str, text: str, **options) -> dict:
     body = {"messages": [{"role": "user", "content": text}], "max_tokens": 8, "temperature": 0} | options
     reply = server.http.post(f"/v1/sessions/{name}/messages", json=body)
@@ -48,6 +56,8 @@ def test_sigterm_lets_requests_finish_parks_sessions_and_a_restart_goes_on(check
     store = tmp_path / "store"
     with serve_process(*flags(checkpoint, store), "--served-model-name", "mine") as server:
         assert server.client.models.list().data[0].id == "mine"
+        reply = server.client.completions.create(model="mine", prompt="the lazy dog", max_tokens=10, temperature=0)
+        assert reply.choices[0].text.rstrip("\ufffd") == alone(checkpoint, "the lazy dog", 10).rstrip("\ufffd")
         server.http.post("/v1/sessions", json={"id": "a"})
         first = say(server, "a", "the quick brown fox")
         body = {"prompt": "the dog", "max_tokens": 400, "temperature": 0, "stream": True}
@@ -117,13 +127,24 @@ def test_after_kill_9_under_load_every_session_is_at_its_last_finished_turn(chec
             assert usage["prompt_tokens"] > found[name] and usage["prompt_tokens_details"]["recomputed_tokens"] == 0
 
 
-def test_the_built_in_model_recalls_over_http():
+def test_the_built_in_model_recalls_over_http_and_a_second_signal_does_not_wait():
     with serve_process("--needle", "--device-bytes", "8MiB", "--host-bytes", "16MiB") as server:
         content = "s5 s6 s7 " + " ".join(f"f{i}" for i in range(1000)) + " s5"
         reply = server.client.chat.completions.create(
             model="needle", messages=[{"role": "user", "content": content}], max_tokens=2, temperature=0
         )
         assert reply.choices[0].message.content == "s6 s7"
+        with server.http.stream(
+            "POST", "/v1/completions", json={"prompt": "f1", "max_tokens": 4000, "stream": True}
+        ) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            server.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
+            assert server.process.poll() is None  # the stream goes on
+            server.process.send_signal(signal.SIGTERM)
+            assert '"cancelled"' in "".join(lines)
+        assert server.process.wait(15) == 0
 
 
 @pytest.mark.parametrize(
@@ -141,14 +162,3 @@ def test_what_cannot_be_served_is_one_clear_line(argv, says, capsys):
     assert cli.main(["serve", *argv]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kvtier: error: ")]
     assert len(lines) == 1 and says in lines[0]
-
-
-def test_the_process_says_what_the_model_says_alone(checkpoint, tmp_path):
-    import transformers as T
-
-    tokenizer = T.AutoTokenizer.from_pretrained(checkpoint)
-    model = T.AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    wanted = tokenizer.decode(stock(model, tokenizer("the lazy dog")["input_ids"], 10), skip_special_tokens=True)
-    with serve_process(*flags(checkpoint, tmp_path / "store")) as server:
-        reply = server.client.completions.create(model="tiny", prompt="the lazy dog", max_tokens=10, temperature=0)
-        assert reply.choices[0].text.rstrip("\ufffd") == wanted.rstrip("\ufffd")
