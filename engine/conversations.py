@@ -1,7 +1,7 @@
 """Conversations: sessions behind an EngineLoop, for a server. Many threads call; each session does one thing at a time.
 
-A turn is told to be over only when it is durable, so no finished turn is lost by a crash; one that was cancelled or
-failed leaves the session as it was before the message. Sessions that nobody uses are parked after a while.
+A turn is told to be over when it is durable (or the disk refused it), so no finished turn is lost by a crash; one that was
+cancelled or failed leaves the session as it was before the message. Sessions that nobody uses are parked after a while.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..pager.sessions import check_session_id
-from ..tiers.errors import Busy, ConfigError, KvTierError, UnknownSessionError
+from ..tiers.errors import Busy, ConfigError, KvTierError, TierFullError, TierUnavailableError, UnknownSessionError
 from .engine import Engine
 from .loop import EngineLoop, Listener, Submission
 from .request import Request
@@ -157,7 +157,7 @@ class Conversations:
         try:
             if error is None and request.output.finish_reason in ("stop", "length"):
                 session.took(request)
-                session.checkpoint()
+                self._checkpoint(session)
             else:
                 self._loop.call(lambda engine: session.undo()).result()
         except KvTierError as failed:
@@ -166,6 +166,13 @@ class Conversations:
         finally:
             self._let_go(held)
         return error
+
+    def _checkpoint(self, session: Session) -> None:
+        """A disk that takes nothing costs the turn its safety, not the chat its answer: it is said in the log."""
+        try:
+            session.checkpoint()
+        except (TierFullError, TierUnavailableError) as refused:
+            _LOG.warning("event=turn_not_durable session=%s reason=%s", session.id, refused)
 
     # ------------------------------------------------------------------ verbs
     def park(self, session_id: str, *, namespace: str = "default") -> ConversationInfo:

@@ -240,7 +240,8 @@ class Engine:
     def step(self) -> list[Request]:
         """Run one step, if there is anything to run. Returns the requests that ended since the last one."""
         ended = self.settle_ended()
-        work = self.scheduler.plan()
+        with phase(list(self.scheduler.requests()), "schedule"):
+            work = self.scheduler.plan()
         if work:
             busy = {id(request) for request, _ in work}
             with phase((r for r in self.scheduler.requests() if id(r) not in busy), "queued"):
@@ -340,9 +341,8 @@ class Engine:
         with phase(requests, "wait_for_blocks"):
             lease = self.pager.lease(spans)
         started_s = time.perf_counter()
-        with lease:
-            with phase(requests, "decode" if all(count == 1 for _, count in work) else "prefill"):
-                logits = self._runner.forward(lease, spans, reads)
+        with phase(requests, "decode" if all(count == 1 for _, count in work) else "prefill"), lease:
+            logits = self._runner.forward(lease, spans, reads)
             lease.commit()
         self.scheduler.ran(work, time.perf_counter() - started_s)
         for request, span in zip(requests, spans, strict=True):

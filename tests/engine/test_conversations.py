@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 import time
 
@@ -11,6 +12,7 @@ from kvtier import SamplingParams
 from kvtier.engine.conversations import Conversations
 from kvtier.engine.loop import EngineLoop
 from kvtier.tiers.errors import Busy, ConfigError, UnknownSessionError
+from kvtier.tiers.nvme.files import SystemCalls
 
 from .test_families import stock, tiny
 from .test_loop import Heard
@@ -183,3 +185,20 @@ def test_a_listener_hears_the_end_of_a_turn_whatever_happens_to_it(llama, monkey
     served.chats.close()
     served.loop.close()
     served.engine.close()
+
+
+def test_a_disk_that_refuses_costs_safety_and_no_answer(llama, tmp_path, monkeypatch):
+    first = prompt_of(30, 1)
+    answer = stock(llama, first, 5)
+    again = stock(llama, [*first, *answer, 4], 5)
+    served = Served(llama, tmp_path / "s")
+    served.chats.create("a")
+
+    def refuse(self, fd, buffers, offset):
+        raise OSError(errno.ENOSPC, "no space left")
+
+    with monkeypatch.context() as full:
+        full.setattr(SystemCalls, "pwritev", refuse)
+        assert served.say("a", first) == answer
+    assert served.say("a", [4]) == again
+    served.close(park=False)
