@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine.engine import Engine as Engine
+    from .engine.hf import StreamingWindow as StreamingWindow
     from .engine.prefix_cache import PrefixCache as PrefixCache
     from .engine.sampling import Output as Output
     from .engine.sampling import SamplingParams as SamplingParams
@@ -26,6 +27,7 @@ _HOME = {
     "SamplingParams": "engine.sampling",
     "Output": "engine.sampling",
     "Session": "engine.session",
+    "StreamingWindow": "engine.hf",
 }
 __all__ = sorted([*_HOME, "__version__"])
 

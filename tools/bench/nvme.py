@@ -38,7 +38,7 @@ FIO_ENGINES = {"psync": ["--ioengine=psync", "--thread"], "io_uring": ["--ioengi
 ROOM = 512  # slots: a store with room for many segments has large ones
 QUEUE_DEPTH = 8
 PAUSE_S = 0.3  # before each case
-ROWS = 8  # buffers in use at a time, as fio has; a disk copies faster into memory that the processor's cache holds
+ROWS = 2 * QUEUE_DEPTH  # buffers in turn: as many requests as fio has are in flight, and as many wait for one to end
 _GB = 1e-9
 
 
