@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contexts", default="1024,8192,32768", metavar="N,N", help="tokens in the cache")
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=41, metavar="N")
+    parser.add_argument(
+        "--batch", type=int, default=4, metavar="N", help="answers at once, for the last row; 0 leaves it out"
+    )
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
@@ -36,7 +39,22 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         contexts = [0]
     if min(contexts) < 1 or arguments.rounds < 1:
         raise ConfigError(f"--contexts {arguments.contexts!r}, --rounds {arguments.rounds}: need positive numbers")
-    return [row for context in contexts for row in _rows(context, arguments.dtype, arguments.rounds)]
+    if arguments.batch < 0:
+        raise ConfigError(f"--batch {arguments.batch}: need 0 or more")
+    rows = [row for context in contexts for row in _rows(context, arguments.dtype, arguments.rounds)]
+    if arguments.batch:
+        rows.append(_batched(arguments.batch, contexts[0]))
+    return rows
+
+
+def _batched(batch: int, context: int) -> Row:
+    import torch
+    import transformers
+
+    from .batched import batched_row
+
+    token_bytes = 2 * LAYERS * KV_HEADS * (HIDDEN // HEADS) * 4
+    return batched_row(lambda: _model(torch, transformers, torch.float32), batch, context, VOCAB, token_bytes)
 
 
 def _rows(context: int, dtype: str, rounds: int) -> list[Row]:
