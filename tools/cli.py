@@ -14,6 +14,7 @@ from ..tiers.errors import KvTierError
 BENCHES = {
     "decode": "a decode step of an HF model over pages, against transformers' own caches",
     "nvme": "the Zarr store against the disk (fio) and against zarr-python",
+    "recovery": "opening a store that lists a million blocks, and an empty one",
     "endless": "a text without end through a window with sinks, in flat memory",
     "sessions": "many long chats on few pages, every answer checked, over restarts",
     "prefix": "what a prefix cache saves a RAG pipeline, and loading K/V against memcpy and the disk",

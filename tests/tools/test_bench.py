@@ -22,6 +22,7 @@ SMALL = {
     "prefix": ["--tokens", "64", "--documents", "1", "--rounds", "1"],
     "metadata": ["--context", "512", "--rounds", "2"],
     "codecs": ["--blocks", "1", "--rounds", "1"],
+    "recovery": ["--blocks", "3000", "--rounds", "1"],
     "endless": ["--tokens", "20000", "--window", "512"],
     "sessions": ["--sessions", "3", "--context", "512", "--resident", "2", "--turns", "2"],
 }
