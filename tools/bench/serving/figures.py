@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..harness import Row
 from .client import REFUSED, Answer, Load
 
-WITHOUT = "the same requests, each with a salt of its own: nothing reused"
+WITHOUT = "nothing reused: a salt per request"
 
 
 def percentile(values: Sequence[float], share: float) -> float:
