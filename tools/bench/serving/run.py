@@ -126,9 +126,16 @@ def _panels(cases: list[ChatCase]) -> list[Panel]:
         return Panel(f"{title}, {context} tokens", "turns at a time", unit, at_a_time, lines, is_log)
 
     return [
-        panel("Chat: TTFT p50", "ms", lambda load: 1e3 * figures.percentile(figures.first_token_s(load), 0.5), True),
-        panel("Chat: TTFT p99", "ms", lambda load: 1e3 * figures.percentile(figures.first_token_s(load), 0.99), True),
-        panel("Chat: output", "tokens/s", figures.output_rate),
+        panel(
+            "Later turns: TTFT p50", "ms", lambda load: 1e3 * figures.percentile(figures.first_token_s(load), 0.5), True
+        ),
+        panel(
+            "Later turns: TTFT p99",
+            "ms",
+            lambda load: 1e3 * figures.percentile(figures.first_token_s(load), 0.99),
+            True,
+        ),
+        panel("Chats: output", "tokens/s", figures.output_rate),
     ]
 
 
