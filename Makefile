@@ -30,6 +30,7 @@ bench: setup
 	$(BIN)/kvtier bench metadata --out benchmarks/results/metadata-cpu.json
 	$(BIN)/kvtier bench decode --out benchmarks/results/decode-cpu.json
 	$(BIN)/kvtier bench prefix --out benchmarks/results/prefix-cpu.json
+	$(BIN)/kvtier bench serve --out benchmarks/results/serve-cpu.json
 
 soak: setup
 	$(BIN)/python -m pytest -q -m soak

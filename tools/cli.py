@@ -17,6 +17,7 @@ BENCHES = {
     "recovery": "opening a store that lists a million blocks, and an empty one",
     "endless": "a text without end through a window with sinks, in flat memory",
     "sessions": "many long chats on few pages, every answer checked, over restarts",
+    "serve": "the server over HTTP under a recorded trace and many chats, against serving with nothing reused",
     "prefix": "what a prefix cache saves a RAG pipeline, and loading K/V against memcpy and the disk",
     "host": "moving scattered blocks between the memory tiers, against memcpy",
     "codecs": "how much smaller codecs make KV, how fast on one core, and what a store makes of it",

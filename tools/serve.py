@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--nvme-bytes", metavar="SIZE", help="most that the store may take (default 80%% of the free disk)"
     )
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto)")
+    parser.add_argument(
+        "--block-size", type=int, metavar="N", help="tokens per block (default: the store's, or by device)"
+    )
     parser.add_argument("--device", help="cpu or cuda (default: where the checkpoint is loaded)")
     parser.add_argument(
         "--max-context", type=int, metavar="N", help="tokens of prompt and answer (default: the model's)"
@@ -83,7 +86,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     model, tokenizer = _load(arguments)
     if tokenizer is None:
         raise ConfigError(f"--model {arguments.model!r} has no tokenizer; a server needs one saved beside the weights")
-    with Engine.from_model(model, config, tokenizer) as engine:
+    with Engine.from_model(model, config, tokenizer, block_size=arguments.block_size) as engine:
         return run_server(engine, settings, arguments.host, arguments.port)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import threading
 import time
 
@@ -11,6 +12,7 @@ import httpx
 import pytest
 import transformers as T
 
+from kvtier.engine.server.run import _listen
 from kvtier.tools import cli
 
 from .running import save_tiny, serve_process, stock
@@ -162,3 +164,10 @@ def test_what_cannot_be_served_is_one_clear_line(argv, says, capsys):
     assert cli.main(["serve", *argv]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("kvtier: error: ")]
     assert len(lines) == 1 and says in lines[0]
+
+
+def test_no_small_packet_waits_for_an_acknowledgement():
+    with _listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
