@@ -27,10 +27,8 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 bench: setup
-	$(BIN)/kvtier bench metadata --out benchmarks/results/metadata-cpu.json
-	$(BIN)/kvtier bench decode --out benchmarks/results/decode-cpu.json
-	$(BIN)/kvtier bench prefix --out benchmarks/results/prefix-cpu.json
-	$(BIN)/kvtier bench serve --out benchmarks/results/serve-cpu.json
+	for name in metadata decode recovery host nvme codecs prefix endless sessions serve; do \
+		$(BIN)/kvtier bench $$name --out benchmarks/results/$$name-cpu.json || exit 1; done
 
 soak: setup
 	$(BIN)/python -m pytest -q -m soak
