@@ -345,12 +345,13 @@ class Engine:
             logits = self._runner.forward(lease, spans, reads)
             lease.commit()
         self.scheduler.ran(work, time.perf_counter() - started_s)
-        for request, span in zip(requests, spans, strict=True):
-            request.computed(span.start, span.end)
-        row = 0
-        for index, count in reads:
-            self._take_tokens(requests[index], logits[row : row + count])
-            row += count
+        with phase(requests, "sample"):
+            for request, span in zip(requests, spans, strict=True):
+                request.computed(span.start, span.end)
+            row = 0
+            for index, count in reads:
+                self._take_tokens(requests[index], logits[row : row + count])
+                row += count
 
     def _take_tokens(self, request: Request, logits: Tensor) -> None:
         """Sample for the request from logits [1 + drafted tokens, vocab], and at its first token for its twins."""

@@ -61,7 +61,7 @@ def test_every_request_of_a_shared_step_has_its_own_full_ledger():
             lines = dict(out.ledger)
             total = lines.pop("ttft_s")
             assert total == out.usage.ttft_s == pytest.approx(sum(lines.values()))
-            assert lines["unexplained"] < 0.2 * total and lines["prefill"] > 0
+            assert lines["unexplained"] < max(0.2 * total, 0.05) and lines["prefill"] > 0  # s; a busy machine has gaps
 
 
 def test_namespaces_share_nothing():
