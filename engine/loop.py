@@ -81,11 +81,10 @@ class EngineLoop:
     ) -> Submission:
         """Schedule a prompt. Raises: ConfigError (too long), QueueFullError (too many wait), TierUnavailableError (closed)."""
 
-        def begin(engine: Engine) -> Request:
-            request = engine.request(prompt, params, namespace, priority=priority)
-            return self._schedule(request, listener, timeout_s)
+        def make(engine: Engine) -> Request:
+            return engine.request(prompt, params, namespace, priority=priority)
 
-        return Submission(self.call(begin).result(), self)
+        return self.submit_request(make, listener, timeout_s=timeout_s)
 
     def submit_request(
         self, make: Callable[[Engine], Request], listener: Listener, *, timeout_s: float | None = None
