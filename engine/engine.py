@@ -312,11 +312,8 @@ class Engine:
         return self.pager.num_tokens(request.seq) - self.pager.num_computed(request.seq) == 1
 
     def _undraft(self, work: Work) -> None:
-        """Take unproven tokens back."""
         for request, _ in work:
-            if request.draft:
-                self.pager.truncate(request.seq, self.pager.num_tokens(request.seq) - len(request.draft))
-                request.draft = []
+            self.scheduler.undraft(request)
 
     def _count_miss(self, request: Request, error: BlockMissError) -> None:
         request.num_misses += 1

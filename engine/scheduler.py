@@ -109,7 +109,8 @@ class Scheduler:
             if count <= 0:
                 continue
             if not request.is_large and self._pager.bring_up(request.seq, count):
-                late.append((request, count))
+                late.append((request, count - len(request.draft)))
+                self.undraft(request)  # it may be preempted, or cut short, before it runs
                 continue
             computing.update(self._keys(request, count))
             work.append((request, count))
@@ -184,6 +185,12 @@ class Scheduler:
             request.draft = request.drafter.propose(request.seq, limit)
             self._pager.append(request.seq, request.draft)
         return 1 + len(request.draft)
+
+    def undraft(self, request: Request) -> None:
+        """Take unproven tokens back."""
+        if request.draft:
+            self._pager.truncate(request.seq, self._pager.num_tokens(request.seq) - len(request.draft))
+            request.draft = []
 
     def _keys(self, request: Request, count: int) -> list[bytes]:
         start = self._pager.num_computed(request.seq)

@@ -256,6 +256,34 @@ def test_a_draft_model_proposes_and_the_target_decides(llama):
         check_end(engine)
 
 
+def test_a_draft_that_cannot_run_yet_is_taken_back(llama, monkeypatch):
+    prompt, other = repetitive(60), prompt_of(33, 5)
+    wanted = [stock(llama, prompt, 20), stock(llama, other, 20)]
+    with open_engine(llama, 60) as engine:
+        first = engine.request(prompt, SamplingParams(max_tokens=20, speculation="ngram"))
+        second = engine.request(other, SamplingParams(max_tokens=20))
+        plain, calls = engine.pager.bring_up, [0]
+
+        def sometimes_late(seq: int, num_new: int = 1) -> int:
+            calls[0] += 1
+            missing = plain(seq, num_new)
+            return 1 if seq == first.seq and calls[0] % 3 == 0 else missing
+
+        monkeypatch.setattr(engine.pager, "bring_up", sometimes_late)
+        took = engine.scheduler.plan
+
+        def plan() -> list:
+            work = took()
+            ran = {id(request) for request, _ in work}
+            assert all(not r.draft for r in engine.scheduler.requests() if id(r) not in ran)
+            return work
+
+        monkeypatch.setattr(engine.scheduler, "plan", plan)
+        engine.run([first, second])
+        assert [first.output.token_ids, second.output.token_ids] == wanted
+        check_end(engine)
+
+
 def test_speculation_stops_at_a_stop_token(llama):
     prompt = repetitive(60)
     whole = stock(llama, prompt, 30)
