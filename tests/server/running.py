@@ -26,32 +26,15 @@ from kvtier.engine.server.run import _listen, _Server
 from kvtier.engine.server.service import Service
 from kvtier.engine.server.settings import ServerSettings
 
-from ..tools.test_chat import make_tokenizer
+from ..tools.test_chat import make_tokenizer, small_model
 
 BLOCK = 16
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
 
 
 def tiny_model(tokenizer):
-    torch.manual_seed(0)
-    model = T.LlamaForCausalLM(
-        T.LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=4096,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=None,
-        )
-    ).eval()
+    model = small_model("llama", tokenizer, max_positions=4096)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(4.0)
         model.lm_head.weight[tokenizer.eos_token_id] = 0.0  # answers go on: their length is the test's choice
     return model
 

@@ -36,11 +36,11 @@ def blocks(layout: KVLayout, n: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 255, (n, layout.block_bytes), np.uint8)
 
 
-def stamps(n: int, seed: int = 0) -> np.ndarray:
+def stamps(n: int, seed: int = 0, tokens: int = 16) -> np.ndarray:
     out = np.zeros(n, STAMP)
     for i in range(n):
         out[i]["key"] = np.random.default_rng(seed * 1000 + i).bytes(32)
-        out[i]["tokens"] = 16
+        out[i]["tokens"] = tokens
     return out
 
 

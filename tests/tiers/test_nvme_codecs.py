@@ -18,7 +18,9 @@ from kvtier.tiers.layout import KVLayout
 from kvtier.tiers.nvme import codecs, maintenance
 from kvtier.tiers.nvme.files import SystemCalls
 from kvtier.tiers.nvme.status import read_store_status
-from kvtier.tiers.nvme.store import STAMP, NvmeTier, StoreIdentity
+from kvtier.tiers.nvme.store import NvmeTier, StoreIdentity
+
+from .test_nvme import stamps
 
 FULL = KVLayout(num_layers=4, num_kv_heads=2, head_dim=64, block_size=64, dtype="bfloat16")  # 128 KiB
 WINDOW = KVLayout(num_layers=2, num_kv_heads=2, head_dim=64, block_size=64, dtype="float32", window=128, name="window")
@@ -54,14 +56,6 @@ def blocks(layout: KVLayout, n: int, seed: int = 0, *, noise: bool = False) -> n
     return values.astype(layout.dtype).view(np.uint8)
 
 
-def stamps(n: int, seed: int = 0) -> np.ndarray:
-    out = np.zeros(n, STAMP)
-    for i in range(n):
-        out[i]["key"] = np.random.default_rng(seed * 1000 + i).bytes(32)
-        out[i]["tokens"] = 64
-    return out
-
-
 def store(tier, n, group=0, seed=0, *, noise=False):
     rows, slots = blocks(IDENTITY.layouts[group], n, seed, noise=noise), tier.allocate(group, n)
     write(tier, group, slots, rows, seed)
@@ -69,7 +63,7 @@ def store(tier, n, group=0, seed=0, *, noise=False):
 
 
 def write(tier, group, slots, rows, seed=0):
-    ticket = tier.write(group, slots, rows, np.arange(len(slots)), stamps(len(slots), seed))
+    ticket = tier.write(group, slots, rows, np.arange(len(slots)), stamps(len(slots), seed, tokens=64))
     assert ticket.event.wait(10) and ticket.event.error is None and ticket.ok.all()
 
 

@@ -48,7 +48,8 @@ def make_tokenizer(template: str | None = TEMPLATE) -> T.PreTrainedTokenizerFast
     return tokenizer
 
 
-def save(family: str, path, tokenizer) -> None:
+def small_model(family: str, tokenizer, max_positions: int = 2048):
+    """Random weights, loud enough that answers differ."""
     config_class, model_class, extra = FAMILIES[family]
     torch.manual_seed(0)
     config = config_class(
@@ -58,7 +59,7 @@ def save(family: str, path, tokenizer) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=2048,
+        max_position_embeddings=max_positions,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=None,
@@ -69,6 +70,11 @@ def save(family: str, path, tokenizer) -> None:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(4.0)
+    return model
+
+
+def save(family: str, path, tokenizer) -> None:
+    model = small_model(family, tokenizer)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
 
