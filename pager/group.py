@@ -342,6 +342,10 @@ class BlockGroup:
         stream.copy_rows(self.pool.rows, pages, self.slab.rows, slots)
         self.submit("host_to_device", blocks, slots, pages, stream.record(), reason)
 
+    def may_demote(self, blocks: IntArray) -> IntArray:
+        """Those of these dirty blocks that have no older copy in a host slot, which somebody still reads from."""
+        return blocks[self.directory.host_slot[blocks] == NOWHERE]
+
     def demote(self, blocks: IntArray, slots: IntArray, reason: str) -> None:
         """Device -> host for DIRTY, idle blocks, into free host slots."""
         d, stream = self.directory, self.backend.demote
