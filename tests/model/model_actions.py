@@ -7,8 +7,22 @@ chooses (the lowest free page) neither do we.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
-from model_state import IS_READABLE, REFERENCED, STREAM_OF, UNBORN, Bound, Move, Op, Page, Slot, State, Violation
+from model_state import (
+    IS_READABLE,
+    REFERENCED,
+    STREAM_OF,
+    TWO_STEPS,
+    UNBORN,
+    Bound,
+    Move,
+    Op,
+    Page,
+    Slot,
+    State,
+    Violation,
+)
 from model_steps import Draft
 
 from kvtier.pager.rules import ALL_RULES, Rule, Rules
@@ -155,10 +169,11 @@ def _sinks(state: State, block: int) -> bool:
 def _told(name: str, arguments: tuple) -> str:
     """An action in words, for a trace."""
     values, options = arguments
-    shown = [
-        f"{v.kind}{' begins' if isinstance(v, Op) and not v.is_begun else ''} of {v.block}"
-        if isinstance(v, Op | Move)
-        else str(v)
-        for v in values
-    ]
+    shown = [_named(value) for value in values]
     return " ".join([name.replace("_", " "), *shown, *(["and fails"] if options.get("fails") else [])])
+
+
+def _named(value: Any) -> str:
+    if isinstance(value, Op) and value.kind in TWO_STEPS:
+        return f"{'the rest' if value.is_begun else 'the first half'} of {value.kind} of block {value.block}"
+    return f"{value.kind} of block {value.block}" if isinstance(value, Op | Move) else str(value)

@@ -28,6 +28,9 @@ STREAM_OF = {
 }
 
 
+TWO_STEPS = frozenset({"copy in", "copy out", "stage", "fetch"})  # the target means nothing between them
+
+
 class Violation(Exception):
     """Something that must never happen."""
 

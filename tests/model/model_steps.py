@@ -12,6 +12,7 @@ from model_state import (
     IS_READABLE,
     REFERENCED,
     STREAM_OF,
+    TWO_STEPS,
     UNBORN,
     Block,
     Client,
@@ -262,10 +263,13 @@ class Draft:
         block = self.blocks[move.block]
         if block.version == move.version and not move.has_failed:
             self.blocks[move.block] = block._replace(below=move.result)
-        if block.version != move.version:
-            slot = self.slot_of(move.block, SlotState.VALID)
-            if slot >= 0 and self.slots[slot].holds == 0:
-                self.step_slot(slot, SlotState.NONE)
+        self._drop_stale(move)
+
+    def _drop_stale(self, move: Move) -> None:
+        """ColdSide._drop_stale."""
+        slot = self.slot_of(move.block, SlotState.VALID)
+        if self.blocks[move.block].version != move.version and slot >= 0 and self.slots[slot].holds == 0:
+            self.step_slot(slot, SlotState.NONE)
 
     def _end_fetch(self, move: Move) -> None:
         self.step_slot(move.slot, SlotState.NONE if move.has_failed else SlotState.VALID)
@@ -291,6 +295,7 @@ class Draft:
                 self.step_slot(move.slot, SlotState.NONE)
             elif move.kind == "sink":
                 self.hold(move.slot, -1)
+                self._drop_stale(move)
             else:
                 self.step_slot(move.slot, SlotState.NONE)
             self.settle(move.block)
@@ -318,10 +323,9 @@ class Draft:
     # ------------------------------------------------------------------ queued work
     def run(self, op: Op, *, fails: bool = False) -> None:
         """The next step of the operation at the head of its stream."""
-        two_steps = op.kind in ("copy in", "copy out", "stage", "fetch")
         if fails:
             self.failures -= 1
-        elif two_steps and not op.is_begun:
+        elif op.kind in TWO_STEPS and not op.is_begun:
             self._put(op, None)
             self.ops[self.ops.index(op)] = op._replace(is_begun=True)
             return
