@@ -414,6 +414,8 @@ class Pager:
                     if event is not None:
                         group.pages.note_event(group.pages.last_read, pages, event)
                 if not committed:
+                    for pages in held.written:  # a copy on write stays, and kernels may have been queued
+                        group.pages.note_event(group.pages.last_write, pages, event)
                     self._undo_new_blocks(group, held.new_blocks)
                 blocks = np.concatenate([group.pages.block[p] for p in held.pinned] or [np.empty(0, np.int64)])
                 blocks = blocks[blocks >= 0]
