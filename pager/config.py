@@ -122,6 +122,8 @@ class PagerConfig:
 
     def validate(self) -> PagerConfig:
         """Check everything that can be checked without a disk or a device. Raises ConfigError."""
+        for name, kinds in _KINDS.items():
+            _check_kind(name, getattr(self, name), kinds)
         if self.device_size <= 0:
             raise ConfigError(
                 f"device_bytes={self.device_bytes!r}: the device tier needs room for at least a few blocks"
@@ -150,10 +152,7 @@ class PagerConfig:
             raise ConfigError(f"sinks={self.sinks}: the number of sink tokens must not be negative")
         if self.backend not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"backend={self.backend!r} is unknown; choose auto, cpu or cuda")
-        for setting in ("namespace_quotas", "namespace_secrets"):
-            if not isinstance(getattr(self, setting), Mapping):
-                raise ConfigError(f"{setting}={getattr(self, setting)!r}: give a mapping from namespace to value")
-        if not isinstance(self.nvme_queue_depth, int) or not 1 <= self.nvme_queue_depth <= MAX_IO_DEPTH:
+        if not 1 <= self.nvme_queue_depth <= MAX_IO_DEPTH:
             raise ConfigError(
                 f"nvme_queue_depth={self.nvme_queue_depth!r}: need 1 to {MAX_IO_DEPTH} requests in flight"
             )
@@ -162,8 +161,6 @@ class PagerConfig:
                 f"nvme_segment_bytes={self.nvme_segment_bytes!r}: need {format_bytes(MIN_SEGMENT_BYTES)} to "
                 f"{format_bytes(MAX_SEGMENT_BYTES)}"
             )
-        if not isinstance(self.host_prefault, bool):
-            raise ConfigError(f"host_prefault={self.host_prefault!r}: choose true or false")
         check_huge_pages(self.host_huge_pages)
         check_numa(self.host_numa)
         if self.namespace_quotas and self.nvme_path is None:
@@ -175,16 +172,45 @@ class PagerConfig:
             check_namespace(name)
             try:
                 too_long = len(bytes.fromhex(secret)) > 64
-            except ValueError:
+            except (TypeError, ValueError):
                 raise ConfigError(f"namespace_secrets[{name!r}] is not hexadecimal text") from None
             if too_long:
                 raise ConfigError(f"namespace_secrets[{name!r}] is longer than 64 bytes")
         return self
 
 
+_NUMBER, _TEXT, _YES_NO = "give a number", "give text", "choose true or false"
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "durability": ((str,), _TEXT),
+    "nvme_queue_depth": ((int,), "give a whole number"),
+    "policy": ((str,), _TEXT),
+    "window": ((int, type(None)), "give a whole number of tokens"),
+    "sinks": ((int,), "give a whole number of tokens"),
+    "backend": ((str,), _TEXT),
+    "low_watermark": ((int, float), _NUMBER),
+    "high_watermark": ((int, float), _NUMBER),
+    "nvme_path": ((str, os.PathLike, type(None)), "give a path"),
+    "status_socket": ((str, type(None)), "give a path"),
+    "require_pinned": ((bool,), _YES_NO),
+    "host_prefault": ((bool,), _YES_NO),
+    "host_huge_pages": ((str,), _TEXT),
+    "host_numa": ((str, int), "give text or the number of a node"),
+    "namespace_secrets": ((Mapping,), "give a mapping from namespace to value"),
+    "namespace_quotas": ((Mapping,), "give a mapping from namespace to value"),
+}  # sizes and codecs check themselves
+
+
+def _check_kind(name: str, value: Any, kinds: tuple[tuple[type, ...], str]) -> None:
+    types, said = kinds
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise ConfigError(f"{name}={value!r}: {said}")
+    if isinstance(value, str | os.PathLike) and "\0" in str(value):
+        raise ConfigError(f"{name}={value!r}: there is a zero character in it")
+
+
 def check_namespace(name: str) -> str:
     """The name of a namespace, as it is. Raises: ConfigError."""
-    if not name or len(name) > 64 or not all(c.isalnum() or c in "_-" for c in name):
+    if not isinstance(name, str) or not name or len(name) > 64 or not all(c.isalnum() or c in "_-" for c in name):
         raise ConfigError(f"namespace={name!r}: use 1 to 64 letters, digits, '_' or '-'")
     return name
 
@@ -220,9 +246,11 @@ def _read_file(path: Path) -> dict[str, Any]:
         text = path.read_text()
     except OSError as error:
         raise ConfigError(f"cannot read config file {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"config file {path} is not UTF-8 text: {error}") from error
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"config file {path} is not valid TOML: {error}") from error
 
 
