@@ -16,10 +16,9 @@ from typing import Any
 import numpy as np
 
 from ..cpu import CpuBackend
-from ..errors import ConfigError, StoreMismatchError
-from ..layout import KVLayout
+from ..errors import StoreMismatchError
 from ..streams import IntArray
-from .identity import StoreIdentity, read_identity, repair_metadata, segment_path
+from .identity import StoreIdentity, read_identity, repair_metadata, segment_path, stored_layouts
 from .store import NvmeTier
 
 Progress = Callable[[int, int], None]
@@ -45,12 +44,8 @@ class Report:
 
 def stored_identity(path: Path) -> StoreIdentity:
     """Raises ConfigError when there is no readable store."""
-    fields = read_identity(path)
-    try:
-        layouts = tuple(KVLayout.from_dict(layout) for layout in fields["layouts"])
-        return StoreIdentity(str(fields["model_fingerprint"]), layouts)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"store {path}: its identity lacks {error}") from error
+    stored = read_identity(path)
+    return StoreIdentity(str(stored.get("model_fingerprint", "")), stored_layouts(path, stored))
 
 
 def check(path: Path, progress: Progress, *, repair: bool = False) -> Report:
