@@ -108,5 +108,5 @@ def test_a_rewrite_that_fails_leaves_the_journal_in_use(journal):
 def test_a_whole_record_that_is_none_of_ours_is_said_so_and_lists_nothing(tmp_path, record):
     path = tmp_path / "manifest.log"
     path.write_bytes(_frame({"op": "session", "id": "a", "record": {}}) + _frame(record))
-    with pytest.raises(ConfigError, match="record at byte 2. is whole and none that this version writes"):
+    with pytest.raises(ConfigError, match=r"record at byte \d+ is whole and none that this version writes"):
         Manifest.open(path)
