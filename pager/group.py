@@ -107,9 +107,11 @@ class BlockGroup:
 
     def unref(self, blocks: IntArray, *, released: bool = False) -> None:
         """Drop one reference of each. Unnamed blocks without a reference go at once, named ones stay as cache."""
+        if not len(blocks):
+            return
         d = self.directory
         np.subtract.at(d.refs, blocks, 1)
-        if len(blocks) and int(d.refs[blocks].min()) < 0:
+        if int(d.refs[blocks].min()) < 0:
             raise InvariantError(f"group {self.index}: a block has fewer than zero references")
         alone = blocks[d.refs[blocks] == 0]
         if released:
@@ -119,7 +121,10 @@ class BlockGroup:
     def discard_dead(self, blocks: IntArray) -> None:
         """Remove blocks that nobody refers to and nothing names; those in flight or pinned follow when they settle."""
         d = self.directory
-        dead = np.unique(blocks[d.is_live[blocks] & (d.refs[blocks] == 0) & ~d.is_named[blocks]])
+        dead = blocks[d.is_live[blocks] & (d.refs[blocks] == 0) & ~d.is_named[blocks]]
+        if not len(dead):
+            return
+        dead = np.unique(dead)
         dead = dead[self._settled(dead)]
         if not len(dead):
             return

@@ -379,6 +379,8 @@ class Pager:
         core, size = self._core, self.block_size
         seq = core.sequences[span.seq]
         first, end = span.start // size, span.end // size
+        if first == end:
+            return  # most decode steps: hashing would begin with a copy of all token ids
         seq.chain.extend(seq.keys, seq.token_ids[: end * size])
         for group, table in zip(core.groups, seq.tables, strict=True):
             for i in range(first, end):  # one or two per decode step, a chunk's worth per prefill step
@@ -422,8 +424,7 @@ class Pager:
                 for span in lease.spans:
                     core.sequences[span.seq].num_leases -= 1
                 self._rewind_if_lost(lease, committed)
-            core.advance()
-        self._wake.set()
+            core.advance()  # here and not in the background: waking a thread at every step makes it wait for the GIL
 
     def _undo_new_blocks(self, group: Any, new_blocks: list[tuple[int, int, IntArray]]) -> None:
         for seq_id, first, _ in new_blocks:
