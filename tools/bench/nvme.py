@@ -76,7 +76,8 @@ class _Disk:
         self._out = self._backend.alloc_host(ROWS, LAYOUT.block_bytes)
         self._out[:] = 0  # faulted in
         self._values: dict[str, list[float]] = {}
-        self._cpu: dict[str, list[float]] = {}
+        self._cpu: dict[str, list[float]] = {}  # seconds per GB
+        self._fio_cpu: dict[str, list[float]] = {}  # by fio's own account, without its start
 
     def rows(self) -> list[Row]:
         stores = {
@@ -154,7 +155,7 @@ class _Disk:
     def _cpu_row(self, case: str, name: str, engines: list[str]) -> Row:
         """CPU seconds of ours with checksums, beside those of the fio engine that needs least, which has none."""
         ours = statistics.median(self._cpu[f"{name}_checksummed"])
-        theirs = {engine: statistics.median(self._cpu[f"fio {engine} {name}"]) for engine in engines}
+        theirs = {engine: statistics.median(self._fio_cpu[f"{engine} {name}"]) for engine in engines}
         if not theirs:
             return Row(case, f"{name}_checksummed CPU", ours, "s/GB", "fio is not installed")
         best = min(theirs, key=lambda engine: theirs[engine])
@@ -167,11 +168,11 @@ class _Disk:
         return statistics.median(a / b for a, b in zip(self._values[ours], self._values[theirs], strict=True))
 
     def _take(self, name: str, call: Callable[[], float]) -> None:
-        cpu_s = _cpu_s()
+        cpu_s = time.process_time()
         value = call()
         if self._is_counted:
             moved = self._blocks * LAYOUT.block_bytes * _GB
-            self._cpu.setdefault(name, []).append((_cpu_s() - cpu_s) / moved)
+            self._cpu.setdefault(name, []).append((time.process_time() - cpu_s) / moved)
             self._values.setdefault(name, []).append(value)
 
     def _fio_files(self) -> dict[str, list[str]]:
@@ -195,6 +196,10 @@ class _Disk:
         if result.returncode:
             raise ConfigError(f"fio failed: {result.stderr.strip() or result.stdout.strip()}")
         job: dict[str, Any] = json.loads(result.stdout[result.stdout.index("{") :])["jobs"][0]
+        if self._is_counted:
+            share = (job["usr_cpu"] + job["sys_cpu"]) / 100
+            moved = job[verb]["io_bytes"] * _GB
+            self._fio_cpu.setdefault(f"{engine} {verb}", []).append(share * job["job_runtime"] / 1e3 / moved)
         if "--end_fsync=1" in more:  # its bandwidth leaves the fsync out
             return float(
                 job[verb]["io_bytes"] / (job["job_runtime"] / 1e3 / (QUEUE_DEPTH if engine == "psync" else 1)) * _GB
@@ -347,11 +352,6 @@ def _descriptors(paths: list[Path], *, direct: bool = True) -> Iterator[list[int
     finally:
         for fd in fds:
             os.close(fd)
-
-
-def _cpu_s() -> float:
-    """CPU seconds of this process and of the children that ended."""
-    return sum(os.times()[:4])
 
 
 def _huge_pages() -> list[str]:
