@@ -18,7 +18,7 @@ from .lease import GroupLease, Lease, Span
 from .page_table import Sequence, num_blocks_of, visible_blocks
 from .prefix import lose
 from .rules import Rule
-from .states import IntArray, PageState
+from .states import APPEND, IntArray, PageState
 from .streaming import SliceStream
 
 _MAX_ROUND_WAIT_S = 0.05
@@ -320,11 +320,7 @@ class LeaseFiller:
 
     def _append_in_place(self, held: GroupLease, group: BlockGroup, block: int) -> None:
         page = group.directory.page[[block]]
-        if group.pages.state[page[0]] == PageState.WRITING_BACK and self._core.rules.holds(
-            Rule.WRITTEN_DURING_COPY_OUT_IS_DIRTY
-        ):
-            for event in group.pages.pending(group.pages.copy_out, page):
-                self._core.backend.compute.wait(event)  # rule 4: an append waits for the copy-out
+        group.order(self._core.backend.compute, APPEND, page)  # rule 4: an append waits for the copy-out
         group.mark_written(block)
         held.written.append(page)
 
