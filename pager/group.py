@@ -69,7 +69,7 @@ class BlockGroup:
         rules: Rules,
         clock: Callable[[], float],
     ) -> None:
-        self.index, self.layout, self.backend = index, layout, backend
+        self.index, self.layout, self.backend, self.quotas = index, layout, backend, quotas
         self.pool = DevicePool(layout, num_pages, backend)
         self.slab = HostSlab(layout, num_host_slots, memory)
         self.pages, self.host = Pages(num_pages), HostSlots(num_host_slots)
@@ -239,24 +239,38 @@ class BlockGroup:
             self.pages.step(page, PageState.DIRTY)
 
     # ------------------------------------------------------------------ host slots and nvme slots
-    def take_host_slots(self, n: int, *, keep_clean: bool = False) -> IntArray | None:
+    def take_host_slots(self, n: int, *, keep_clean: bool = False, asker: int | None = None) -> IntArray | None:
         """n free host slots, dropping copies that exist elsewhere, then unreferenced cache; None when short.
 
         `keep_clean`: not those that make a page clean which could be evicted; with them gone it would have to go down.
+        `asker`: the namespace (owner tag) that they are for; its quota holds, and those of others protect them from it.
         """
-        short = n - self.host.num_free
-        if short > 0:
-            victims = self._host_victims(short, keep_clean)
-            if len(victims) < short:
-                return None
-            self._drop_host_copies(victims)
+        room = self.quotas.room(self, "host", asker)
+        if room is not None and not self._drop_victims(n - room, keep_clean, asker, asker):
+            return None
+        if not self._drop_victims(n - self.host.num_free, keep_clean, asker):
+            return None
         return self.host.take_free(n)
 
-    def host_room(self, *, keep_clean: bool = False) -> int:
-        """Host slots that could be taken without any copy."""
-        return self.host.num_free + len(self._host_victims(len(self.host), keep_clean))
+    def _drop_victims(self, n: int, keep_clean: bool, asker: int | None, of: int | None = None) -> bool:
+        """Drop n host copies; False, and none dropped, where there are fewer that may go."""
+        victims = self._host_victims(n, keep_clean, asker, of) if n > 0 else np.empty(0, np.int64)
+        if len(victims) < n:
+            return False
+        if len(victims):
+            self._drop_host_copies(victims)
+        return True
 
-    def _host_victims(self, n: int, keep_clean: bool) -> IntArray:
+    def host_room(self, *, keep_clean: bool = False, asker: int | None = None) -> int:
+        """Host slots that could be taken without any copy, for that namespace."""
+        most = self.host.num_free + len(self._host_victims(len(self.host), keep_clean, asker))
+        room = self.quotas.room(self, "host", asker)
+        if room is None:
+            return most
+        return max(0, min(most, room + len(self._host_victims(len(self.host), keep_clean, asker, asker))))
+
+    def _host_victims(self, n: int, keep_clean: bool, asker: int | None, of: int | None = None) -> IntArray:
+        """Host copies that may go, first to leave first; `of`: that namespace's alone."""
         d = self.directory
         held = self.host.holds > 0
         if not self.rules.holds(Rule.HOST_SLOT_HELD_WHILE_READ):
@@ -264,6 +278,9 @@ class BlockGroup:
         blocks = self.unpinned_by_ttl(self.host.block[(self.host.state == SlotState.VALID) & ~held])
         if self.awaited:
             blocks = blocks[~np.isin(blocks, np.concatenate(self.awaited)) | d.in_device(blocks)]
+        if of is not None:
+            blocks = blocks[d.owner[blocks] == of]
+        blocks = self.quotas.spare(self, "host", blocks, asker)
         below, above = d.nvme_valid[blocks], d.in_device(blocks) & (d.page[blocks] >= 0)
         busy = above & (self.pages.state[np.maximum(d.page[blocks], 0)] == PageState.WRITING_BACK)
         cache_only = ~below & ~above & (d.refs[blocks] == 0)
@@ -280,7 +297,7 @@ class BlockGroup:
         return chosen
 
     def _nvme_takes_more(self) -> bool:
-        return self.can_write_nvme and (self.nvme_room() > 0)
+        return self.can_write_nvme and self.nvme_room() > 0
 
     def _drop_host_copies(self, blocks: IntArray) -> None:
         d = self.directory
@@ -307,8 +324,8 @@ class BlockGroup:
         """Of disk, for one block."""
         return self.cold.tier.geometry(self.index).stride if self.cold is not None else self.layout.block_bytes
 
-    def nvme_room(self) -> int:
-        return self.cold.room() if self.cold is not None else 0
+    def nvme_room(self, asker: int | None = None) -> int:
+        return self.cold.room(asker) if self.cold is not None else 0
 
     def dirty_if_alone(self, blocks: IntArray) -> None:
         d = self.directory

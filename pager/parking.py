@@ -197,7 +197,7 @@ class Parking:
         pages = np.maximum(d.page[todo], 0)
         dirty = todo[(d.page[todo] >= 0) & (group.pages.state[pages] == PageState.DIRTY) & group.pages.idle()[pages]]
         if len(dirty):
-            core.make_host_room(group, len(dirty))
+            core.make_host_room(group, len(dirty), int(d.owner[dirty[0]]))
             core.write_back_blocks(group, dirty, "park")
         return len(todo)
 

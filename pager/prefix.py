@@ -228,7 +228,7 @@ def bring_back_s(core: Core, seq: Sequence) -> float:
         blocks = table.ids[table.ids >= 0]
         d = group.directory
         not_hosted = int((~d.in_host(blocks)).sum())
-        from_nvme = max(0, not_hosted - group.host_room()) * group.layout.block_bytes
+        from_nvme = max(0, not_hosted - group.host_room(asker=seq.chain.owner)) * group.layout.block_bytes
         total_s += len(blocks) * group.layout.block_bytes / _rate(core, "host_to_device", HOST_RATE)
         total_s += from_nvme / _rate(core, "nvme_to_host", NVME_RATE)
     return total_s
