@@ -15,8 +15,10 @@ from ..tiers.errors import ConfigError
 from ..tiers.host import check_huge_pages
 from ..tiers.layout import format_bytes, parse_bytes
 from ..tiers.numa import check_numa
-from ..tiers.nvme.codecs import NONE, check_codec
+from ..tiers.nvme.codecs import NONE, check_codec, check_mix
 from ..tiers.nvme.layout import SEGMENT_BYTES
+from ..tiers.nvme.sealing import MIN_SECRET_BYTES
+from ..tiers.owners import owner_tag
 from .quota import NamespaceQuota, Size, check_floors, parse_quota
 from .settings import read_settings
 
@@ -86,12 +88,15 @@ class PagerConfig:
                         f"nvme_codec={self.nvme_codec!r}: there is no layer group {name!r}; this model has "
                         f"{', '.join(groups)}"
                     )
-            return [asked.get(name, NONE) for name in groups]
+            chosen = [asked.get(name, NONE) for name in groups]
+            check_mix(chosen, where="nvme_codec")
+            return chosen
         if len(asked) != len(groups):
             raise ConfigError(
                 f"nvme_codec={self.nvme_codec!r} names {len(asked)} codecs; this model has {len(groups)} layer groups "
                 f"({', '.join(groups)}): give one each, or one for all"
             )
+        check_mix(asked, where="nvme_codec")
         return list(asked)
 
     def _asked_codecs(self) -> str | Sequence[str] | Mapping[str, str] | None:
@@ -111,8 +116,19 @@ class PagerConfig:
             check_codec(name, where="nvme_codec")
         return asked
 
+    def check_sealable(self, namespace: str) -> None:
+        """Raises ConfigError for a namespace whose blocks could not be encrypted."""
+        if len(self.secret(namespace)) < MIN_SECRET_BYTES:
+            raise ConfigError(
+                f"the store is encrypted and namespace {namespace!r} has no secret of at least {MIN_SECRET_BYTES} bytes: give "
+                f"one in namespace_secrets[{namespace!r}]"
+            )
+
     def secret(self, namespace: str) -> bytes:
         return bytes.fromhex(self.namespace_secrets.get(namespace, ""))
+
+    def secrets_by_owner(self) -> dict[int, bytes]:
+        return {owner_tag(name): self.secret(name) for name in self.namespace_secrets}
 
     def quota(self, namespace: str) -> NamespaceQuota:
         return parse_quota(self.namespace_quotas[namespace], name=f"namespace_quotas[{namespace!r}]")
@@ -174,6 +190,8 @@ class PagerConfig:
             if self.quota(check_namespace(name)).is_of_nvme and self.nvme_path is None:
                 raise ConfigError(f"namespace_quotas[{name!r}] is of the nvme tier; say where it is with nvme_path")
         check_floors(self.quotas(), {"host": self.host_size, "nvme": self.nvme_size})
+        if len({owner_tag(name) for name in self.namespace_secrets}) < len(self.namespace_secrets):
+            raise ConfigError("namespace_secrets: two names have one 32-bit tag; rename one of them")
         for name, secret in self.namespace_secrets.items():
             check_namespace(name)
             try:

@@ -97,7 +97,10 @@ class Core:
     # ------------------------------------------------------------------ sequences
     def chain(self, namespace: str) -> KeyChain:
         if namespace not in self._chains:
-            secret = self.config.secret(unsalted(check_namespace(namespace)))
+            owner = unsalted(check_namespace(namespace))
+            if self.nvme is not None and self.nvme.is_encrypted:
+                self.config.check_sealable(owner)
+            secret = self.config.secret(owner)
             if len(self._chains) >= _MAX_CHAINS:
                 self._chains.clear()
             self._chains[namespace] = KeyChain(self.fingerprint, namespace, secret, self.block_size)

@@ -676,8 +676,7 @@ def _open_nvme(
 ) -> Any:
     if config.nvme_path is None:
         return None
-    from ..tiers.nvme.codecs import NONE
-    from ..tiers.nvme.identity import overhead_of
+    from ..tiers.nvme.codecs import NONE, overhead_of
     from ..tiers.nvme.layout import bytes_on_disk
     from ..tiers.nvme.store import NvmeTier, StoreIdentity
 
@@ -699,6 +698,7 @@ def _open_nvme(
         segment_bytes=config.segment_size,
         codecs=codecs,
         about=about,
+        secrets=config.secrets_by_owner(),
     )
 
 

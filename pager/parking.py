@@ -18,6 +18,7 @@ from .core import Core
 from .group import BlockGroup
 from .page_table import BlockTable, Sequence
 from .prefix import adopt, residency, take_tail
+from .records import SessionRecords
 from .sessions import ParkedSession, SessionEntry, check_session_id
 from .states import IntArray, PageState
 
@@ -27,19 +28,19 @@ class Parking:
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._records = SessionRecords(core.nvme) if core.nvme is not None else None
 
     def recover(self) -> int:
         """Take over what the store remembers: blocks first, then the sessions that refer to them."""
         core = self._core
-        if core.nvme is None:
+        if core.nvme is None or self._records is None:
             return 0
         for group, (slots, stamps) in zip(core.groups, core.nvme.recovered(), strict=True):
             named = stamps["tokens"] > 0
             core.nvme.free(group.index, slots[~named])  # unnamed tails of a process that is gone
             _recover_blocks(group, slots[named], stamps[named])
-        for session_id, record in core.nvme.sessions().items():
-            entry = SessionEntry.from_record(session_id, record)
-            core.sessions[session_id] = entry
+        for entry in self._records.read():
+            core.sessions[entry.session_id] = entry
             self._hold(entry)
         return len(core.sessions)
 
@@ -71,8 +72,8 @@ class Parking:
         self._write_down(seq, timeout_s, f"session {session_id!r}")
         entry = SessionEntry(session_id, seq.namespace, list(seq.token_ids), seq.num_computed, extra)
         entry.summary = _summary(seq)
-        if core.nvme is not None:
-            core.nvme.put_session(session_id, entry.to_record())
+        if core.nvme is not None and self._records is not None:
+            self._records.put(entry)
             core.nvme.flush(timeout_s)
             entry.is_durable = True
         return entry
@@ -130,8 +131,8 @@ class Parking:
             if entry is None:
                 raise UnknownSessionError(f"session {session_id!r} is unknown")
             self._let_go(entry)
-            if core.nvme is not None and entry.is_durable:
-                core.nvme.drop_session(session_id)
+            if self._records is not None and entry.is_durable:
+                self._records.drop(entry)
 
     # ------------------------------------------------------------------ parking, step by step
     def _seal_tail(self, seq: Sequence) -> None:
