@@ -8,9 +8,9 @@ between looks. Guards the order of care: a demand copy is submitted before any w
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -37,6 +37,16 @@ if TYPE_CHECKING:
 
 _MAX_CHAINS = 4096  # remembered; clients choose salts, and a chain is made again from its name
 _LOOK_S = 0.05  # longest wait between two looks at the completions
+
+
+class Holder(Protocol):
+    """Who refers to blocks, or has slots reserved, beside sequences and sessions."""
+
+    def references(self, group: int) -> Iterable[IntArray]:
+        """Block ids, once per reference."""
+
+    def reserved(self, group: int) -> IntArray:
+        """Host slots that are STAGING without a move of ours."""
 
 
 class Core:
@@ -90,6 +100,7 @@ class Core:
         ]
         self.sequences: dict[int, Sequence] = {}
         self.sessions: dict[str, SessionEntry] = {}
+        self.holders: list[Holder] = []
         self.is_streaming = False
         self._next_seq = 1
         self._chains: dict[str, KeyChain] = {}
@@ -274,7 +285,8 @@ class Core:
         """Walk everything. Raises InvariantError at the first contradiction. Cost: O(blocks + pages + slots)."""
         with self.lock:
             for index, group in enumerate(self.groups):
-                _check_group(group, self._references(index))
+                reserved = [holder.reserved(index) for holder in self.holders]
+                _check_group(group, self._references(index), np.concatenate([np.empty(0, np.int64), *reserved]))
 
     def _references(self, index: int) -> Iterator[IntArray]:
         for seq in self.sequences.values():
@@ -282,6 +294,8 @@ class Core:
         for entry in self.sessions.values():
             if entry.tables is not None:
                 yield entry.tables[index].ids
+        for holder in self.holders:
+            yield from holder.references(index)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -292,7 +306,7 @@ class Core:
             yield
 
 
-def _check_group(group: BlockGroup, tables: Iterator[IntArray]) -> None:
+def _check_group(group: BlockGroup, tables: Iterator[IntArray], reserved: IntArray) -> None:
     d, pages, host = group.directory, group.pages, group.host
     refs = np.zeros(len(d.refs), np.int64)
     for ids in tables:
@@ -315,7 +329,8 @@ def _check_group(group: BlockGroup, tables: Iterator[IntArray]) -> None:
     if not group.moves:
         moving = np.isin(pages.state, [PageState.FILLING, PageState.WRITING_BACK, PageState.EVICTING])
         _require(not moving.any(), group, "moving page without a move", f"{np.flatnonzero(moving)[:5]}")
-        _require(not pages.copies.any() and not (host.state == SlotState.STAGING).any(), group, "copies left over", "")
+        staging = np.flatnonzero(host.state == SlotState.STAGING)
+        _require(not pages.copies.any() and bool(np.isin(staging, reserved).all()), group, "copies left over", "")
 
 
 def _require(holds: bool, group: BlockGroup, what: str, detail: str) -> None:

@@ -8,12 +8,9 @@ interface. A cache of ours may answer "miss" at any time; it never answers wrong
 
 from __future__ import annotations
 
-import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -35,12 +32,12 @@ from .prefix import Match, adopt, adopt_tail, bring_back_s, next_cached_block, p
 from .reading import BlockReader, HeldBlocks
 from .rules import ALL_RULES, Rules
 from .sessions import ParkedSession
-from .sizing import plan_sizes, split_blocks
+from .sizing import plan_sizes
 from .states import NOWHERE, IntArray, PageState, SlotState
 from .status import StatusServer, pager_status
+from .stores import open_nvme, stored_block_size
 from .streaming import CorruptSliceError, SliceStream, Staged
 
-NVME_DISK_SHARE = 0.8  # of the free disk, when nvme_bytes is not given
 _IDLE_LOOK_S = 0.5  # the background thread looks this often even when nothing signals progress
 
 
@@ -94,7 +91,7 @@ class Pager:
         try:
             if config.require_pinned and not backend.pinned:
                 raise ConfigError("require_pinned=True, but this backend cannot pin host memory; see `kvtier doctor`")
-            nvme = _open_nvme(layouts, config, backend, model_fingerprint, about or {})
+            nvme = open_nvme(layouts, config, backend, model_fingerprint, about or {})
             pager = cls(Core(layouts, config, sizes, backend, nvme, model_fingerprint, rules, clock))
         except BaseException:  # no memory for a tier, say: leave no lock, no thread
             if nvme is not None:
@@ -655,70 +652,10 @@ class Pager:
                 self._core.advance()
 
 
-def stored_block_size(nvme_path: str | os.PathLike[str] | None) -> int | None:
-    """Tokens per block of the store at that path, or None where there is no store. Raises ConfigError when unreadable."""
-    from ..tiers.nvme.identity import STORE_FILE, read_identity
-
-    if nvme_path is None or not (Path(nvme_path) / STORE_FILE).exists():
-        return None
-    layouts = read_identity(Path(nvme_path)).get("layouts")
-    return KVLayout.from_dict(layouts[0]).block_size if layouts else None
-
-
 def _size(value: int | str) -> int:
     from ..tiers.layout import parse_bytes
 
     return parse_bytes(value, name="staging_bytes")
 
 
-def _open_nvme(
-    layouts: tuple[KVLayout, ...], config: PagerConfig, backend: Backend, fingerprint: str, about: Mapping[str, Any]
-) -> Any:
-    if config.nvme_path is None:
-        return None
-    from ..tiers.nvme.codecs import NONE, overhead_of
-    from ..tiers.nvme.layout import bytes_on_disk
-    from ..tiers.nvme.store import NvmeTier, StoreIdentity
-
-    codecs = config.codecs([layout.name for layout in layouts])
-    used = _recorded_codecs(Path(config.nvme_path), len(layouts)) or codecs or [NONE] * len(layouts)
-    budget = config.nvme_size if config.nvme_size is not None else _free_disk(Path(config.nvme_path))
-    sizes = [bytes_on_disk(layout, overhead_of(codec, layout)) for layout, codec in zip(layouts, used, strict=True)]
-    slots = split_blocks(layouts, budget, sizes)
-    if min(slots) < 1 and config.nvme_size is not None:
-        raise ConfigError(
-            f"nvme_bytes={budget} holds no block; one of each layer group takes {sum(sizes)} bytes of disk"
-        )
-    return NvmeTier.open(
-        config.nvme_path,
-        StoreIdentity(fingerprint, layouts),
-        num_slots=slots,
-        backend=backend,
-        durability=config.durability,
-        segment_bytes=config.segment_size,
-        codecs=codecs,
-        about=about,
-        secrets=config.secrets_by_owner(),
-    )
-
-
-def _recorded_codecs(path: Path, num_groups: int) -> list[str] | None:
-    """Those of the store that is there, if it can be one of this model; opening it says what is wrong with it."""
-    from ..tiers.nvme.identity import STORE_FILE, stored_codecs
-
-    if not (path / STORE_FILE).exists():
-        return None
-    try:
-        codecs = stored_codecs(path)
-    except ConfigError:
-        return None
-    return codecs if len(codecs) == num_groups else None
-
-
-def _free_disk(path: Path) -> int:
-    """Most of what the disk has left: NVME_DISK_SHARE of the free bytes at that place."""
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    return int(shutil.disk_usage(there).free * NVME_DISK_SHARE)
-
-
-__all__ = ["Match", "Pager", "ParkedSession", "Span"]
+__all__ = ["Match", "Pager", "ParkedSession", "Span", "stored_block_size"]
