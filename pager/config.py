@@ -23,7 +23,10 @@ from .quota import NamespaceQuota, Size, check_floors, parse_quota
 from .settings import read_settings
 
 # of a file that pagerd reads too, see daemon/settings.py (a test compares)
-DAEMON_SETTINGS = ("socket", "listen", "metrics", "limits", "namespaces", "root_secret_file", "log_format", "log_level")
+DAEMON_SETTINGS = (
+    *("socket", "listen", "tls_cert", "tls_key", "metrics", "max_models", "slab_uids", "root_secret_file"),
+    *("log_format", "log_level", "limits", "namespaces"),
+)
 MAX_IO_DEPTH = 256
 MIN_SEGMENT_BYTES, MAX_SEGMENT_BYTES = 1 << 20, 1 << 30
 
@@ -146,6 +149,11 @@ class PagerConfig:
             raise ConfigError(
                 f"device_bytes={self.device_bytes!r}: the device tier needs room for at least a few blocks"
             )
+        self.check_tiers()
+        return self
+
+    def check_tiers(self) -> None:
+        """All but the device tier, which a daemon has not. Raises ConfigError."""
         if self.host_size < 0 or (self.nvme_size is not None and self.nvme_size < 0):
             raise ConfigError("host_bytes and nvme_bytes must not be negative")
         if self.nvme_path is not None and self.host_size == 0:
@@ -200,7 +208,6 @@ class PagerConfig:
                 raise ConfigError(f"namespace_secrets[{name!r}] is not hexadecimal text") from None
             if too_long:
                 raise ConfigError(f"namespace_secrets[{name!r}] is longer than 64 bytes")
-        return self
 
 
 def check_namespace(name: str) -> str:

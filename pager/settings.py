@@ -242,7 +242,7 @@ def to_toml(values: Mapping[str, Any], masked: Collection[str] = (), *, inside: 
 
 
 def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _text(name)
 
 
 def _value(value: Any) -> str:
@@ -252,4 +252,9 @@ def _value(value: Any) -> str:
         return repr(value)
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_value(item) for item in value) + "]"
-    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")  # then JSON's text is TOML's
+    return _text(str(value))
+
+
+def _text(text: str) -> str:
+    """A TOML basic string: JSON's, but that a lone DEL must be escaped and surrogate pairs must not."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
