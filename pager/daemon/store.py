@@ -100,6 +100,14 @@ class SharedStore:
             core.memory.start_prefault()
         return store
 
+    def reconfigure(self, config: PagerConfig) -> None:
+        """Quotas and secrets as they are now; what was built at the start stays as it is."""
+        with self.core.lock:
+            self.core.config = config
+            self.core.quotas.update(config.quotas())
+            if self.core.nvme is not None:
+                self.core.nvme.secrets.update(config.secrets_by_owner())
+
     def close(self, timeout_s: float = 60.0) -> None:
         """Write down what only the slab holds, as far as there is room, and let go of memory and disk."""
         self.core.memory.close()

@@ -71,7 +71,7 @@ class NvmeTier:
         self.codecs = codecs
         self._io = SegmentIo(self._files)
         self._plain = BlockIo(self._io, identity.layouts, geometries, with_checksums=with_checksums)
-        self.secrets = secrets
+        self.secrets = dict(secrets)  # of namespaces, by owner tag; more may come while it is open
         self._movers = [self._mover(*parts) for parts in zip(identity.layouts, geometries, codecs, strict=True)]
         self._listing = DurableListing(path, manifest, self._books, self._files, durability, self._lost)
         self._lock = self._listing.lock  # of the books too
