@@ -5,7 +5,7 @@ moves a block.
               one tier above
     floor     below it a namespace loses nothing to others; its own blocks may still make room for its own
     rate      bytes a second to nvme; over it, blocks stay above (and may be dropped there if nobody refers to them)
-    pins      blocks that clients of the namespace may hold at a time; the holder of leases asks (Pins)
+    pins      slots of the host tier that clients of the namespace may hold at a time, to read or to write
 
 Bytes are of the tier, on disk padding included. Cost: nothing where no namespace has a quota; else one pass over the
 directory's arrays per question, as a choice of victims costs anyhow.
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ..tiers.errors import ConfigError, QueueFullError
+from ..tiers.errors import ConfigError
 from ..tiers.layout import format_bytes, parse_bytes
 from .keys import owner_tag
 from .rates import TokenBucket
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 Size = int | str
 Tier = Literal["host", "nvme"]
 TIERS: tuple[Tier, ...] = ("host", "nvme")
-PIN_RETRY_S = 0.1
 MIN_HOST_BLOCKS = 4  # of each layer group, on their way up and down at the same time
 
 
@@ -187,6 +186,18 @@ class Quotas:
         is_own = d.nvme_valid & (d.refs == 0) & (d.nvme_holds == 0) & (d.owner == owner)
         return group.unpinned_by_ttl(np.flatnonzero(is_own))
 
+    # ------------------------------------------------------------------ pins
+    def pins_left(self, owner: int) -> int | None:
+        """Slots that its clients may still take; None: any. Copies of the pager's own count while they run."""
+        quota = self._quotas.get(owner)
+        if quota is None or quota.pins is None:
+            return None
+        held = 0
+        for group in self._groups:
+            is_held = (group.host.holds > 0) | (group.host.state == SlotState.STAGING)
+            held += int((is_held & _held(group, "host", owner)).sum())
+        return max(0, quota.pins - held)
+
     # ------------------------------------------------------------------ rates
     def wrote(self, group: BlockGroup, blocks: IntArray) -> None:
         """A write of these blocks to nvme was started."""
@@ -240,35 +251,6 @@ class Quotas:
             return []
         owners: list[int] = np.unique(group.directory.owner[blocks]).tolist()
         return [owner for owner in owners if owner in self._quotas]
-
-
-class Pins:
-    """Blocks that clients of each namespace hold. Whoever owns leases takes and gives; limits as `limit_of` says now."""
-
-    def __init__(self, limit_of: Callable[[str], int | None]) -> None:
-        self._limit_of = limit_of
-        self._held: dict[str, int] = {}
-
-    def take(self, namespace: str, count: int) -> None:
-        """All of them or none. Raises QueueFullError."""
-        held, limit = self._held.get(namespace, 0), self._limit_of(namespace)
-        if limit is not None and held + count > limit:
-            raise QueueFullError(
-                f"namespace {namespace!r} holds {held} of its {limit} pins and wants {count} more; release leases, or raise "
-                "its pins",
-                retry_after_s=PIN_RETRY_S,
-            )
-        self._held[namespace] = held + count
-
-    def give(self, namespace: str, count: int) -> None:
-        held = self._held.get(namespace, 0) - count
-        assert held >= 0, f"namespace {namespace!r} gave {-held} pins too many"
-        self._held[namespace] = held
-        if not held:
-            del self._held[namespace]
-
-    def held(self, namespace: str) -> int:
-        return self._held.get(namespace, 0)
 
 
 def _held(group: BlockGroup, tier: Tier, owner: int) -> npt.NDArray[np.bool_]:

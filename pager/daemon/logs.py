@@ -57,7 +57,7 @@ class JsonLines(logging.Formatter):
             fields["message"] = text
         if record.exc_info:
             fields["error"] = self.formatException(record.exc_info)
-        return json.dumps(fields, ensure_ascii=False)
+        return json.dumps(fields)
 
 
 def _one_line(record: logging.LogRecord, formatter: logging.Formatter) -> str:

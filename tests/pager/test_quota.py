@@ -7,15 +7,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvtier.pager.config import PagerConfig
 from kvtier.pager.keys import owner_tag
-from kvtier.pager.quota import NamespaceQuota, Pins, Quotas, parse_quota
+from kvtier.pager.quota import NamespaceQuota, Quotas, parse_quota
 from kvtier.pager.rates import TokenBucket
-from kvtier.tiers.errors import ConfigError, QueueFullError, TierFullError
+from kvtier.tiers.errors import ConfigError, TierFullError
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import BLOCK, LAYOUT, Rig
@@ -240,17 +241,22 @@ def test_a_park_waits_for_the_rate_by_itself(tmp_path):
 
 
 # ---------------------------------------------------------------------- pins, changes, refusals
-def test_pins_are_taken_whole_or_not_at_all():
-    pins = Pins({"a": 4, "b": None}.get)
-    pins.take("a", 3)
-    with pytest.raises(QueueFullError, match="holds 3 of its 4 pins and wants 2 more"):
-        pins.take("a", 2)
-    pins.take("a", 1)
-    pins.take("b", 10_000)
-    pins.give("a", 4)
-    assert (pins.held("a"), pins.held("b")) == (0, 10_000)
-    with pytest.raises(AssertionError):
-        pins.give("a", 1)
+def test_held_slots_of_a_namespace_count_against_its_pins(tmp_path):
+    rig = make_rig(tmp_path, {"small": {"pins": 4}})
+    store(rig, ids(4 * BLOCK, 1), "small")
+    store(rig, ids(4 * BLOCK, 2), "other")
+    rig.settle()
+    core = rig.pager._core
+    group, d = core.groups[0], core.groups[0].directory
+    mine, others = (np.flatnonzero((d.host_slot >= 0) & (d.owner == owner_tag(n))) for n in ("small", "other"))
+    assert core.quotas.pins_left(owner_tag("small")) == 4 and core.quotas.pins_left(owner_tag("other")) is None
+    group.host.holds[d.host_slot[others]] += 1
+    group.host.holds[d.host_slot[mine[:3]]] += 2  # held twice is one slot
+    assert core.quotas.pins_left(owner_tag("small")) == 1
+    group.host.holds[d.host_slot[mine[:3]]] -= 2
+    group.host.holds[d.host_slot[others]] -= 1
+    assert core.quotas.pins_left(owner_tag("small")) == 4
+    finish(rig)
 
 
 def test_quotas_change_while_running_and_a_debt_stays():
