@@ -74,13 +74,13 @@ class Parking:
         if core.nvme is not None:
             core.nvme.put_session(session_id, entry.to_record())
             core.nvme.flush(timeout_s)
-            entry.is_durable = True
+            entry.is_durable = core.nvme.is_durable
         return entry
 
     def _remember(self, entry: SessionEntry) -> None:
         previous = self._core.sessions.get(entry.session_id)
         if previous is not None:
-            self._let_go(previous)
+            self.let_go(previous)
         self._core.sessions[entry.session_id] = entry
 
     def resume(self, session_id: str, namespace: str) -> tuple[Sequence, ParkedSession]:
@@ -129,8 +129,8 @@ class Parking:
             entry = core.sessions.pop(session_id, None)
             if entry is None:
                 raise UnknownSessionError(f"session {session_id!r} is unknown")
-            self._let_go(entry)
-            if core.nvme is not None and entry.is_durable:
+            self.let_go(entry)
+            if core.nvme is not None and (entry.is_durable or not core.nvme.is_durable):
                 core.nvme.drop_session(session_id)
 
     # ------------------------------------------------------------------ parking, step by step
@@ -144,12 +144,27 @@ class Parking:
         key = seq.chain.seal(parent, seq.token_ids[full * size : seq.num_computed])
         for group, table in zip(core.groups, seq.tables, strict=True):
             block = int(table.ids[full])
-            if group.directory.key[block] is None and not group.directory.bind(block, key, parent, rest):
+            if group.directory.key[block] is not None:
+                continue
+            if group.directory.bind(block, key, parent, rest):
+                self._store_by_name(group, block)
+            else:
                 twin = group.directory.by_key[key]
                 if group.directory.is_valid(np.array([twin]))[0]:
                     group.ref(np.array([twin]))
                     table.ids[full] = twin
                     group.unref(np.array([block]))
+
+    def _store_by_name(self, group: BlockGroup, block: int) -> None:
+        """A copy below from before the block had a name is found by nobody else, and not after a restart: store it again."""
+        d, one = group.directory, np.array([block])
+        if group.cold is None or d.nvme_slot[block] < 0:
+            return
+        if not d.nvme_valid[block]:
+            d.version[block] += 1  # the write under way counts for nothing
+        elif d.in_device(one)[0] or d.in_host(one)[0]:
+            group.cold.leave(one)
+            group.dirty_if_alone(one)
 
     def _widen_windows(self, seq: Sequence) -> None:
         """Take back, by key, the block before each window: then every point in the last block can be resumed at."""
@@ -223,7 +238,7 @@ class Parking:
         finally:
             del core.sequences[probe.id]
 
-    def _let_go(self, entry: SessionEntry) -> None:
+    def let_go(self, entry: SessionEntry) -> None:
         if entry.tables is not None:
             for group, table in zip(self._core.groups, entry.tables, strict=True):
                 group.unref(table.trim(0))

@@ -46,6 +46,10 @@ class IoTicket:
 class NvmeTier:
     """Open with `NvmeTier.open`."""
 
+    name = "nvme"
+    is_ring = is_durable = takes_writes = True
+    loss_counter = "corrupt_blocks"
+
     def __init__(
         self,
         path: Path,
@@ -148,6 +152,9 @@ class NvmeTier:
         """These slots hold something else than they should: count them and take them out of the listing."""
         self.corrupt_blocks += len(slots)
         self.free(group, slots)
+
+    def is_near(self, group: int, slots: IntArray) -> npt.NDArray[np.bool_]:
+        return np.zeros(len(slots), bool)
 
     def block_bytes(self, group: int) -> int:
         return self._identity.layouts[group].block_bytes
