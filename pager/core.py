@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from ..tiers.errors import Busy, ConfigError, InvariantError
-from ..tiers.host import HostMemory
+from ..tiers.host import HostMemory, HostSlab
 from ..tiers.layout import KVLayout
 from ..tiers.streams import Backend
 from .accounting import Counters, Ghosts
+from .below import LowerTier, Slab
 from .config import PagerConfig, check_namespace
 from .group import BlockGroup
 from .keys import KeyChain, unsalted
@@ -31,9 +33,6 @@ from .sessions import SessionEntry
 from .sizing import Sizes
 from .states import NOWHERE, IntArray, PageState, SlotState
 from .streaming import StagingRing
-
-if TYPE_CHECKING:
-    from ..tiers.nvme.store import NvmeTier
 
 _MAX_CHAINS = 4096  # remembered; clients choose salts, and a chain is made again from its name
 _LOOK_S = 0.05  # longest wait between two looks at the completions
@@ -58,11 +57,13 @@ class Core:
         config: PagerConfig,
         sizes: Sizes,
         backend: Backend,
-        nvme: NvmeTier | None,
+        nvme: LowerTier | None,
         model_fingerprint: str,
         rules: Rules,
         clock: Callable[[], float],
+        slabs: SequenceOf[Slab] | None = None,
     ) -> None:
+        """`slabs`: the host tier where it is not memory of ours."""
         self.layouts, self.config, self.backend, self.nvme = layouts, config, backend, nvme
         self.rules, self.clock = rules, clock
         self.block_size = layouts[0].block_size
@@ -77,9 +78,8 @@ class Core:
                 i,
                 layout,
                 backend,
-                self.memory,
+                slabs[i] if slabs is not None else HostSlab(layout, sizes.host_slots[i], self.memory),
                 num_pages=sizes.pages[i],
-                num_host_slots=sizes.host_slots[i],
                 nvme=nvme,
                 quotas=quotas,
                 policy=make_policy(config.policy, window=config.window, sinks=config.sinks, block_size=self.block_size),
@@ -91,7 +91,7 @@ class Core:
             for i, layout in enumerate(layouts)
         ]
         quotas.watch(self.groups)
-        self._reclaimers = [Reclaimer(group.cold) for group in self.groups if group.cold is not None]
+        self._reclaimers = [Reclaimer(g.cold) for g in self.groups if g.cold is not None and g.cold.ring is not None]
         self.rings = [
             StagingRing(group, self.memory, sizes.staging_bytes[i], nvme is not None)
             if sizes.staging_bytes[i]
@@ -102,6 +102,7 @@ class Core:
         self.sessions: dict[str, SessionEntry] = {}
         self.holders: list[Holder] = []
         self.is_streaming = False
+        self.on_advance: Callable[[], None] = lambda: None
         self._next_seq = 1
         self._chains: dict[str, KeyChain] = {}
 
@@ -156,6 +157,7 @@ class Core:
             self._balance_host(group)
         for reclaimer in self._reclaimers:
             reclaimer.keep_clean()
+        self.on_advance()
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float, *, may_wait_for_pins: bool = False) -> bool:
         """Advance until ready() or the timeout; lets go of the lock between looks. False on timeout.
@@ -178,7 +180,7 @@ class Core:
             self.backend.wait_any(min(left_s, _LOOK_S))
 
     def in_flight(self) -> bool:
-        return any(group.moves for group in self.groups)
+        return any(group.moves or group.slab.is_asking for group in self.groups)
 
     def _is_anything_held(self) -> bool:
         return any((g.pages.pins > 0).any() or (g.host.holds > 0).any() for g in self.groups)
@@ -207,10 +209,8 @@ class Core:
                 asker = int(group.directory.owner[batch[0]])
                 room = group.host_room(keep_clean=keep_clean, asker=asker)
                 if room < len(batch) and self.quotas.room(group, "host", asker) is not None:
-                    self.make_host_room(
-                        group, len(batch), asker
-                    )  # at its ceiling: its own blocks have to go down first
-                batch = batch[:room]
+                    self.make_host_room(group, len(batch), asker)  # at its ceiling: its own go down first
+                batch = batch[: group.slab.room_to_write(min(len(batch), room))]
                 slots = group.take_host_slots(len(batch), keep_clean=keep_clean, asker=asker) if len(batch) else None
                 if slots is None:
                     break

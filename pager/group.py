@@ -8,26 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ..tiers.device import DevicePool
 from ..tiers.errors import InvariantError
-from ..tiers.host import HostMemory, HostSlab
 from ..tiers.layout import KVLayout
 from ..tiers.streams import Backend, Event
 from .accounting import Counters, Ghost, Ghosts
+from .below import LowerTier, Slab, Ticket
 from .cold import ColdSide
 from .directory import Directory
 from .policy import LruPolicy
 from .quota import Quotas
 from .rules import Rule, Rules
 from .states import NOWHERE, HostSlots, IntArray, Pages, PageState, SlotState
-
-if TYPE_CHECKING:
-    from ..tiers.nvme.store import IoTicket, NvmeTier
 
 MoveKind = Literal["host_to_device", "device_to_host", "nvme_to_host", "host_to_nvme", "nvme_to_nvme"]
 MAX_MOVE_BYTES = 32 << 20  # completions come one per move: smaller moves let copies and their followers overlap
@@ -46,7 +43,7 @@ class Move:
     reason: str
     epoch: int
     started_s: float
-    ticket: IoTicket | None = None
+    ticket: Ticket | None = None
 
 
 class BlockGroup:
@@ -57,11 +54,10 @@ class BlockGroup:
         index: int,
         layout: KVLayout,
         backend: Backend,
-        memory: HostMemory,
+        slab: Slab,
         *,
         num_pages: int,
-        num_host_slots: int,
-        nvme: NvmeTier | None,
+        nvme: LowerTier | None,
         quotas: Quotas,
         policy: LruPolicy,
         counters: Counters,
@@ -71,8 +67,9 @@ class BlockGroup:
     ) -> None:
         self.index, self.layout, self.backend, self.quotas = index, layout, backend, quotas
         self.pool = DevicePool(layout, num_pages, backend)
-        self.slab = HostSlab(layout, num_host_slots, memory)
-        self.pages, self.host = Pages(num_pages), HostSlots(num_host_slots)
+        self.slab = slab
+        self.pages, self.host = Pages(num_pages), HostSlots(slab.num_slots)
+        self.host.on_drop = slab.let_go
         self.directory = Directory(self.pages, self.host)
         self.policy, self.counters, self.ghosts, self.rules, self.clock = policy, counters, ghosts, rules, clock
         self.moves: list[Move] = []
@@ -322,7 +319,7 @@ class BlockGroup:
     @property
     def cold_bytes(self) -> int:
         """Of disk, for one block."""
-        return self.cold.tier.geometry(self.index).stride if self.cold is not None else self.layout.block_bytes
+        return self.cold.block_bytes if self.cold is not None else self.layout.block_bytes
 
     def nvme_room(self, asker: int | None = None) -> int:
         return self.cold.room(asker) if self.cold is not None else 0
@@ -349,7 +346,7 @@ class BlockGroup:
                 *self.pages.pending(self.pages.last_write, pages),
             ):
                 stream.wait(event)  # rule 2
-        stream.copy_rows(self.pool.rows, pages, self.slab.rows, slots)
+        stream.copy_rows(self.pool.rows, pages, self.slab.rows, self.slab.place(slots))
         self.submit("host_to_device", blocks, slots, pages, stream.record(), reason)
 
     def demote(self, blocks: IntArray, slots: IntArray, reason: str) -> None:
@@ -359,11 +356,12 @@ class BlockGroup:
         self.pages.step(pages, PageState.WRITING_BACK)
         self.pages.copies[pages] += 1
         self.host.stage(slots, blocks)
+        self.slab.begin_write(slots)
         d.host_slot[blocks] = slots
         if self.rules.holds(Rule.COPY_OUT_WAITS_WRITER):
             for event in self.pages.pending(self.pages.last_write, pages):
                 stream.wait(event)  # rule 3
-        stream.copy_rows(self.slab.rows, slots, self.pool.rows, pages)
+        stream.copy_rows(self.slab.rows, self.slab.place(slots), self.pool.rows, pages)
         event = stream.record()
         self.pages.note_event(self.pages.copy_out, pages, event)
         if not self.rules.holds(Rule.HOST_SLOT_HELD_WHILE_READ):
@@ -378,7 +376,7 @@ class BlockGroup:
         target: IntArray,
         event: Event,
         reason: str,
-        ticket: IoTicket | None = None,
+        ticket: Ticket | None = None,
     ) -> None:
         versions = self.directory.version[blocks].copy()
         self.moves.append(Move(kind, blocks, source, target, versions, event, reason, self.epoch, self.clock(), ticket))
@@ -411,13 +409,27 @@ class BlockGroup:
     def _finish_promote(self, move: Move, failed: bool) -> None:
         self.pages.copies[move.target] -= 1
         self.host.holds[move.source] -= 1
-        self.pages.step(move.target, PageState.FREE if failed else PageState.RESIDENT)
-        if failed:
-            self.directory.page[move.blocks] = NOWHERE  # rule 8: never published
+        d, intact = self.directory, self.slab.intact(move.source)
+        if not self.rules.holds(Rule.READER_CHECKS_GENERATION):
+            intact[:] = True
+        good = intact & (not failed)
+        self.pages.step(move.target[good], PageState.RESIDENT)
+        self.pages.step(move.target[~good], PageState.FREE)
+        d.page[move.blocks[~good]] = NOWHERE  # rule 8: never published
+        self._drop_changed(move.blocks[~intact])
+        blocks, pages = move.blocks[good], move.target[good]
+        stale = ~(d.in_host(blocks) | d.nvme_valid[blocks])
+        self.pages.step(pages[stale], PageState.DIRTY)
+
+    def _drop_changed(self, blocks: IntArray) -> None:
+        """Host slots of these blocks hold something else by now (rule 11): read again, or a miss."""
+        if not len(blocks):
             return
-        d = self.directory
-        stale = ~(d.in_host(move.blocks) | d.nvme_valid[move.blocks])
-        self.pages.step(move.target[stale], PageState.DIRTY)
+        self.counters.add("changed_slots", len(blocks))
+        slots = self.directory.host_slot[blocks]
+        self.leave_host(blocks[(slots >= 0) & (self.host.holds[np.maximum(slots, 0)] == 0)])
+        self.forget_lost(blocks, "host")
+        self.unname_lost(blocks)
 
     def _finish_demote(self, move: Move, failed: bool) -> None:
         d = self.directory

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -38,14 +38,17 @@ from .status import StatusServer, pager_status
 from .stores import open_nvme, stored_block_size
 from .streaming import CorruptSliceError, SliceStream, Staged
 
+if TYPE_CHECKING:
+    from .client.remote import Remote
+
 _IDLE_LOOK_S = 0.5  # the background thread looks this often even when nothing signals progress
 
 
 class Pager:
     """Moves KV blocks between device, host and nvme; hands out leases on resident pages."""
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
+    def __init__(self, core: Core, remote: Remote | None = None) -> None:
+        self._core, self._remote = core, remote
         self._filler = LeaseFiller(core)
         self._parking = Parking(core)
         self._prefetcher = Prefetcher(core)
@@ -74,9 +77,7 @@ class Pager:
         Raises: ConfigError when a setting is refused, a tier is too small, or the store cannot be used
         (StoreMismatchError: another model, layout or format; StoreLockedError: another process has it).
         """
-        layouts = (layout,) if isinstance(layout, KVLayout) else tuple(layout)
-        if not layouts or len({g.block_size for g in layouts}) != 1:
-            raise ConfigError(f"layout: need at least one layer group, all of one block_size; got {layouts}")
+        layouts = _layouts(layout)
         config.validate()
         sizes = plan_sizes(
             layouts,
@@ -101,6 +102,59 @@ class Pager:
             raise
         pager._parking.recover()
         pager._start()
+        return pager
+
+    @classmethod
+    def connect(
+        cls,
+        address: str,
+        layout: KVLayout | Sequence[KVLayout],
+        config: PagerConfig,
+        *,
+        model_fingerprint: str = "",
+        about: Mapping[str, Any] | None = None,
+        token: str = "",
+        name: str = "",
+        share_memory: bool = True,
+        backend: Backend | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        rules: Rules = ALL_RULES,
+    ) -> Pager:
+        """A pager over the memory of a daemon at `address` (unix:///run/kvtier/pagerd.sock), shared with its other clients.
+
+        Of the configuration, device_bytes and how it is used count; host tier and store are the daemon's (host_bytes is
+        a private host tier where its memory is not mapped: another user, or share_memory=False). `name` is for its logs.
+        When the daemon goes, the pager goes on with what it has, and is attached again when one is there.
+        Raises: ConfigError, TierUnavailableError when no daemon answers, ProtocolError when it refuses us.
+        """
+        from .client.connection import Greeting
+        from .client.remote import Remote
+        from .wire.messages import BYTES, FEATURES
+
+        layouts = _layouts(layout)
+        config.validate()
+        greeting = Greeting(name, token, FEATURES if share_memory else (BYTES,))
+        owned = backend is None
+        backend = backend or get_backend(config.backend, io_depth=config.nvme_queue_depth)
+        try:
+            core, remote = Remote.connect(
+                address,
+                layouts,
+                config,
+                backend,
+                model_fingerprint=model_fingerprint,
+                about=about or {},
+                greeting=greeting,
+                rules=rules,
+                clock=clock,
+            )
+        except BaseException:
+            if owned:
+                backend.close(5.0)
+            raise
+        pager = cls(core, remote)
+        pager._start()
+        remote.start(pager._wake.set)
         return pager
 
     # ------------------------------------------------------------------ what it is
@@ -165,7 +219,9 @@ class Pager:
 
     # ------------------------------------------------------------------ sequences
     def begin(self, namespace: str = "default") -> int:
-        """A new, empty sequence."""
+        """A new, empty sequence. Raises ConfigError for a namespace that the daemon does not let us use."""
+        if self._remote is not None:
+            self._remote.check_owned(namespace)
         with self._core.lock:
             return self._core.begin(namespace).id
 
@@ -189,6 +245,8 @@ class Pager:
 
     def match(self, token_ids: Sequence[int], namespace: str = "default") -> Match:
         """The longest usable cached prefix of a prompt, by tier. Changes nothing, counts nothing."""
+        if self._remote is not None:
+            self._remote.find_prompt(namespace, token_ids, with_tail=False)
         with self._core.locked():
             return peek(self._core, namespace, list(token_ids))
 
@@ -203,6 +261,8 @@ class Pager:
         Afterwards the sequence's token ids are the matched prefix. Hits are counted for the tier that holds them now
         (unless `count` is False). `with_tail`: whole blocks, then a sealed tail that continues them, where there is one.
         """
+        if self._remote is not None:
+            self._remote.find_prompt(self.namespace(seq), token_ids, with_tail=with_tail)
         with self._core.locked():
             state = self._core.idle_sequence(seq, "attaching")
             if state.token_ids:
@@ -212,6 +272,7 @@ class Pager:
             if with_tail:
                 match += adopt_tail(self._core, state, len(state.token_ids), count=count)
             del state.token_ids[state.num_computed :]
+            del state.keys[state.num_computed // self.block_size :]  # what is appended next may be something else
             if count:
                 self._core.counters.add("miss_tokens", len(token_ids) - match.tokens)
                 self._core.counters.add("ghost_tokens", match.ghost_tokens)
@@ -222,6 +283,8 @@ class Pager:
 
         Hits are counted for the tier that holds them now.
         """
+        if self._remote is not None:
+            self._remote.find_prompt(self.namespace(seq), self.token_ids(seq), with_tail=False)
         with self._core.locked():
             state = self._core.idle_sequence(seq, "adopting")
             match = adopt(self._core, state, len(state.token_ids) - 1)
@@ -235,6 +298,8 @@ class Pager:
         Never reaches into a block that is cached already (a sequence that lost one block computes only that one), and
         leaves the last token to compute, because its logits are stored nowhere.
         """
+        if self._remote is not None:
+            self._remote.find_next(self._core.sequence(seq), max_tokens)
         with self._core.locked():
             state = self._core.idle_sequence(seq, "planning")
             if state.num_computed % self.block_size == 0:
@@ -297,6 +362,8 @@ class Pager:
             state = self._core.idle_sequence(seq, "ending it")
             self._core.drop_tables(state, released=released)
             del self._core.sequences[seq]
+        if self._remote is not None and state.session_id is not None:
+            self._remote.give_back_session(state.session_id, self._parking)
 
     # ------------------------------------------------------------------ leases
     def lease(
@@ -517,6 +584,8 @@ class Pager:
         """
         state = self._core.idle_sequence(seq, "parking")
         self._parking.park(session_id, state, extra or {}, timeout_s)
+        if self._remote is not None:
+            self._remote.give_back_session(session_id, self._parking)
 
     def checkpoint(
         self, session_id: str, seq: int, extra: dict[str, Any] | None = None, *, timeout_s: float = 120.0
@@ -530,6 +599,8 @@ class Pager:
 
     def resume(self, session_id: str, namespace: str = "default") -> tuple[int, ParkedSession]:
         """Bring a parked session back as a sequence; its blocks start to come up in the background."""
+        if self._remote is not None:
+            self._remote.take_session(session_id, namespace)
         state, parked = self._parking.resume(session_id, namespace)
         with self._core.locked():
             self._prefetcher.start(state)
@@ -537,12 +608,16 @@ class Pager:
 
     def forget(self, session_id: str) -> None:
         """Delete a parked session; its blocks become ordinary cache."""
-        self._parking.forget(session_id)
+        if self._remote is not None and session_id not in self._core.sessions:
+            self._remote.forget_session(session_id)
+        else:
+            self._parking.forget(session_id)
 
     def sessions(self) -> dict[str, dict[str, Any]]:
-        """Known sessions: tokens, whether active, whether durable."""
+        """Known sessions: tokens, whether active (here or in another client), whether durable."""
+        others = self._remote.sessions() if self._remote is not None else {}
         with self._core.lock:
-            return {
+            return others | {
                 session_id: {
                     "tokens": len(entry.token_ids),
                     "computed_tokens": entry.num_computed,
@@ -566,7 +641,9 @@ class Pager:
                 return None
             generation = held.host.generation[slot]
         copied: list[bytes] = []
-        self._core.backend.read_io.submit(lambda: copied.append(held.slab.rows[slot].tobytes())).wait(30.0)
+        self._core.backend.read_io.submit(
+            lambda: copied.append(held.slab.rows[held.slab.place(np.array([slot]))[0]].tobytes())
+        ).wait(30.0)
         with self._core.lock:
             same = held.host.generation[slot] == generation and held.host.state[slot] == SlotState.VALID
         if copied and (same or not self._core.rules.holds(Rule.READER_CHECKS_GENERATION)):
@@ -616,6 +693,8 @@ class Pager:
         if self._thread is not None:
             self._thread.join(timeout_s)
         self._core.memory.close()
+        if self._remote is not None:
+            self._remote.close(timeout_s)
         self.drain(timeout_s)
         if self._core.nvme is not None:
             self._core.nvme.close()
@@ -650,6 +729,13 @@ class Pager:
             self._wake.clear()
             with self._core.lock:
                 self._core.advance()
+
+
+def _layouts(layout: KVLayout | Sequence[KVLayout]) -> tuple[KVLayout, ...]:
+    layouts = (layout,) if isinstance(layout, KVLayout) else tuple(layout)
+    if not layouts or len({g.block_size for g in layouts}) != 1:
+        raise ConfigError(f"layout: need at least one layer group, all of one block_size; got {layouts}")
+    return layouts
 
 
 def _size(value: int | str) -> int:

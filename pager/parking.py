@@ -28,7 +28,7 @@ class Parking:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._records = SessionRecords(core.nvme) if core.nvme is not None else None
+        self._records = SessionRecords(core, core.nvme) if core.nvme is not None else None
 
     def recover(self) -> int:
         """Take over what the store remembers: blocks first, then the sessions that refer to them."""
@@ -75,13 +75,13 @@ class Parking:
         if core.nvme is not None and self._records is not None:
             self._records.put(entry)
             core.nvme.flush(timeout_s)
-            entry.is_durable = True
+            entry.is_durable = core.nvme.is_durable
         return entry
 
     def _remember(self, entry: SessionEntry) -> None:
         previous = self._core.sessions.get(entry.session_id)
         if previous is not None:
-            self._let_go(previous)
+            self.let_go(previous)
         self._core.sessions[entry.session_id] = entry
 
     def resume(self, session_id: str, namespace: str) -> tuple[Sequence, ParkedSession]:
@@ -130,8 +130,8 @@ class Parking:
             entry = core.sessions.pop(session_id, None)
             if entry is None:
                 raise UnknownSessionError(f"session {session_id!r} is unknown")
-            self._let_go(entry)
-            if self._records is not None and entry.is_durable:
+            self.let_go(entry)
+            if self._records is not None and core.nvme is not None and (entry.is_durable or not core.nvme.is_durable):
                 self._records.drop(entry)
 
     # ------------------------------------------------------------------ parking, step by step
@@ -145,12 +145,27 @@ class Parking:
         key = seq.chain.seal(parent, seq.token_ids[full * size : seq.num_computed])
         for group, table in zip(core.groups, seq.tables, strict=True):
             block = int(table.ids[full])
-            if group.directory.key[block] is None and not group.directory.bind(block, key, parent, rest):
+            if group.directory.key[block] is not None:
+                continue
+            if group.directory.bind(block, key, parent, rest):
+                self._store_by_name(group, block)
+            else:
                 twin = group.directory.by_key[key]
                 if group.directory.is_valid(np.array([twin]))[0]:
                     group.ref(np.array([twin]))
                     table.ids[full] = twin
                     group.unref(np.array([block]))
+
+    def _store_by_name(self, group: BlockGroup, block: int) -> None:
+        """A copy below from before the block had a name is found by nobody else, and not after a restart: store it again."""
+        d, one = group.directory, np.array([block])
+        if group.cold is None or d.nvme_slot[block] < 0:
+            return
+        if not d.nvme_valid[block]:
+            d.version[block] += 1  # the write under way counts for nothing
+        elif d.in_device(one)[0] or d.in_host(one)[0]:
+            group.cold.leave(one)
+            group.dirty_if_alone(one)
 
     def _widen_windows(self, seq: Sequence) -> None:
         """Take back, by key, the block before each window: then every point in the last block can be resumed at."""
@@ -224,7 +239,7 @@ class Parking:
         finally:
             del core.sequences[probe.id]
 
-    def _let_go(self, entry: SessionEntry) -> None:
+    def let_go(self, entry: SessionEntry) -> None:
         if entry.tables is not None:
             for group, table in zip(self._core.groups, entry.tables, strict=True):
                 group.unref(table.trim(0))

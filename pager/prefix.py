@@ -250,7 +250,10 @@ def _tier_of_each(core: Core, found: list[IntArray]) -> IntArray:
     for group, blocks in zip(core.groups, found, strict=True):
         safe, held = np.maximum(blocks, 0), blocks >= 0
         d = group.directory
-        tier = np.where(d.in_device(safe), 0, np.where(d.in_host(safe), 1, 2))
+        in_memory = d.in_host(safe)
+        if group.cold is not None:
+            in_memory |= group.cold.is_near(safe)
+        tier = np.where(d.in_device(safe), 0, np.where(in_memory, 1, 2))
         slowest = np.where(held, np.maximum(slowest, tier), slowest)
     return slowest
 

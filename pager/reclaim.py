@@ -28,7 +28,8 @@ class Reclaimer:
     """Of one layer group. The pager's lock is held by whoever calls."""
 
     def __init__(self, cold: ColdSide) -> None:
-        self._cold, self._group, self._tier, self._index = cold, cold.group, cold.tier, cold.index
+        assert cold.ring is not None
+        self._cold, self._group, self._tier, self._index = cold, cold.group, cold.ring, cold.index
         self._size = self._tier.geometry(self._index).slots_per_segment
         self._cap = max(1, int(self._size * MOVED_SHARE))
         self._rests_until_s = float("-inf")

@@ -15,25 +15,28 @@ from ..tiers.nvme.sealing import RecordSealer, is_sealed
 from .sessions import SessionEntry
 
 if TYPE_CHECKING:
-    from ..tiers.nvme.store import NvmeTier
+    from .below import LowerTier
+    from .core import Core
 
 _LOG = logging.getLogger("kvtier.pager")
 
 
 class SessionRecords:
-    """Of one store. The sealer is None where the store is not encrypted."""
+    """Of one store."""
 
-    def __init__(self, store: NvmeTier) -> None:
-        self._store = store
-        self._sealer = RecordSealer(store.secrets) if store.is_encrypted else None
+    def __init__(self, core: Core, store: LowerTier) -> None:
+        self._core, self._store = core, store
+
+    @property
+    def _sealer(self) -> RecordSealer | None:
+        """None where the store is not encrypted. With the secrets that are known now."""
+        return RecordSealer(self._core.config.secrets_by_owner()) if self._store.is_encrypted else None
 
     def put(self, entry: SessionEntry) -> None:
         """Raises TierUnavailableError when the journal takes no more."""
-        record = entry.to_record()
-        if self._sealer is None:
-            self._store.put_session(entry.session_id, record)
-            return
-        self._store.put_session(*self._sealer.wrap(entry.session_id, record))
+        record, sealer = entry.to_record(), self._sealer
+        name_and_record = (entry.session_id, record) if sealer is None else sealer.wrap(entry.session_id, record)
+        self._store.put_session(*name_and_record)
 
     def drop(self, entry: SessionEntry) -> None:
         sealer = self._sealer
@@ -42,12 +45,12 @@ class SessionRecords:
 
     def read(self) -> Iterator[SessionEntry]:
         """Every session whose record can be read here."""
-        num_closed = 0
+        num_closed, sealer = 0, self._sealer
         for name, record in self._store.sessions().items():
             if not is_sealed(record):
                 yield SessionEntry.from_record(name, record)
                 continue
-            opened = self._sealer.unwrap(name, record) if self._sealer is not None else None
+            opened = sealer.unwrap(name, record) if sealer is not None else None
             if opened is None:
                 num_closed += 1
             else:

@@ -6,6 +6,7 @@ becomes FREE), `HostSlots` guards rule 7 (a slot is VALID only by way of STAGING
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
@@ -125,6 +126,7 @@ class HostSlots:
         self.generation = np.zeros(num_slots, np.uint64)
         self.num_free = num_slots
         self.peak_used = 0
+        self.on_drop: Callable[[IntArray], None] = lambda slots: None
 
     def __len__(self) -> int:
         return len(self.state)
@@ -157,6 +159,7 @@ class HostSlots:
         self.block[slots] = NOWHERE
         self.generation[slots] += np.uint64(1)
         self.num_free += len(slots)
+        self.on_drop(slots)
 
     def _require(self, slots: IntArray, source: SlotState, target: SlotState) -> None:
         wrong = self.state[slots] != source

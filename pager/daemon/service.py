@@ -181,9 +181,11 @@ class Service:
             del self._waiting[key]
         for client in attachment.stores.values():
             client.sessions.clear()
-        if attachment.process:
+        if attachment.process and attachment.stores:
             self._left[attachment.epoch] = attachment
             self.processes.disconnected(attachment.process)
+        elif attachment.process:
+            self.processes.release(attachment.process)  # it never had a slot
         else:
             self._end(attachment)  # not on this machine: it has no slab, so none of its copies can be under way
 

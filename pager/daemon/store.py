@@ -28,14 +28,25 @@ from ..sessions import SessionEntry
 from ..sizing import Sizes, split_blocks
 from ..states import IntArray, SlotState
 from ..stores import open_nvme
+from ..wire.messages import (
+    ABSENT,
+    HELD_ALREADY,
+    HOLDS,
+    IN_MEMORY,
+    IS_HELD,
+    NOT_THERE,
+    ON_DISK,
+    OVER_LIMIT,
+    REFUSED,
+    TAKEN,
+)
 from .holdings import Holdings
 from .reading import LeaseRequest
 from .tenants import Tenant
 
 LEASE_SHARE = 4  # of a group's slots, one client may have a quarter
+MIN_LEASES = 8  # where there are as many
 HOLD_SHARE = 2  # of all blocks that the tiers take, one client's sequences may refer to half
-ABSENT, IN_SLAB, ON_NVME, NOW_HELD = 0, 1, 2, 4
-REFUSED, TAKEN, HELD_ALREADY = 0, 1, 2
 _NO_DEVICE_PAGES = 1  # the books want one; nothing is ever put there, so it takes no memory
 
 
@@ -106,7 +117,7 @@ class SharedStore:
             self.core.config = config
             self.core.quotas.update(config.quotas())
             if self.core.nvme is not None:
-                self.core.nvme.secrets.update(config.secrets_by_owner())
+                self.core.nvme.learn(config.secrets_by_owner())
 
     def close(self, timeout_s: float = 60.0) -> None:
         """Write down what only the slab holds, as far as there is room, and let go of memory and disk."""
@@ -153,7 +164,8 @@ class SharedStore:
         return Holdings(group, self.lease_limit(index), max(1, (slots + below) // HOLD_SHARE))
 
     def lease_limit(self, index: int) -> int:
-        return max(1, len(self.core.groups[index].host) // LEASE_SHARE)
+        slots = len(self.core.groups[index].host)
+        return max(min(slots, MIN_LEASES), slots // LEASE_SHARE)
 
     def capacity_blocks(self, index: int) -> int:
         below = self.core.nvme.num_slots(index) if self.core.nvme is not None else 0
@@ -161,7 +173,7 @@ class SharedStore:
 
     # ------------------------------------------------------------------ verbs that answer at once
     def lookup(self, client: Client, keys: list[bytes], *, prefix: bool, hold: bool) -> npt.NDArray[np.uint8]:
-        """[groups, keys] of ABSENT, IN_SLAB or ON_NVME, and NOW_HELD. Columns behind the first miss are left out."""
+        """[groups, keys] of ABSENT, IN_MEMORY or ON_DISK, and IS_HELD. Columns behind the first miss are left out."""
         with self.core.locked():
             found = [self._visible(client, index, keys) for index in range(len(self.core.groups))]
             end = len(keys)
@@ -174,10 +186,10 @@ class SharedStore:
     def _answer(self, client: Client, index: int, blocks: IntArray, hold: bool) -> npt.NDArray[np.uint8]:
         d, has = self.core.groups[index].directory, blocks >= 0
         safe = np.maximum(blocks, 0)
-        answer = np.where(has, np.where(d.in_host(safe), IN_SLAB, ON_NVME), ABSENT).astype(np.uint8)
+        answer = np.where(has, np.where(d.in_host(safe), IN_MEMORY, ON_DISK), ABSENT).astype(np.uint8)
         if hold and has.any():
             self.core.groups[index].touch(blocks[has])
-            answer[has] += (client.holdings[index].hold(blocks[has]) * NOW_HELD).astype(np.uint8)
+            answer[has] += (client.holdings[index].hold(blocks[has]) * IS_HELD).astype(np.uint8)
         return answer
 
     def _visible(self, client: Client, index: int, keys: list[bytes]) -> IntArray:
@@ -235,7 +247,8 @@ class SharedStore:
         *,
         hold: bool,
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]:
-        """Per block REFUSED, TAKEN or HELD_ALREADY, and NOW_HELD; and the generations of their slots."""
+        """Per block NOT_THERE, HOLDS, OVER_LIMIT = 0, 1, 2
+        REFUSED, TAKEN or HELD_ALREADY, and IS_HELD; and the generations of their slots."""
         with self.core.locked():
             group, holdings = self.core.groups[index], client.holdings[index]
             client.require_not_writing(index, slots)
@@ -259,7 +272,7 @@ class SharedStore:
         if blocks[0] < 0:
             return REFUSED
         is_held = hold and bool(client.holdings[index].hold(blocks)[0])
-        return HELD_ALREADY + NOW_HELD * is_held
+        return HELD_ALREADY + IS_HELD * is_held
 
     def lease(self, client: Client, index: int, keys: list[bytes], wait_s: float) -> LeaseRequest:
         """A request that has taken its first step; `is_waiting` while there is more to come."""
@@ -278,11 +291,13 @@ class SharedStore:
             self._note_writers(client, index, slots[holdings.reserved[slots]])
             return holdings.release(slots)
 
-    def hold(self, client: Client, index: int, keys: list[bytes]) -> npt.NDArray[np.bool_]:
+    def hold(self, client: Client, index: int, keys: list[bytes]) -> npt.NDArray[np.uint8]:
+        """Per key NOT_THERE, HOLDS, or OVER_LIMIT: it is there, and may leave."""
         with self.core.locked():
             blocks = self._visible(client, index, keys)
-            found = blocks >= 0
-            found[found] = client.holdings[index].hold(blocks[found])
+            found = np.where(blocks >= 0, OVER_LIMIT, NOT_THERE).astype(np.uint8)
+            there = np.flatnonzero(blocks >= 0)
+            found[there[client.holdings[index].hold(blocks[there])]] = HOLDS
             return found
 
     def unhold(self, client: Client, index: int, keys: list[bytes]) -> None:
@@ -361,7 +376,7 @@ class SharedStore:
                 core.drop_tables(seq, released=False)
                 core.sequences.pop(seq.id, None)
             raise
-        client.sessions.discard(session_id)
+        client.sessions.add(session_id)
 
     def get_session(self, client: Client, session_id: str, *, take: bool) -> dict[str, Any]:
         """Raises UnknownSessionError, also for a session of somebody else; Busy while another client has it."""

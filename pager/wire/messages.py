@@ -20,6 +20,10 @@ KEY_BYTES = 32
 MAX_KEYS = 1 << 16  # in one request
 REPLY = 0x80  # a reply has its request's number and this bit
 ERROR = 0xFF
+STORED, IS_HELD = 3, 4  # masks of the bytes in replies: result or place; held for this client
+ABSENT, IN_MEMORY, ON_DISK = 0, 1, 2  # places, in Found
+REFUSED, TAKEN, HELD_ALREADY = 0, 1, 2  # results, in Committed
+NOT_THERE, HOLDS, OVER_LIMIT = 0, 1, 2  # flags, in Held
 _LARGEST = 1 << 63
 
 
@@ -185,7 +189,7 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """Keep these blocks in some tier while this client lives; answered with a byte each, 0 where it is not so."""
+    """Keep these blocks in some tier while this client lives; a byte each: 0 not there, 1 held, 2 over the limit."""
 
     KIND: ClassVar[int] = 23
     epoch: int
@@ -262,7 +266,7 @@ class Flushed(Done):
 
 @dataclass(frozen=True, slots=True)
 class PutSession:
-    """Remember a session whose blocks are committed; answered once the record and they are durable."""
+    """Remember a session whose blocks are committed; answered once the record and they are durable. It is this client's."""
 
     KIND: ClassVar[int] = 28
     epoch: int
@@ -279,7 +283,7 @@ class SessionPut(Done):
 
 @dataclass(frozen=True, slots=True)
 class GetSession:
-    """The record of a session; `take` makes it this client's until it is put, let go or dropped, or the client ends."""
+    """The record of a session; `take` makes it this client's until it is given back or dropped, or the client ends."""
 
     KIND: ClassVar[int] = 29
     epoch: int

@@ -48,6 +48,10 @@ class IoTicket:
 class NvmeTier:
     """Open with `NvmeTier.open`."""
 
+    name = "nvme"
+    is_ring = is_durable = takes_writes = True
+    loss_counter = "corrupt_blocks"
+
     def __init__(
         self,
         path: Path,
@@ -71,7 +75,7 @@ class NvmeTier:
         self.codecs = codecs
         self._io = SegmentIo(self._files)
         self._plain = BlockIo(self._io, identity.layouts, geometries, with_checksums=with_checksums)
-        self.secrets = dict(secrets)  # of namespaces, by owner tag; more may come while it is open
+        self._secrets = dict(secrets)  # of namespaces, by owner tag; more may come while it is open
         self._movers = [self._mover(*parts) for parts in zip(identity.layouts, geometries, codecs, strict=True)]
         self._listing = DurableListing(path, manifest, self._books, self._files, durability, self._lost)
         self._lock = self._listing.lock  # of the books too
@@ -166,6 +170,9 @@ class NvmeTier:
         """These slots hold something else than they should: count them and take them out of the listing."""
         self.corrupt_blocks += len(slots)
         self.free(group, slots)
+
+    def is_near(self, group: int, slots: IntArray) -> npt.NDArray[np.bool_]:
+        return np.zeros(len(slots), bool)
 
     def block_bytes(self, group: int) -> int:
         return self._identity.layouts[group].block_bytes
@@ -352,6 +359,10 @@ class NvmeTier:
             "sessions": len(self._listing.sessions()),
         }
 
+    def learn(self, secrets: Mapping[int, bytes]) -> None:
+        """Secrets of more namespaces, by owner tag. Those that are known stay: blocks are sealed with them."""
+        self._secrets.update({owner: secret for owner, secret in secrets.items() if owner not in self._secrets})
+
     @property
     def is_encrypted(self) -> bool:
         return any(map(is_encrypted, self.codecs))
@@ -437,7 +448,7 @@ class NvmeTier:
     def _mover(self, layout: KVLayout, geometry: Geometry, codec: str) -> BlockIo | EncodedIo:
         encoder = codec_for(codec, layout)
         if is_encrypted(codec):
-            sealer = BlockSealer(self.secrets, layout.fingerprint)
+            sealer = BlockSealer(self._secrets, layout.fingerprint)
             return EncryptedIo(self._io, self._files, layout, geometry, encoder, sealer)
         return self._plain if encoder is None else EncodedIo(self._io, self._files, layout, geometry, encoder)
 
