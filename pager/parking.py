@@ -20,7 +20,7 @@ from .page_table import BlockTable, Sequence
 from .prefix import adopt, residency, seal_key, take_back
 from .records import SessionRecords
 from .sessions import ParkedSession, SessionEntry, check_session_id
-from .states import IntArray, PageState
+from .states import NOWHERE, IntArray, PageState
 
 
 class Parking:
@@ -215,6 +215,7 @@ class Parking:
     def _push_down(self, group: BlockGroup, blocks: IntArray) -> int:
         """Start what brings these blocks one tier lower; returns how many are not on nvme yet."""
         core, d = self._core, group.directory
+        num_misnamed = self._write_again_if_misnamed(group, blocks[-1:])
         todo = blocks[~d.nvme_valid[blocks]]
         in_host = todo[d.in_host(todo) & (d.nvme_slot[todo] < 0)]
         core.sink_blocks(group, in_host, "park")
@@ -223,7 +224,25 @@ class Parking:
         if len(dirty):
             core.make_host_room(group, len(dirty), int(d.owner[dirty[0]]))
             core.write_back_blocks(group, dirty, "park")
-        return len(todo)
+        return len(todo) + num_misnamed
+
+    def _write_again_if_misnamed(self, group: BlockGroup, tail: IntArray) -> int:
+        """A tail that went down before it was sealed lies there under a name that means nothing after a restart: that
+        copy goes where there is one above. Returns how many there are that have to come up first."""
+        d, cold = group.directory, group.cold
+        if cold is None or not len(tail) or not d.nvme_valid[tail].all() or not d.is_named[tail].all():
+            return 0
+        if cold.tier.stamps(group.index, d.nvme_slot[tail])["key"][0].tobytes() == d.key[int(tail[0])]:
+            return 0
+        if not d.nvme_holds[tail].any() and (d.in_device(tail) | d.in_host(tail)).all():
+            cold.leave(tail)
+            group.dirty_if_alone(tail)
+            return 0
+        if d.host_slot[tail[0]] == NOWHERE and self._core.make_host_room(group, 1):
+            slots = group.take_host_slots(1)
+            if slots is not None:
+                cold.read(tail, slots, "park")
+        return 1
 
     def _leave_device(self, group: BlockGroup, blocks: IntArray) -> None:
         """A parked session gives its pages back, except those that it shares with someone who runs."""
