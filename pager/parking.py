@@ -18,6 +18,7 @@ from .core import Core
 from .group import BlockGroup
 from .page_table import BlockTable, Sequence
 from .prefix import adopt, residency, seal_key, take_back
+from .records import SessionRecords
 from .sessions import ParkedSession, SessionEntry, check_session_id
 from .states import NOWHERE, IntArray, PageState
 
@@ -27,19 +28,19 @@ class Parking:
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._records = SessionRecords(core, core.nvme) if core.nvme is not None else None
 
     def recover(self) -> int:
         """Take over what the store remembers: blocks first, then the sessions that refer to them."""
         core = self._core
-        if core.nvme is None:
+        if core.nvme is None or self._records is None:
             return 0
         for group, (slots, stamps) in zip(core.groups, core.nvme.recovered(), strict=True):
             named = stamps["tokens"] > 0
             core.nvme.free(group.index, slots[~named])  # unnamed tails of a process that is gone
             _recover_blocks(group, slots[named], stamps[named])
-        for session_id, record in core.nvme.sessions().items():
-            entry = SessionEntry.from_record(session_id, record)
-            core.sessions[session_id] = entry
+        for entry in self._records.read():
+            core.sessions[entry.session_id] = entry
             self._hold(entry)
         return len(core.sessions)
 
@@ -71,16 +72,16 @@ class Parking:
         self._write_down(seq, timeout_s, f"session {session_id!r}")
         entry = SessionEntry(session_id, seq.namespace, list(seq.token_ids), seq.num_computed, extra)
         entry.summary, entry.tail_keys = _summary(seq), self._tail_keys(seq)
-        if core.nvme is not None:
-            core.nvme.put_session(session_id, entry.to_record())
+        if core.nvme is not None and self._records is not None:
+            self._records.put(entry)
             core.nvme.flush(timeout_s)
-            entry.is_durable = True
+            entry.is_durable = core.nvme.is_durable
         return entry
 
     def _remember(self, entry: SessionEntry) -> None:
         previous = self._core.sessions.get(entry.session_id)
         if previous is not None:
-            self._let_go(previous)
+            self.let_go(previous)
         self._core.sessions[entry.session_id] = entry
 
     def resume(self, session_id: str, namespace: str) -> tuple[Sequence, ParkedSession]:
@@ -129,9 +130,9 @@ class Parking:
             entry = core.sessions.pop(session_id, None)
             if entry is None:
                 raise UnknownSessionError(f"session {session_id!r} is unknown")
-            self._let_go(entry)
-            if core.nvme is not None and entry.is_durable:
-                core.nvme.drop_session(session_id)
+            self.let_go(entry)
+            if self._records is not None and core.nvme is not None and (entry.is_durable or not core.nvme.is_durable):
+                self._records.drop(entry)
 
     # ------------------------------------------------------------------ parking, step by step
     def _seal_tail(self, seq: Sequence) -> None:
@@ -143,7 +144,11 @@ class Parking:
         parent, key = seq.keys[full - 1] if full else None, seal_key(self._core, seq, seq.num_computed)
         for group, table in zip(core.groups, seq.tables, strict=True):
             block = int(table.ids[full])
-            if group.directory.key[block] is None and not group.directory.bind(block, key, parent, rest):
+            if group.directory.key[block] is not None:
+                continue
+            if group.directory.bind(block, key, parent, rest):
+                self._store_by_name(group, block)
+            else:
                 twin = group.directory.by_key[key]
                 if group.directory.is_valid(np.array([twin]))[0]:
                     group.ref(np.array([twin]))
@@ -158,6 +163,17 @@ class Parking:
         sealed = seal_key(self._core, seq, seq.num_computed)
         keys = [g.directory.key[int(t.ids[full])] for g, t in zip(self._core.groups, seq.tables, strict=True)]
         return [] if all(key == sealed for key in keys) else [key or b"" for key in keys]
+
+    def _store_by_name(self, group: BlockGroup, block: int) -> None:
+        """A copy below from before the block had a name is found by nobody else, and not after a restart: store it again."""
+        d, one = group.directory, np.array([block])
+        if group.cold is None or d.nvme_slot[block] < 0:
+            return
+        if not d.nvme_valid[block]:
+            d.version[block] += 1  # the write under way counts for nothing
+        elif d.in_device(one)[0] or d.in_host(one)[0]:
+            group.cold.leave(one)
+            group.dirty_if_alone(one)
 
     def _widen_windows(self, seq: Sequence) -> None:
         """Take back, by key, the block before each window: then every point in the last block can be resumed at."""
@@ -206,7 +222,7 @@ class Parking:
         pages = np.maximum(d.page[todo], 0)
         dirty = todo[(d.page[todo] >= 0) & (group.pages.state[pages] == PageState.DIRTY) & group.pages.idle()[pages]]
         if len(dirty):
-            core.make_host_room(group, len(dirty))
+            core.make_host_room(group, len(dirty), int(d.owner[dirty[0]]))
             core.write_back_blocks(group, dirty, "park")
         return len(todo) + num_misnamed
 
@@ -248,7 +264,7 @@ class Parking:
         finally:
             del core.sequences[probe.id]
 
-    def _let_go(self, entry: SessionEntry) -> None:
+    def let_go(self, entry: SessionEntry) -> None:
         if entry.tables is not None:
             for group, table in zip(self._core.groups, entry.tables, strict=True):
                 group.unref(table.trim(0))

@@ -317,9 +317,9 @@ def mutated_archive(choose: random.Random, good: Path, bad: Path) -> None:
 
 ONE_OF_OURS = (KvTierError,)
 TARGETS = [
-    Target("frames", 1_400_000, (ProtocolError, EOFError), frames),
-    Target("settings", 150_000, (ConfigError,), settings),
-    Target("environment", 80_000, (ConfigError,), environment),
+    Target("frames", 1_630_000, (ProtocolError, EOFError), frames),
+    Target("settings", 10_000, (ConfigError,), settings),
+    Target("environment", 10_000, (ConfigError,), environment),
     Target("toml", 20_000, (ConfigError,), toml),
     Target("sizes", 150_000, (ConfigError,), sizes),
     Target("journal", 100_000, (ConfigError,), journal),
