@@ -21,6 +21,8 @@ from mutate import NASTY_TEXT, any_value, mutated_bytes, mutated_value
 from kvtier.pager.config import load_config
 from kvtier.pager.protocol import STATUS_REPLY, encode, read_frame
 from kvtier.pager.sessions import SessionEntry
+from kvtier.pager.wire import frames as wire
+from kvtier.pager.wire import messages
 from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.errors import ConfigError, KvTierError, ProtocolError
 from kvtier.tiers.layout import KVLayout, parse_bytes
@@ -65,6 +67,38 @@ def frames(folder: Path) -> Iterator[Call]:
 
     def call(choose: random.Random) -> None:
         read_frame(Received(mutated_bytes(choose, good[int(choose.random() * len(good))])))  # type: ignore[arg-type]
+
+    yield call
+
+
+@contextmanager
+def daemon_frames(folder: Path) -> Iterator[Call]:
+    """What pagerd and its clients send: headers, maps and the fields of every request, changed as bytes or as values."""
+    samples = {int: 3, str: "a", bytes: b"k" * 32, list: ["a", 1], dict: {"a": b"s"}, bool: True, float: 0.5}
+    good = []
+    for kind in messages.REQUESTS:
+        good.append((kind, {name: samples[wanted] for name, wanted in messages._kinds(kind).items()}))
+    packed = [(kind, wire.pack(kind.KIND, 7, fields)) for kind, fields in good]
+
+    def call(choose: random.Random) -> None:
+        at = int(choose.random() * len(good))
+        kind, raw = packed[at]
+        if choose.random() < 0.3:
+            raw = raw[: wire.HEADER.size] + msgpack.packb(
+                mutated_value(choose, good[at][1]), default=str, unicode_errors="surrogatepass"
+            )
+        else:
+            raw = mutated_bytes(choose, raw)
+        if len(raw) < wire.HEADER.size:
+            return  # the connection waits for the rest
+        header = wire.parse_header(raw)
+        body = memoryview(raw)[wire.HEADER.size :]
+        if header.is_raw:
+            if len(body) < wire.META_LENGTH.size:
+                return
+            size = wire.meta_bytes(header, body)
+            body = body[wire.META_LENGTH.size :][:size]
+        messages.from_fields(messages.REQUEST_BY_KIND.get(header.kind, kind), wire.unpack(body))
 
     yield call
 
@@ -317,7 +351,8 @@ def mutated_archive(choose: random.Random, good: Path, bad: Path) -> None:
 
 ONE_OF_OURS = (KvTierError,)
 TARGETS = [
-    Target("frames", 1_630_000, (ProtocolError, EOFError), frames),
+    Target("frames", 1_250_000, (ProtocolError, EOFError), frames),
+    Target("daemon_frames", 400_000, (ProtocolError,), daemon_frames),
     Target("settings", 10_000, (ConfigError,), settings),
     Target("environment", 10_000, (ConfigError,), environment),
     Target("toml", 20_000, (ConfigError,), toml),
