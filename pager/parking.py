@@ -144,11 +144,7 @@ class Parking:
         parent, key = seq.keys[full - 1] if full else None, seal_key(self._core, seq, seq.num_computed)
         for group, table in zip(core.groups, seq.tables, strict=True):
             block = int(table.ids[full])
-            if group.directory.key[block] is not None:
-                continue
-            if group.directory.bind(block, key, parent, rest):
-                self._store_by_name(group, block)
-            else:
+            if group.directory.key[block] is None and not group.directory.bind(block, key, parent, rest):
                 twin = group.directory.by_key[key]
                 if group.directory.is_valid(np.array([twin]))[0]:
                     group.ref(np.array([twin]))
@@ -163,17 +159,6 @@ class Parking:
         sealed = seal_key(self._core, seq, seq.num_computed)
         keys = [g.directory.key[int(t.ids[full])] for g, t in zip(self._core.groups, seq.tables, strict=True)]
         return [] if all(key == sealed for key in keys) else [key or b"" for key in keys]
-
-    def _store_by_name(self, group: BlockGroup, block: int) -> None:
-        """A copy below from before the block had a name is found by nobody else, and not after a restart: store it again."""
-        d, one = group.directory, np.array([block])
-        if group.cold is None or d.nvme_slot[block] < 0:
-            return
-        if not d.nvme_valid[block]:
-            d.version[block] += 1  # the write under way counts for nothing
-        elif d.in_device(one)[0] or d.in_host(one)[0]:
-            group.cold.leave(one)
-            group.dirty_if_alone(one)
 
     def _widen_windows(self, seq: Sequence) -> None:
         """Take back, by key, the block before each window: then every point in the last block can be resumed at."""
