@@ -62,6 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--model", required=True, metavar="PATH")
     chat.add_argument("--session", default="chat", metavar="ID")
     chat.add_argument("--store", metavar="PATH", help="directory of the Zarr store (default: none, nothing survives)")
+    chat.add_argument(
+        "--pager", metavar="ADDRESS", help="unix:///... of a pagerd, which keeps the blocks and the session"
+    )
     chat.add_argument("--device-bytes", default="256MiB", metavar="SIZE")
     chat.add_argument("--host-bytes", default="1GiB", metavar="SIZE")
     chat.add_argument(

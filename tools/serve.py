@@ -25,6 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes a free one and says which")
     parser.add_argument("--api-keys", metavar="FILE", help='TOML file of lines "KEY" = "namespace"')
     parser.add_argument("--store", metavar="PATH", help="directory of the Zarr store (default: none, nothing survives)")
+    parser.add_argument(
+        "--pager", metavar="ADDRESS", help="unix:///... of a pagerd to share blocks with others through"
+    )
     parser.add_argument("--device-bytes", default="256MiB", metavar="SIZE")
     parser.add_argument("--host-bytes", default="1GiB", metavar="SIZE")
     parser.add_argument(
@@ -86,7 +89,7 @@ def run_serve(arguments: argparse.Namespace) -> int:
     model, tokenizer = _load(arguments)
     if tokenizer is None:
         raise ConfigError(f"--model {arguments.model!r} has no tokenizer; a server needs one saved beside the weights")
-    with Engine.from_model(model, config, tokenizer, block_size=arguments.block_size) as engine:
+    with Engine.from_model(model, config, tokenizer, block_size=arguments.block_size, pager=arguments.pager) as engine:
         return run_server(engine, settings, arguments.host, arguments.port)
 
 

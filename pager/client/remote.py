@@ -20,8 +20,9 @@ from ..parking import Parking
 from ..rules import Rules
 from ..sessions import SessionEntry
 from ..sizing import Sizes, plan_sizes
+from ..wire import messages as m
 from .attachment import Attachment
-from .connection import Greeting
+from .connection import DaemonConnection, Greeting
 from .link import Link
 from .sharing import Sharing, attach_slabs
 from .slab import LeasedSlab
@@ -174,6 +175,17 @@ class Remote:
     def forget_session(self, session_id: str) -> None:
         """Raises: UnknownSessionError, TierUnavailableError."""
         self._tier.drop_session(session_id)
+
+
+def block_size_at(address: str, model_fingerprint: str, token: str = "") -> int | None:
+    """How the daemon's blocks of this model are cut, or None where it has none. Raises as `DaemonConnection.open` does."""
+    connection = DaemonConnection.open(address, Greeting("block size", token))
+    try:
+        if connection.version < 2:
+            return None
+        return connection.call(m.FindModel(model_fingerprint), m.ModelFound).block_size or None
+    finally:
+        connection.close()
 
 
 def _slabs_for(attachment: Attachment) -> list[LeasedSlab] | None:

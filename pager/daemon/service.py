@@ -113,6 +113,7 @@ class Service:
             m.DropSession.KIND: self._drop_session,
             m.ListSessions.KIND: self._list_sessions,
             m.Goodbye.KIND: self._goodbye,
+            m.FindModel.KIND: self._find_model,
         }
 
     # ------------------------------------------------------------------ connections
@@ -331,6 +332,10 @@ class Service:
         else:
             attachment.connection.reply(request_id, opened)
 
+    def _find_model(self, attachment: Attachment, request_id: int, message: m.FindModel) -> object:
+        _require_version(attachment, 2, "FIND_MODEL")
+        return m.ModelFound(self.models.block_size_of(message.model_fingerprint))
+
     def _client(self, attachment: Attachment, number: int, group: int = 0) -> tuple[SharedStore, Client]:
         client = attachment.stores.get(number)
         if client is None:
@@ -544,6 +549,11 @@ class Service:
 
     def _answer_status(self, connection: Connection, header: Header) -> None:
         connection.send_frame(header.request_id, pack(protocol.STATUS_REPLY, header.request_id, self.status()))
+
+
+def _require_version(attachment: Attachment, version: int, name: str) -> None:
+    if attachment.connection is None or attachment.connection.version < version:
+        raise ProtocolError(f"{name} came with version {version} of the protocol; this connection speaks an older one")
 
 
 def _can_hold(attachment: Attachment) -> bool:
