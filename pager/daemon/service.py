@@ -148,7 +148,7 @@ class Service:
     def received(self, connection: Connection, header: Header, body: bytes, payload_bytes: int) -> memoryview | None:
         """Raises ProtocolError where the stream cannot go on; what is wrong with one request is only that one's reply."""
         attachment = self._attachments.get(connection)
-        if header.kind == protocol.STATUS_REQUEST and (attachment is not None or connection.uid >= 0):
+        if header.kind == protocol.STATUS_REQUEST:
             self._answer_status(connection, header)
         elif header.kind == m.Hello.KIND:
             self._hello(connection, header.request_id, m.from_fields(m.Hello, unpack(body)))
@@ -548,6 +548,9 @@ class Service:
         }
 
     def _answer_status(self, connection: Connection, header: Header) -> None:
+        """Of all tenants together, so for the daemon's own user and root alone."""
+        if connection.uid not in (0, os.geteuid()):
+            raise ProtocolError("STATUS is answered to the daemon's own user and to root")
         connection.send_frame(header.request_id, pack(protocol.STATUS_REPLY, header.request_id, self.status()))
 
 
