@@ -198,13 +198,13 @@ class Core:
         """Start copies of up to n dirty, idle blocks to the host tier. Returns how many started."""
         if n <= 0 or not len(group.host):
             return 0
-        dirty = group.pages.block[(group.pages.state == PageState.DIRTY) & group.pages.idle()]
+        dirty = group.may_demote(group.pages.block[(group.pages.state == PageState.DIRTY) & group.pages.idle()])
         return self.write_back_blocks(group, group.policy.victims(n, dirty), reason, keep_clean=True)
 
     def write_back_blocks(self, group: BlockGroup, blocks: IntArray, reason: str, *, keep_clean: bool = False) -> int:
         """Demote these dirty, idle blocks as far as host slots can be had now."""
         started = 0
-        for own in self.quotas.by_owner(group, blocks):
+        for own in self.quotas.by_owner(group, group.may_demote(blocks)):
             for batch in group.batches(own):
                 asker = int(group.directory.owner[batch[0]])
                 room = group.host_room(keep_clean=keep_clean, asker=asker)

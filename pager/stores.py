@@ -16,6 +16,7 @@ from .config import PagerConfig
 from .sizing import split_blocks
 
 if TYPE_CHECKING:
+    from ..tiers.nvme.files import SystemCalls
     from ..tiers.nvme.store import NvmeTier
 
 NVME_DISK_SHARE = 0.8  # of the free disk, when nvme_bytes is not given
@@ -32,7 +33,12 @@ def stored_block_size(nvme_path: str | os.PathLike[str] | None) -> int | None:
 
 
 def open_nvme(
-    layouts: tuple[KVLayout, ...], config: PagerConfig, backend: Backend, fingerprint: str, about: Mapping[str, Any]
+    layouts: tuple[KVLayout, ...],
+    config: PagerConfig,
+    backend: Backend,
+    fingerprint: str,
+    about: Mapping[str, Any],
+    calls: SystemCalls | None = None,
 ) -> NvmeTier | None:
     """None where no path is configured. Raises: ConfigError, StoreMismatchError, StoreLockedError."""
     if config.nvme_path is None:
@@ -60,6 +66,7 @@ def open_nvme(
         codecs=codecs,
         about=about,
         secrets=config.secrets_by_owner(),
+        calls=calls,
     )
 
 
