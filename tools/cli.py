@@ -22,6 +22,7 @@ BENCHES = {
     "host": "moving scattered blocks between the memory tiers, against memcpy",
     "codecs": "how much smaller codecs make KV, how fast on one core, and what a store makes of it",
     "tenants": "what encryption at rest costs, and whether a lookup tells what another tenant has",
+    "daemon": "pagerd: look-ups by one and eight clients against a call in-process, blocks through its slab against memcpy",
     "metadata": "what the pager's books cost per block of a long prompt",
 }
 

@@ -187,8 +187,10 @@ class DaemonConnection:
         try:
             while True:
                 self._read_frame()
-        except (OSError, EOFError, KvTierError) as error:
+        except ProtocolError as error:
             self._lost(error)
+        except (OSError, EOFError, KvTierError):
+            self._lost(TierUnavailableError(f"the daemon at {self.address} is gone"))
 
     def _read_frame(self) -> None:
         head, fds = _receive_with_fds(self._socket, HEADER.size)
@@ -203,7 +205,7 @@ class DaemonConnection:
         if pending is None:
             _close_all(fds)
             if header.request_id == 0:
-                raise reply_of_failure(fields)
+                raise ProtocolError(f"the daemon refused this connection: {fields.get('message')}")
             return  # given up meanwhile
         pending.fds.extend(fds)
         with contextlib.suppress(Exception):  # set already: it timed out in this very moment
@@ -221,22 +223,15 @@ class DaemonConnection:
             _receive_into(self._socket, part)
         return fields
 
-    def _lost(self, error: Exception) -> None:
-        """Whoever waits learns why, where the daemon said why."""
-        gone = TierUnavailableError(f"the daemon at {self.address} is gone")
+    def _lost(self, why: KvTierError) -> None:
         with self._guard:
             self.is_lost = True
             waiting, self._pending = list(self._pending.values()), {}
         self._socket.close()
         for pending in waiting:
             with contextlib.suppress(Exception):
-                pending.future.set_exception(error if isinstance(error, ProtocolError) else gone)
+                pending.future.set_exception(why)
         self.on_lost()
-
-
-def reply_of_failure(fields: Fields) -> KvTierError:
-    """Why the daemon ends the connection."""
-    return ProtocolError(f"the daemon refused this connection: {fields.get('message')}")
 
 
 def _receive_with_fds(connection: socket.socket, size: int) -> tuple[bytes, list[int]]:

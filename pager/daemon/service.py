@@ -486,7 +486,8 @@ class Service:
     def _get_session(self, attachment: Attachment, request_id: int, message: m.GetSession) -> object:
         store, client = self._client(attachment, message.store)
         record: dict[Any, Any] = store.get_session(client, message.session_id, take=message.take)
-        return m.Session(record)
+        self._when_read(attachment, request_id, m.Session(record))
+        return None
 
     def _drop_session(self, attachment: Attachment, request_id: int, message: m.DropSession) -> object:
         store, client = self._client(attachment, message.store)
@@ -500,7 +501,13 @@ class Service:
             [e.session_id, e.namespace, len(e.token_ids), e.num_computed, store.is_taken(e.session_id), e.is_durable]
             for e in entries
         ]
-        return m.Sessions(rows, more)
+        self._when_read(attachment, request_id, m.Sessions(rows, more))
+        return None
+
+    def _when_read(self, attachment: Attachment, request_id: int, answer: object) -> None:
+        """A large answer waits until the peer has read what there is for it."""
+        if (connection := attachment.connection) is not None:
+            connection.when_read(lambda: connection.reply(request_id, answer))
 
     # ------------------------------------------------------------------ progress
     def _wake(self) -> None:
