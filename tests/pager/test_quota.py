@@ -120,6 +120,21 @@ def test_without_the_floor_the_same_flood_takes_it(tmp_path):
     finish(rig)
 
 
+@pytest.mark.parametrize("floor", [4, 0])
+def test_a_floor_holds_in_a_store_too_small_for_a_ring(tmp_path, floor):
+    """There blocks are evicted one by one, not by the segment."""
+    quotas = {"small": {"nvme_floor": floor * DISK_BLOCK}} if floor else {}
+    rig = make_rig(tmp_path, quotas, nvme_bytes=7 * DISK_BLOCK, host=6)
+    mine = ids(4 * BLOCK, 1)
+    store(rig, mine, "small")
+    for i in range(20):
+        store(rig, ids(3 * BLOCK, 100 + i), "other")
+        rig.settle()
+    assert rig.pager.counters.get("reclaimed_segments") == 0
+    assert rig.pager.match(mine, "small").tokens == (len(mine) if floor else 0)
+    finish(rig)
+
+
 def test_what_is_above_the_floor_may_go_and_no_more(tmp_path):
     rig = make_rig(tmp_path, {"small": {"nvme_floor": 8 * DISK_BLOCK}})
     for i in range(6):
