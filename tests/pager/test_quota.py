@@ -31,8 +31,8 @@ def ids(n: int, seed: int) -> list[int]:
 
 
 def make_rig(tmp_path, quotas: dict, seed: int = 0, **options) -> Rig:
-    room = {"nvme_bytes": 64 * DISK_BLOCK} | options
-    return Rig(seed, pages=10, host=24, path=tmp_path / "s", namespace_quotas=quotas, **room)
+    room = {"nvme_bytes": 64 * DISK_BLOCK, "host": 24} | options
+    return Rig(seed, pages=10, path=tmp_path / "s", namespace_quotas=quotas, **room)
 
 
 def run(rig: Rig, tokens: list[int], namespace: str) -> None:
