@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...tiers.errors import BlockMissError, Busy, ProtocolError, TierFullError, UnknownSessionError
+from ...tiers.errors import BlockMissError, Busy, ConfigError, ProtocolError, TierFullError, UnknownSessionError
 from ...tiers.layout import KVLayout
 from ...tiers.shared import SharingBackend, make_rows
 from ..config import PagerConfig
@@ -92,8 +92,9 @@ class SharedStore:
         backend = SharingBackend(io_depth=config.nvme_queue_depth)
         sizes = Sizes([_NO_DEVICE_PAGES] * len(layouts), split_blocks(layouts, config.host_size), [0] * len(layouts))
         if min(sizes.host_slots) < 1:
-            raise Busy(
-                f"host_bytes={config.host_bytes!r} holds no block of {sum(g.block_bytes for g in layouts)} bytes"
+            raise ConfigError(
+                f"host_bytes={config.host_bytes!r} for this model holds no block; one of each layer group takes "
+                f"{sum(g.block_bytes for g in layouts)} bytes: raise the daemon's host_bytes, or lower max_models"
             )
         nvme = None
         try:
