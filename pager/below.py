@@ -7,6 +7,7 @@ here runs; the classes say what both kinds promise.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,6 +67,13 @@ class LowerTier(Protocol):
     @property
     def is_durable(self) -> bool:
         """Whether what is flushed survives this process."""
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether what it keeps is sealed with secrets that we give it."""
+
+    def learn(self, secrets: Mapping[int, bytes]) -> None:
+        """Secrets of more namespaces, by owner tag."""
 
     @property
     def takes_writes(self) -> bool: ...

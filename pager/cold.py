@@ -48,9 +48,9 @@ class ColdSide:
         """Of disk, for one block."""
         return self.ring.geometry(self.index).stride if self.ring is not None else self.group.layout.block_bytes
 
-    def room(self) -> int:
-        """Slots that could be had now: free ones, and those of blocks that nobody refers to."""
-        return self.tier.free_slots(self.index) + len(self._victims(1 << 30))
+    def room(self, asker: int | None = None) -> int:
+        """Slots that could be had now for that namespace: free ones, and those of blocks that nobody refers to."""
+        return self.tier.free_slots(self.index) + len(self._victims(1 << 30, asker))
 
     def is_near(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
         """Whether the copies below lie in memory, of whoever keeps them."""
@@ -68,15 +68,15 @@ class ColdSide:
             self.drop_copies(victims, "quota")
         return admitted
 
-    def _victims(self, n: int) -> IntArray:
+    def _victims(self, n: int, asker: int | None) -> IntArray:
         d = self.group.directory
-        blocks = np.flatnonzero(d.nvme_valid & (d.refs == 0) & (d.nvme_holds == 0))
-        return self.group.policy.victims(n, self.group.unpinned_by_ttl(blocks))
+        blocks = self.group.unpinned_by_ttl(np.flatnonzero(d.nvme_valid & (d.refs == 0) & (d.nvme_holds == 0)))
+        return self.group.policy.victims(n, self.quotas.spare(self.group, "nvme", blocks, asker))
 
-    def _take_slots(self, n: int) -> IntArray | None:
+    def _take_slots(self, n: int, asker: int | None) -> IntArray | None:
         short = n - self.tier.free_slots(self.index)
         if short > 0:
-            victims = self._victims(short)
+            victims = self._victims(short, asker)
             if len(victims) < short:
                 return None
             self.drop_copies(victims, "pressure")
@@ -125,11 +125,15 @@ class ColdSide:
         group.submit("nvme_to_host", blocks, source, host_slots, ticket.event, reason, ticket)
 
     def write(self, blocks: IntArray, reason: str) -> int:
-        """Host -> nvme for blocks VALID in the host tier. Returns how many were submitted (0: no room below)."""
+        """Host -> nvme for blocks VALID in the host tier, of one namespace where there are quotas.
+
+        Returns how many were submitted (0: no room below).
+        """
         group, d = self.group, self.group.directory
-        targets = self._take_slots(len(blocks))
+        targets = self._take_slots(len(blocks), int(d.owner[blocks[0]]))
         if targets is None:
             return 0
+        self.quotas.wrote(group, blocks)
         slots = d.host_slot[blocks]
         group.host.holds[slots] += 1  # rule 7
         d.nvme_slot[blocks] = targets
@@ -188,7 +192,12 @@ class ColdSide:
             self.tier.free(self.index, move.target[bad])
             d.nvme_slot[move.blocks[bad]] = NOWHERE
         self._note_writes(written)
-        stale = move.blocks[~current]
+        self._drop_stale(move)
+
+    def _drop_stale(self, move: Move) -> None:
+        """Blocks that were appended to while their older copy was read: it could not go then, it goes now."""
+        group, d = self.group, self.group.directory
+        stale = move.blocks[d.version[move.blocks] != move.versions]
         for block in stale[d.in_host(stale)].tolist():
             if group.host.holds[d.host_slot[block]] == 0:
                 group.leave_host(np.array([block]))
@@ -228,6 +237,7 @@ class ColdSide:
             d.nvme_holds[move.blocks] -= 1
             d.nvme_slot[move.blocks] = NOWHERE
             self.tier.free(self.index, move.target)
+            self._drop_stale(move)
 
     def _note_writes(self, written: npt.NDArray[np.bool_]) -> None:
         """Several calls in a row of which nothing went down: leave the disk alone for a while, and say so."""

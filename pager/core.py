@@ -71,7 +71,7 @@ class Core:
         self.fingerprint = "|".join([model_fingerprint, *(layout.fingerprint for layout in layouts)])
         self.counters, self.ghosts = Counters(), Ghosts()
         self.lock = threading.RLock()
-        quotas = self.quotas = Quotas({name: config.quota(name) for name in config.namespace_quotas})
+        quotas = self.quotas = Quotas(config.quotas(), clock)
         self.memory = HostMemory(backend, numa=config.host_numa, huge_pages=config.host_huge_pages)
         self.groups = [
             BlockGroup(
@@ -109,7 +109,10 @@ class Core:
     # ------------------------------------------------------------------ sequences
     def chain(self, namespace: str) -> KeyChain:
         if namespace not in self._chains:
-            secret = self.config.secret(unsalted(check_namespace(namespace)))
+            owner = unsalted(check_namespace(namespace))
+            if self.nvme is not None and self.nvme.is_encrypted:
+                self.config.check_sealable(owner)
+            secret = self.config.secret(owner)
             if len(self._chains) >= _MAX_CHAINS:
                 self._chains.clear()
             self._chains[namespace] = KeyChain(self.fingerprint, namespace, secret, self.block_size)
@@ -159,15 +162,18 @@ class Core:
     def wait_until(self, ready: Callable[[], bool], timeout_s: float, *, may_wait_for_pins: bool = False) -> bool:
         """Advance until ready() or the timeout; lets go of the lock between looks. False on timeout.
 
-        Gives up early when no copy is in flight; with `may_wait_for_pins` only once nobody holds a page or slot either.
+        Gives up early when no copy is in flight and no namespace waits for its rate; with `may_wait_for_pins` only once
+        nobody holds a page or slot either.
         """
         deadline_s = self.clock() + timeout_s
         while True:
             with self.lock:
+                was_throttled = self.quotas.is_throttled()  # asked first: time alone may end it while ready() looks
                 self.advance()
                 if ready():
                     return True
-                stuck = not self.in_flight() and not (may_wait_for_pins and self._is_anything_held())
+                may_change = self.in_flight() or was_throttled
+                stuck = not may_change and not (may_wait_for_pins and self._is_anything_held())
             left_s = deadline_s - self.clock()
             if left_s <= 0 or stuck:
                 return False
@@ -192,19 +198,24 @@ class Core:
         """Start copies of up to n dirty, idle blocks to the host tier. Returns how many started."""
         if n <= 0 or not len(group.host):
             return 0
-        dirty = group.pages.block[(group.pages.state == PageState.DIRTY) & group.pages.idle()]
+        dirty = group.may_demote(group.pages.block[(group.pages.state == PageState.DIRTY) & group.pages.idle()])
         return self.write_back_blocks(group, group.policy.victims(n, dirty), reason, keep_clean=True)
 
     def write_back_blocks(self, group: BlockGroup, blocks: IntArray, reason: str, *, keep_clean: bool = False) -> int:
         """Demote these dirty, idle blocks as far as host slots can be had now."""
         started = 0
-        for batch in group.batches(blocks):
-            batch = batch[: group.slab.room_to_write(min(len(batch), group.host_room(keep_clean=keep_clean)))]
-            slots = group.take_host_slots(len(batch), keep_clean=keep_clean) if len(batch) else None
-            if slots is None:
-                break
-            group.demote(batch, slots, reason)
-            started += len(batch)
+        for own in self.quotas.by_owner(group, group.may_demote(blocks)):
+            for batch in group.batches(own):
+                asker = int(group.directory.owner[batch[0]])
+                room = group.host_room(keep_clean=keep_clean, asker=asker)
+                if room < len(batch) and self.quotas.room(group, "host", asker) is not None:
+                    self.make_host_room(group, len(batch), asker)  # at its ceiling: its own go down first
+                batch = batch[: group.slab.room_to_write(min(len(batch), room))]
+                slots = group.take_host_slots(len(batch), keep_clean=keep_clean, asker=asker) if len(batch) else None
+                if slots is None:
+                    break
+                group.demote(batch, slots, reason)
+                started += len(batch)
         return started
 
     def _balance_host(self, group: BlockGroup) -> None:
@@ -220,11 +231,13 @@ class Core:
             return
         self.sink(group, max(1, int(len(host) * self.config.high_watermark)) - ready - underway, "writeback")
 
-    def sink(self, group: BlockGroup, n: int, reason: str) -> int:
-        """Start writes of up to n host-only blocks to nvme, coldest first. Returns how many started."""
+    def sink(self, group: BlockGroup, n: int, reason: str, of: int | None = None) -> int:
+        """Start writes of up to n host-only blocks (of one namespace) to nvme, coldest first. Returns how many started."""
         d, host = group.directory, group.host
         blocks = host.block[host.state == SlotState.VALID]
         blocks = blocks[d.nvme_slot[blocks] == NOWHERE]
+        if of is not None:
+            blocks = blocks[d.owner[blocks] == of]
         if group.cold is not None:
             blocks = blocks[group.cold.may_sink(blocks)]
         return self.sink_blocks(group, group.policy.victims(n, blocks), reason)
@@ -233,10 +246,11 @@ class Core:
         started = 0
         if group.cold is None or not group.cold.takes_writes:
             return 0
-        for batch in group.batches(blocks):
-            batch = group.cold.admit(batch[: group.nvme_room()])
-            if len(batch):
-                started += group.cold.write(batch, reason)
+        for own in self.quotas.by_owner(group, blocks):
+            for batch in group.batches(own):
+                batch = group.cold.admit(batch[: group.nvme_room(int(group.directory.owner[batch[0]]))])
+                if len(batch):
+                    started += group.cold.write(batch, reason)
         return started
 
     def make_room(self, group: BlockGroup, n: int) -> bool:
@@ -251,16 +265,19 @@ class Core:
                 group.drop_unreferenced_dirty(short)
         return n - group.pages.num_free - group.clean_pages() <= 0
 
-    def make_host_room(self, group: BlockGroup, n: int) -> bool:
-        """Whether n host slots can be taken now; if not, start writes to nvme that will make it so."""
-        short = n - group.host_room()
+    def make_host_room(self, group: BlockGroup, n: int, asker: int | None = None) -> bool:
+        """Whether n host slots can be taken now for that namespace; if not, start writes to nvme that will make it so."""
+        short = n - group.host_room(asker=asker)
         if short <= 0:
             return True
         d = group.directory
+        room = self.quotas.room(group, "host", asker)
+        of = asker if room is not None and room < n else None  # at its ceiling only its own blocks make room
         blocks = group.host.block[group.host.state == SlotState.VALID]
+        blocks = blocks if of is None else blocks[d.owner[blocks] == of]
         underway = int(((d.nvme_slot[blocks] >= 0) & ~d.nvme_valid[blocks]).sum())
         if group.can_write_nvme and short > underway:
-            self.sink(group, short - underway, "pressure")
+            self.sink(group, short - underway, "pressure", of)
         return False
 
     # ------------------------------------------------------------------ integrity

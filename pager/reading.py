@@ -85,9 +85,10 @@ class BlockReader:
         cold = blocks[(d.host_slot[blocks] < 0) & ~d.in_device(blocks) & d.nvme_valid[blocks]][: max(limit, 0)]
         if group.cold is None or not len(cold):
             return
-        self._core.make_host_room(group, len(cold))
-        for batch in group.batches(cold[: group.host_room()]):
-            slots = group.take_host_slots(len(batch))
+        asker = seq.chain.owner
+        self._core.make_host_room(group, len(cold), asker)
+        for batch in group.batches(cold[: group.host_room(asker=asker)]):
+            slots = group.take_host_slots(len(batch), asker=asker)
             if slots is None:
                 break
             group.cold.read(batch, slots, "load")

@@ -59,7 +59,8 @@ class Reclaimer:
         blocks = np.flatnonzero((d.nvme_slot >= first) & (d.nvme_slot < first + self._size))
         if (d.nvme_holds[blocks] > 0).any() or not d.nvme_valid[blocks].all():
             return False
-        must = (d.refs[blocks] > 0) | (d.pinned_until[blocks] > group.clock())
+        spare = np.isin(blocks, self._cold.quotas.spare(group, "nvme", blocks, None))
+        must = (d.refs[blocks] > 0) | (d.pinned_until[blocks] > group.clock()) | ~spare
         if int(must.sum()) > self._cap:
             self._tier.retain(self._index, segment)
             group.counters.add("retained_segments", 1)

@@ -52,6 +52,8 @@ def pager_status(core: Core) -> dict[str, Any]:
         "transfers_in_flight": sum(len(group.moves) for group in core.groups),
         "sequences": len(core.sequences),
         "sessions": len(core.sessions),
+        "policy": core.config.policy,
+        "namespaces": core.quotas.to_dict(),
         "counters": core.counters.to_list(),
     }
 

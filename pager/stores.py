@@ -16,6 +16,7 @@ from .config import PagerConfig
 from .sizing import split_blocks
 
 if TYPE_CHECKING:
+    from ..tiers.nvme.files import SystemCalls
     from ..tiers.nvme.store import NvmeTier
 
 NVME_DISK_SHARE = 0.8  # of the free disk, when nvme_bytes is not given
@@ -32,13 +33,17 @@ def stored_block_size(nvme_path: str | os.PathLike[str] | None) -> int | None:
 
 
 def open_nvme(
-    layouts: tuple[KVLayout, ...], config: PagerConfig, backend: Backend, fingerprint: str, about: Mapping[str, Any]
+    layouts: tuple[KVLayout, ...],
+    config: PagerConfig,
+    backend: Backend,
+    fingerprint: str,
+    about: Mapping[str, Any],
+    calls: SystemCalls | None = None,
 ) -> NvmeTier | None:
     """None where no path is configured. Raises: ConfigError, StoreMismatchError, StoreLockedError."""
     if config.nvme_path is None:
         return None
-    from ..tiers.nvme.codecs import NONE
-    from ..tiers.nvme.identity import overhead_of
+    from ..tiers.nvme.codecs import NONE, overhead_of
     from ..tiers.nvme.layout import bytes_on_disk
     from ..tiers.nvme.store import NvmeTier, StoreIdentity
 
@@ -60,6 +65,8 @@ def open_nvme(
         segment_bytes=config.segment_size,
         codecs=codecs,
         about=about,
+        secrets=config.secrets_by_owner(),
+        calls=calls,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ class RemoteTier:
     """`slabs` where the daemon's memory is mapped; else None, and rows are those of a host tier of our own."""
 
     name = "daemon"
-    is_ring = False
+    is_ring = is_encrypted = False  # what the daemon keeps on a disk is sealed there
     loss_counter = "missed_blocks"
 
     def __init__(
@@ -281,6 +281,9 @@ class RemoteTier:
 
     def flush(self, timeout_s: float | None = None) -> None:
         self._require().flush(60.0 if timeout_s is None else timeout_s)
+
+    def learn(self, secrets: Mapping[int, bytes]) -> None:
+        """The daemon has them."""
 
     def put_session(self, session_id: str, record: dict[str, Any]) -> None:
         try:

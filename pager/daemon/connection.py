@@ -30,17 +30,19 @@ from ..wire.frames import (
     parse_header,
 )
 
-MAX_REQUESTS = 64  # of one connection, not answered yet
-MAX_BYTES = 16 << 20  # of their frames
 HIGH_WATER_BYTES = 1 << 20  # of replies that the peer has not read
 UNREAD_S = 10.0  # so long may it leave more than that
 _FIRST_BUFFER = 1 << 16
 _PEER = struct.Struct("3i")
+_SO_PEERGROUPS, _MAX_GROUPS = 59, 255  # <asm-generic/socket.h>; getsockopt of Python gives 1 KiB at most
 _LOG = logging.getLogger("kvtier.pagerd")
 
 
 class Handler(Protocol):
-    """Who serves the requests of connections."""
+    """Who serves the requests of connections. `*_in_flight`: what one connection may have, not answered yet."""
+
+    requests_in_flight: int
+    bytes_in_flight: int
 
     def connected(self, connection: Connection) -> None: ...
 
@@ -69,6 +71,7 @@ class Connection(asyncio.BufferedProtocol):
         self._waiting: deque[Callable[[], None]] = deque()  # large replies, until the peer has read what it has
         self._is_full = False
         self.pid, self.uid = -1, -1
+        self.gids: frozenset[int] = frozenset()  # of the peer's process, as the kernel says
         self.version = 0  # 0 until HELLO
         self.cancelled: set[int] = set()
         self.is_closed = False
@@ -80,7 +83,8 @@ class Connection(asyncio.BufferedProtocol):
         self.socket = transport.get_extra_info("socket")
         if self.socket is not None and self.socket.family == socket.AF_UNIX:
             peer = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-            self.pid, self.uid, _ = _PEER.unpack(peer)
+            self.pid, self.uid, gid = _PEER.unpack(peer)
+            self.gids = frozenset({gid, *_groups(self.socket)})
         self._handler.connected(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -215,7 +219,10 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.pause_reading()
 
     def _is_over(self) -> bool:
-        return len(self._in_flight) >= MAX_REQUESTS or sum(self._in_flight.values()) > MAX_BYTES
+        limits = self._handler
+        return (
+            len(self._in_flight) >= limits.requests_in_flight or sum(self._in_flight.values()) > limits.bytes_in_flight
+        )
 
     def _answered(self, request_id: int) -> None:
         self._in_flight.pop(request_id, None)
@@ -292,6 +299,10 @@ class Connection(asyncio.BufferedProtocol):
     def _refuse(self, error: ProtocolError) -> None:
         """What follows in the stream cannot be trusted: say why and close."""
         _LOG.warning("event=protocol_error pid=%d reason=%s", self.pid, error)
+        self.refuse(error)
+
+    def refuse(self, error: KvTierError) -> None:
+        """Say why, and close."""
         self.fail(0, error)
         self.is_closed = True
         if self._transport is not None:
@@ -303,6 +314,15 @@ class Connection(asyncio.BufferedProtocol):
             if payload:
                 self._transport.write(payload)
         self._answered(request_id)
+
+
+def _groups(peer: socket.socket) -> tuple[int, ...]:
+    """Supplementary groups of the process at the other end; none where the kernel does not say."""
+    try:
+        raw = peer.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, 4 * _MAX_GROUPS)
+    except OSError:
+        return ()
+    return struct.unpack(f"{len(raw) // 4}I", raw)
 
 
 def _kind(message: object) -> int:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +59,7 @@ class Models:
     def __init__(self, budget: Budget, clock: Callable[[], float] = time.monotonic) -> None:
         self._budget, self._clock = budget, clock
         self._stores: dict[int, SharedStore] = {}
+        self._by_folder: dict[str, SharedStore] = {}
         self._numbers: dict[Identity, int] = {}
         self._next = 1
         self._opening = threading.Lock()
@@ -86,11 +87,12 @@ class Models:
         from .store import SharedStore
 
         self._make_room()
-        config = self._budget.share(_folder(layouts, fingerprint))
+        folder = _folder(layouts, fingerprint)
+        config = self._budget.share(folder)
         store = SharedStore.open(layouts, config, model_fingerprint=fingerprint, about=about, clock=self._clock)
         store.core.backend.on_progress = self._progress
         number, self._next = self._next, self._next + 1
-        self._stores[number] = store
+        self._stores[number] = self._by_folder[folder] = store
         _LOG.info("event=open_model host_bytes=%d blocks=%s", config.host_size, _recovered(store))
         return number
 
@@ -139,10 +141,24 @@ class Models:
             return _nothing_open(self._budget)
         return found[-1] | {"models": found[:-1]}
 
+    def reconfigure(self, settings: Mapping[str, Any]) -> None:
+        """Further settings of every model's pager from now on: quotas and secrets of those open, all of those to come.
+
+        Raises ConfigError, and nothing is changed then.
+        """
+        budget = replace(self._budget, settings=settings)
+        changed = [(store, budget.share(folder)) for folder, store in list(self._by_folder.items())]
+        for _, config in changed:
+            config.check_tiers()
+        self._budget = budget
+        for store, config in changed:
+            store.reconfigure(config)
+
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Write down what only memory holds, and close every store."""
+        """Write down what only memory holds, and close every store, all within that time."""
+        deadline_s = self._clock() + timeout_s
         for number in list(self._stores):
-            self._close(number, timeout_s)
+            self._close(number, max(0.0, deadline_s - self._clock()))
 
     def _make_room(self) -> None:
         if len(self._stores) < self._budget.max_models:
@@ -158,6 +174,7 @@ class Models:
 
     def _close(self, number: int, timeout_s: float) -> None:
         store = self._stores.pop(number)
+        self._by_folder = {folder: other for folder, other in self._by_folder.items() if other is not store}
         self._numbers = {identity: n for identity, n in self._numbers.items() if n != number}
         store.close(timeout_s)
 

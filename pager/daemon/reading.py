@@ -69,7 +69,7 @@ class LeaseRequest:
 
     def _lease_those_up(self) -> None:
         index, blocks = self._waiting()
-        up = index[self.group.directory.in_host(blocks)][: self._holdings.room()]
+        up = self._within_pins(index[self.group.directory.in_host(blocks)])[: self._holdings.room()]
         slots = self.group.directory.host_slot[self.blocks[up]]
         self._holdings.lease(slots)
         self.slots[up] = slots
@@ -89,13 +89,23 @@ class LeaseRequest:
         cold = cold[: self._holdings.room()]
         if group.cold is None or not len(cold):
             return
-        self._core.make_host_room(group, len(cold))
-        for batch in group.batches(cold[: group.host_room()]):
-            slots = group.take_host_slots(len(batch))
-            if slots is None:
-                break
-            group.cold.read(batch, slots, "demand")
-            self._writer[slots] = d.owner[batch]
+        for own in self._core.quotas.by_owner(group, cold):
+            asker = int(d.owner[own[0]])
+            self._core.make_host_room(group, len(own), asker)
+            for batch in group.batches(own[: group.host_room(asker=asker)]):
+                slots = group.take_host_slots(len(batch), asker=asker)
+                if slots is None:
+                    break
+                group.cold.read(batch, slots, "demand")
+                self._writer[slots] = d.owner[batch]
+
+    def _within_pins(self, index: IntArray) -> IntArray:
+        """Of these places, those whose namespaces may hold more slots now."""
+        kept = []
+        for own in self._core.quotas.by_owner(self.group, self.blocks[index]):
+            places = index[np.isin(self.blocks[index], own)]
+            kept.append(places[: self._core.quotas.pins_left(int(self.group.directory.owner[own[0]]))])
+        return np.sort(np.concatenate(kept)) if kept else index
 
     def _say_awaited(self) -> None:
         """What is coming up for us makes room for nobody."""

@@ -1,6 +1,7 @@
 """The daemon as a process: its socket, its loop, and how it ends.
 
-SIGTERM and SIGINT drain: no new model is opened, what only memory holds is written down, then it exits. A bug in the books
+SIGTERM and SIGINT drain: no new model is opened, requests under way end, what only memory holds is written down, then it
+exits; a second signal does not wait. A bug in the books
 (InvariantError) ends the process at once, because a supervisor that starts it again loses nothing that was durable.
 Starting loads neither torch nor zarr.
 """
@@ -12,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 from ...tiers.errors import ConfigError, InvariantError
 from ..wire.messages import VERSION
 from .connection import Connection
+from .manners import Manners
 from .models import Budget, Models
 from .service import Service
 from .tenants import OwnerOnly, Tenants
@@ -38,32 +41,52 @@ class Daemon:
     budget: Budget
     tenants: Tenants | None = None
     newest_version: int = VERSION  # an older one for tests
+    manners: Manners | None = None
+    inherited: socket.socket | None = None  # of socket activation: it stays when we end
+    tcp: tuple[socket.socket, ssl.SSLContext] | None = None
 
     def run(self, on_ready: Callable[[], object] = lambda: None) -> int:
         """Serve until told to end. Raises ConfigError when the socket cannot be had."""
-        listener = listen(self.socket_path)
+        listener = self.inherited or listen(self.socket_path)
         try:
             return asyncio.run(self._serve(listener, on_ready))
         finally:
-            self.socket_path.unlink(missing_ok=True)
+            if self.inherited is None:
+                self.socket_path.unlink(missing_ok=True)
 
     async def _serve(self, listener: socket.socket, on_ready: Callable[[], object]) -> int:
         loop = asyncio.get_running_loop()
-        models = Models(self.budget)
-        service = Service(models, self.tenants or OwnerOnly(), loop, newest_version=self.newest_version)
+        models, tenants = Models(self.budget), self.tenants or OwnerOnly()
+        limits = None if self.manners is None else self.manners.config.limits
+        service = Service(models, tenants, loop, newest_version=self.newest_version, limits=limits)
         loop.set_exception_handler(_on_error)
-        stop = asyncio.Event()
+        stop, hurry = asyncio.Event(), asyncio.Event()
+
+        def on_signal() -> None:
+            (hurry if stop.is_set() else stop).set()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
-        server = await loop.create_unix_server(lambda: Connection(service, loop), sock=listener, backlog=BACKLOG)
+            loop.add_signal_handler(number, on_signal)
+        servers: list[asyncio.Server] = [
+            await loop.create_unix_server(lambda: Connection(service, loop), sock=listener, backlog=BACKLOG)
+        ]
+        if self.tcp is not None:
+            there, context = self.tcp
+            servers.append(await loop.create_server(lambda: Connection(service, loop), sock=there, ssl=context))
+        if self.manners is not None:
+            await self.manners.begin(service, tenants)
         _LOG.info("event=ready socket=%s pid=%d", self.socket_path, os.getpid())
         on_ready()
         await stop.wait()
         _LOG.info("event=drain")
         service.is_draining = True
-        server.close()
-        service.close()
-        models.close()
+        for server in servers:
+            server.close()
+        if self.manners is not None:
+            await self.manners.drain(service, models, hurry)
+        else:
+            service.close()
+            models.close()
         return 0
 
 

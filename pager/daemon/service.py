@@ -24,6 +24,7 @@ from ...tiers.errors import (
     InvariantError,
     KvTierError,
     ProtocolError,
+    QueueFullError,
     StaleLeaseError,
     TierUnavailableError,
 )
@@ -34,8 +35,9 @@ from ..rules import ALL_RULES, Rule, Rules
 from ..states import IntArray
 from ..wire import messages as m
 from ..wire.frames import Fields, Header, pack, unpack
-from .connection import MAX_BYTES, MAX_REQUESTS, Connection
+from .connection import Connection
 from .models import Models
+from .settings import Limits
 from .tenants import Tenant, Tenants
 from .turns import Turns
 
@@ -74,8 +76,11 @@ class Service:
         *,
         newest_version: int = m.VERSION,
         rules: Rules = ALL_RULES,
+        limits: Limits | None = None,
     ) -> None:
         self.models, self._tenants, self._loop, self._rules = models, tenants, loop, rules
+        self.limits = limits or Limits()
+        self._connections: set[Connection] = set()
         self._newest = newest_version
         self.boot = os.urandom(16)
         self.processes = Clients(rules)
@@ -112,8 +117,33 @@ class Service:
         }
 
     # ------------------------------------------------------------------ connections
+    @property
+    def limits(self) -> Limits:
+        """What each connection may have in flight, and how many there may be; as of the last SIGHUP."""
+        return self._limits
+
+    @limits.setter
+    def limits(self, limits: Limits) -> None:
+        self._limits = limits
+        self.requests_in_flight, self.bytes_in_flight = limits.requests_in_flight, limits.num_bytes_in_flight
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no answer yet and are not on a thread."""
+        return len(self._waiting) + len(self.turns)
+
     def connected(self, connection: Connection) -> None:
-        pass  # nothing is promised before HELLO
+        """Nothing is promised before HELLO, but that there are not too many."""
+        if len(self._connections) >= self.limits.connections:
+            _LOG.warning(
+                "event=refuse_client pid=%d reason=limits.connections=%d", connection.pid, self.limits.connections
+            )
+            busy = QueueFullError(
+                f"{self.limits.connections} connections are open; raise limits.connections", retry_after_s=1.0
+            )
+            connection.refuse(busy)
+        else:
+            self._connections.add(connection)
 
     def received(self, connection: Connection, header: Header, body: bytes, payload_bytes: int) -> memoryview | None:
         """Raises ProtocolError where the stream cannot go on; what is wrong with one request is only that one's reply."""
@@ -140,6 +170,7 @@ class Service:
 
     def disconnected(self, connection: Connection) -> None:
         """Nobody will ask for more; copies of the process may still run (rule 10)."""
+        self._connections.discard(connection)
         attachment = self._attachments.pop(connection, None)
         if attachment is None:
             return
@@ -176,7 +207,7 @@ class Service:
                 f"no common version: this daemon speaks {m.OLDEST_VERSION} to {self._newest}, the client "
                 f"{hello.min_version} to {hello.max_version}"
             )
-        tenant = self._tenants.find(connection.uid, hello.token)
+        tenant = self._tenants.find(connection.uid, hello.token, connection.gids)
         if tenant is None:
             raise ProtocolError(f"uid {connection.uid} is not let in; see the daemon's configuration")
         self._next_epoch += 1
@@ -196,8 +227,8 @@ class Service:
             attachment.epoch,
             namespaces,
             tenant.owns_all,
-            MAX_REQUESTS,
-            MAX_BYTES,
+            self.limits.requests_in_flight,
+            self.limits.num_bytes_in_flight,
         )
         connection.reply(request_id, welcome)
         _LOG.info("event=attach pid=%d tenant=%s version=%d", connection.pid, tenant.name, version)
@@ -501,7 +532,7 @@ class Service:
     def close(self) -> None:
         if self._tick is not None:
             self._tick.cancel()
-        for connection in list(self._attachments):
+        for connection in list(self._connections):
             connection.close()
         self._slow.shutdown(wait=True, cancel_futures=True)
         self.processes.close()
@@ -516,7 +547,7 @@ class Service:
                 "connections": len(self._attachments),
                 "attached_processes": len(self.processes),
                 "left_processes": len(self._left),
-                "waiting_requests": len(self._waiting) + len(self.turns),
+                "waiting_requests": self.num_waiting,
                 "pinned_slots": self.models.pinned_slots(),
                 "stale_requests": self.num_stale,
                 "is_draining": self.is_draining,

@@ -112,6 +112,14 @@ class SharedStore:
             core.memory.start_prefault()
         return store
 
+    def reconfigure(self, config: PagerConfig) -> None:
+        """Quotas and secrets as they are now; what was built at the start stays as it is."""
+        with self.core.lock:
+            self.core.config = config
+            self.core.quotas.update(config.quotas())
+            if self.core.nvme is not None:
+                self.core.nvme.learn(config.secrets_by_owner())
+
     def close(self, timeout_s: float = 60.0) -> None:
         """Write down what only the slab holds, as far as there is room, and let go of memory and disk."""
         self.core.memory.close()
@@ -196,19 +204,22 @@ class SharedStore:
         """Up to `count` slots to write to. Raises Busy when there is none now."""
         with self.core.locked():
             group, holdings = self.core.groups[index], client.holdings[index]
+            asker, pins = client.tenant.tag, self.core.quotas.pins_left(client.tenant.tag)
             count = min(count, holdings.room())
-            room = min(count, group.host_room())
-            slots = group.take_host_slots(room) if room else None
+            room = min(count, group.host_room(asker=asker), count if pins is None else pins)
+            slots = group.take_host_slots(room, asker=asker) if room else None
             if room < count:
-                self.core.make_host_room(group, count)
+                self.core.make_host_room(group, count, asker)
             if slots is None:
-                raise TierFullError(self._why_full(index, holdings, count), retry_after_s=0.02)
+                raise TierFullError(self._why_full(index, holdings, count, pins), retry_after_s=0.02)
             self._zero_foreign(client, index, slots)
-            holdings.reserve(slots, 0)
+            holdings.reserve(slots, asker)
             return slots, group.host.generation[slots].copy()
 
-    def _why_full(self, index: int, holdings: Holdings, count: int) -> str:
+    def _why_full(self, index: int, holdings: Holdings, count: int, pins: int | None) -> str:
         group = self.core.groups[index]
+        if pins == 0:
+            return "the namespace has used up its pins; release slots, or raise pins of its [namespaces] table"
         if not count:
             return f"this client has {holdings.num_slots()} of at most {holdings.lease_limit} slots; release some first"
         held = int((group.host.holds > 0).sum())

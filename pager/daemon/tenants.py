@@ -7,7 +7,7 @@ alone. Tables of tenants come from the configuration; the default knows one, the
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -48,7 +48,7 @@ class Tenant:
 class Tenants(Protocol):
     """The table that a server asks once per connection."""
 
-    def find(self, uid: int, token: str) -> Tenant | None:
+    def find(self, uid: int, token: str, gids: Collection[int] = ()) -> Tenant | None:
         """Who this is, or None: the connection is refused."""
 
 
@@ -58,5 +58,5 @@ class OwnerOnly:
     def __init__(self, secrets: Mapping[str, bytes] | None = None) -> None:
         self._tenant = Tenant("owner", secrets or {}, owns_all=True)
 
-    def find(self, uid: int, token: str) -> Tenant | None:
+    def find(self, uid: int, token: str, gids: Collection[int] = ()) -> Tenant | None:
         return self._tenant if uid == os.getuid() else None

@@ -50,6 +50,7 @@ class Rig:
         backend=None,
         staging: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        calls=None,
         daemon: str | None = None,
         **config,
     ) -> None:
@@ -69,7 +70,7 @@ class Rig:
         else:
             host_bytes = host * block_bytes + (staging_bytes if path else 0)
             given = PagerConfig(device_bytes, host_bytes, nvme_path=path, **settings)
-            self.pager = Pager.open(self.layouts, given, **options)
+            self.pager = Pager.open(self.layouts, given, calls=calls, **options)
         self._counted: list[list[str]] = []  # mismatches of each step that was committed; kernels may still add to them
         self._found: list[str] = []  # those of the step being computed
         self.expected: dict[int, np.ndarray] = {}
