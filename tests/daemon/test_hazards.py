@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from .running import wait_for
 
 HOLDER = """
 import sys
+from collections.abc import Collection
 sys.path.insert(0, {tests!r})
 from daemon.raw import attach, put
 client = attach({address!r})
@@ -43,7 +45,7 @@ class TwoTenants:
     def __init__(self, **options) -> None:
         self._by_token = {name: Tenant(name, {name: name.encode()}, **options) for name in ("one", "two")}
 
-    def find(self, uid: int, token: str) -> Tenant | None:
+    def find(self, uid: int, token: str, gids: Collection[int] = ()) -> Tenant | None:
         return self._by_token.get(token)
 
 
