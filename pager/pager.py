@@ -701,7 +701,9 @@ class Pager:
         self._core.memory.close()
         if self._remote is not None:
             self._remote.close(timeout_s)
-        self.drain(timeout_s)
+        is_drained = self.drain(timeout_s)
+        if self._remote is not None:
+            self._remote.leave(is_drained=is_drained)
         if self._core.nvme is not None:
             self._core.nvme.close()
         self._core.backend.close(timeout_s)

@@ -187,10 +187,8 @@ class DaemonConnection:
         try:
             while True:
                 self._read_frame()
-        except ProtocolError as error:
+        except (OSError, EOFError, KvTierError) as error:
             self._lost(error)
-        except (OSError, EOFError, KvTierError):
-            self._lost(TierUnavailableError(f"the daemon at {self.address} is gone"))
 
     def _read_frame(self) -> None:
         head, fds = _receive_with_fds(self._socket, HEADER.size)
@@ -223,14 +221,16 @@ class DaemonConnection:
             _receive_into(self._socket, part)
         return fields
 
-    def _lost(self, why: KvTierError) -> None:
+    def _lost(self, error: Exception) -> None:
+        """Whoever waits learns why, where the daemon said why."""
+        gone = TierUnavailableError(f"the daemon at {self.address} is gone")
         with self._guard:
             self.is_lost = True
             waiting, self._pending = list(self._pending.values()), {}
         self._socket.close()
         for pending in waiting:
             with contextlib.suppress(Exception):
-                pending.future.set_exception(why)
+                pending.future.set_exception(error if isinstance(error, ProtocolError) else gone)
         self.on_lost()
 
 

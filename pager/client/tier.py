@@ -313,8 +313,7 @@ class RemoteTier:
         }
 
     def close(self) -> None:
-        """No copy of ours runs any more."""
-        self.attachment.goodbye()
+        """Its pager says goodbye, once it knows whether a copy still runs."""
 
     # ------------------------------------------------------------------ inside
     def _with_private_keys(self, stamps: npt.NDArray[Any]) -> npt.NDArray[Any]:

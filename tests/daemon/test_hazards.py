@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,8 @@ from .running import wait_for
 
 HOLDER = """
 import sys
+import time
+from collections.abc import Collection
 sys.path.insert(0, {tests!r})
 from daemon.raw import attach, put
 client = attach({address!r})
@@ -43,7 +47,7 @@ class TwoTenants:
     def __init__(self, **options) -> None:
         self._by_token = {name: Tenant(name, {name: name.encode()}, **options) for name in ("one", "two")}
 
-    def find(self, uid: int, token: str) -> Tenant | None:
+    def find(self, uid: int, token: str, gids: Collection[int] = ()) -> Tenant | None:
         return self._by_token.get(token)
 
 
@@ -265,3 +269,20 @@ def test_a_model_without_clients_makes_room_for_another(tmp_path):
 
 
 __all__ = ["LAYOUT", "Sharing"]
+
+
+def test_closing_with_a_full_disk_ends(tmp_path):
+    """What only memory holds is tried once each; in a full tier blocks would take turns for ever."""
+    room = {"nvme_path": tmp_path / "nvme", "nvme_bytes": 24 * 4096}
+    with InsideDaemon(tmp_path, host_bytes=64 * SIZE, **room) as daemon:
+        client = attach(daemon.address)
+        for number in range(60):
+            put(client, [number])
+            client.unhold(0, key(number))
+        client.goodbye()
+        started_s = time.monotonic()
+        daemon.store.write_down(20.0)
+        assert time.monotonic() - started_s < 10.0
+        daemon.store.check_integrity()
+        d = daemon.store.core.groups[0].directory
+        assert d.nvme_valid.sum() >= 16

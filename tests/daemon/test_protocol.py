@@ -15,7 +15,7 @@ import pytest
 from kvtier.pager.client.address import dial
 from kvtier.pager.client.asynchronous import AsyncDaemonConnection
 from kvtier.pager.client.connection import DaemonConnection, Greeting
-from kvtier.pager.daemon.connection import MAX_REQUESTS
+from kvtier.pager.daemon.settings import Limits
 from kvtier.pager.daemon.turns import Turns
 from kvtier.pager.protocol import fetch_status
 from kvtier.pager.wire import messages as m
@@ -179,7 +179,7 @@ def test_a_peer_that_sends_without_reading_is_held_back(daemon):
     with pytest.raises(TimeoutError):
         for request in range(2, 1 << 20):
             raw.sendall(pack(m.FindModel.KIND, request, {"model_fingerprint": "x" * 60_000}))
-    assert len(connection._in_flight) <= 2 * MAX_REQUESTS
+    assert len(connection._in_flight) <= 2 * Limits().requests_in_flight
     raw.close()
 
 
