@@ -178,13 +178,17 @@ class Parking:
         if core.nvme is None:
             return
 
-        def all_down() -> bool:
+        missing = 0
+
+        def is_over() -> bool:
+            """All down, or no use in trying: what takes no writes will not take these."""
+            nonlocal missing
             missing = 0
             for group, table in zip(core.groups, seq.tables, strict=True):
                 missing += self._push_down(group, table.ids[table.ids >= 0])
-            return missing == 0
+            return missing == 0 or not all(group.can_write_nvme for group in core.groups)
 
-        if core.wait_until(all_down, timeout_s, may_wait_for_pins=may_wait_for_pins):
+        if core.wait_until(is_over, timeout_s, may_wait_for_pins=may_wait_for_pins) and not missing:
             return
         if not all(group.can_write_nvme for group in core.groups):
             raise TierUnavailableError(f"nvme tier at {core.config.nvme_path} takes no writes; {what} is not stored")

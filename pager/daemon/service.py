@@ -113,6 +113,7 @@ class Service:
             m.DropSession.KIND: self._drop_session,
             m.ListSessions.KIND: self._list_sessions,
             m.Goodbye.KIND: self._goodbye,
+            m.FindModel.KIND: self._find_model,
         }
 
     # ------------------------------------------------------------------ connections
@@ -147,7 +148,7 @@ class Service:
     def received(self, connection: Connection, header: Header, body: bytes, payload_bytes: int) -> memoryview | None:
         """Raises ProtocolError where the stream cannot go on; what is wrong with one request is only that one's reply."""
         attachment = self._attachments.get(connection)
-        if header.kind == protocol.STATUS_REQUEST and (attachment is not None or connection.uid >= 0):
+        if header.kind == protocol.STATUS_REQUEST:
             self._answer_status(connection, header)
         elif header.kind == m.Hello.KIND:
             self._hello(connection, header.request_id, m.from_fields(m.Hello, unpack(body)))
@@ -331,6 +332,10 @@ class Service:
         else:
             attachment.connection.reply(request_id, opened)
 
+    def _find_model(self, attachment: Attachment, request_id: int, message: m.FindModel) -> object:
+        _require_version(attachment, 2, "FIND_MODEL")
+        return m.ModelFound(self.models.block_size_of(message.model_fingerprint))
+
     def _client(self, attachment: Attachment, number: int, group: int = 0) -> tuple[SharedStore, Client]:
         client = attachment.stores.get(number)
         if client is None:
@@ -481,7 +486,8 @@ class Service:
     def _get_session(self, attachment: Attachment, request_id: int, message: m.GetSession) -> object:
         store, client = self._client(attachment, message.store)
         record: dict[Any, Any] = store.get_session(client, message.session_id, take=message.take)
-        return m.Session(record)
+        self._when_read(attachment, request_id, m.Session(record))
+        return None
 
     def _drop_session(self, attachment: Attachment, request_id: int, message: m.DropSession) -> object:
         store, client = self._client(attachment, message.store)
@@ -495,7 +501,13 @@ class Service:
             [e.session_id, e.namespace, len(e.token_ids), e.num_computed, store.is_taken(e.session_id), e.is_durable]
             for e in entries
         ]
-        return m.Sessions(rows, more)
+        self._when_read(attachment, request_id, m.Sessions(rows, more))
+        return None
+
+    def _when_read(self, attachment: Attachment, request_id: int, answer: object) -> None:
+        """A large answer waits until the peer has read what there is for it."""
+        if (connection := attachment.connection) is not None:
+            connection.when_read(lambda: connection.reply(request_id, answer))
 
     # ------------------------------------------------------------------ progress
     def _wake(self) -> None:
@@ -543,7 +555,15 @@ class Service:
         }
 
     def _answer_status(self, connection: Connection, header: Header) -> None:
+        """Of all tenants together, so for the daemon's own user and root alone."""
+        if connection.uid not in (0, os.geteuid()):
+            raise ProtocolError("STATUS is answered to the daemon's own user and to root")
         connection.send_frame(header.request_id, pack(protocol.STATUS_REPLY, header.request_id, self.status()))
+
+
+def _require_version(attachment: Attachment, version: int, name: str) -> None:
+    if attachment.connection is None or attachment.connection.version < version:
+        raise ProtocolError(f"{name} came with version {version} of the protocol; this connection speaks an older one")
 
 
 def _can_hold(attachment: Attachment) -> bool:

@@ -354,6 +354,22 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class FindModel:
+    """How the blocks of a model are cut that this daemon knows already, so that clients cut them alike. Since version 2."""
+
+    KIND: ClassVar[int] = 34
+    model_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFound:
+    """`block_size` is 0 where it knows none."""
+
+    KIND: ClassVar[int] = FindModel.KIND | REPLY
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """The reply to a request that failed; `code` is that of tiers/errors.py."""
 
@@ -382,6 +398,7 @@ REQUESTS = (
     ListSessions,
     Goodbye,
     Cancel,
+    FindModel,
 )
 REQUEST_BY_KIND = {message.KIND: message for message in REQUESTS}
 M = TypeVar("M")
