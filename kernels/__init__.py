@@ -11,6 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compressed import dequantize_blocks as dequantize_blocks
+    from .compressed import quantize_blocks as quantize_blocks
     from .dispatch import SlotPlan as SlotPlan
     from .dispatch import StepPlan as StepPlan
     from .dispatch import apply_sink_logits as apply_sink_logits
@@ -26,14 +28,17 @@ if TYPE_CHECKING:
     from .dispatch import plan_step as plan_step
     from .dispatch import scatter_rows as scatter_rows
     from .dispatch import write_kv as write_kv
+    from .formats import PageFormat as PageFormat
     from .views import layer_views as layer_views
 
 _HOME = {
+    "PageFormat": "formats",
     "SlotPlan": "dispatch",
     "StepPlan": "dispatch",
     "apply_sink_logits": "dispatch",
     "block_attention": "dispatch",
     "copy_blocks": "dispatch",
+    "dequantize_blocks": "compressed",
     "gather_rows": "dispatch",
     "layer_views": "views",
     "merge_many": "dispatch",
@@ -43,6 +48,7 @@ _HOME = {
     "paged_prefill": "dispatch",
     "plan_slots": "dispatch",
     "plan_step": "dispatch",
+    "quantize_blocks": "compressed",
     "scatter_rows": "dispatch",
     "write_kv": "dispatch",
 }

@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_cache, triton_common, triton_decode, triton_merge, triton_prefill
+from . import aot_compressed, triton_cache, triton_common, triton_decode, triton_merge, triton_prefill
 
 ARCHS = (90, 80)
 _WORD = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
@@ -143,6 +143,7 @@ def cases(arch: int) -> list[Case]:
         prefill_case("prefill_fp32", arch, torch.float32),
         prefill_case("blocks", arch, CAUSAL=False),
         *_other_cases(),
+        *aot_compressed.cases(Case, arch),
     ]
 
 
