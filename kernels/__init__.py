@@ -11,8 +11,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .compressed import dequantize_blocks as dequantize_blocks
-    from .compressed import quantize_blocks as quantize_blocks
+    from .compressed import compressed_attention as compressed_attention
+    from .compressed import mixed_attention as mixed_attention
+    from .compressed import plan_pages as plan_pages
+    from .conversion import dequantize_blocks as dequantize_blocks
+    from .conversion import quantize_blocks as quantize_blocks
     from .dispatch import SlotPlan as SlotPlan
     from .dispatch import StepPlan as StepPlan
     from .dispatch import apply_sink_logits as apply_sink_logits
@@ -37,18 +40,21 @@ _HOME = {
     "StepPlan": "dispatch",
     "apply_sink_logits": "dispatch",
     "block_attention": "dispatch",
+    "compressed_attention": "compressed",
     "copy_blocks": "dispatch",
-    "dequantize_blocks": "compressed",
+    "dequantize_blocks": "conversion",
     "gather_rows": "dispatch",
     "layer_views": "views",
     "merge_many": "dispatch",
     "merge_states": "dispatch",
+    "mixed_attention": "compressed",
     "paged_attention": "dispatch",
     "paged_decode": "dispatch",
     "paged_prefill": "dispatch",
     "plan_slots": "dispatch",
     "plan_step": "dispatch",
-    "quantize_blocks": "compressed",
+    "plan_pages": "compressed",
+    "quantize_blocks": "conversion",
     "scatter_rows": "dispatch",
     "write_kv": "dispatch",
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import triton_quant
+from . import triton_quant, triton_rows
 from .formats import FORMATS, PageFormat
 
 Make = Callable[[str, Any, dict[str, Any], dict[str, int]], Any]  # makes a case: name, kernel, arguments, options
@@ -21,7 +21,8 @@ def types(names: str, kind: str) -> dict[str, Any]:
 
 def formats() -> list[PageFormat]:
     """Every format at the shape that models in use have, and narrow and wide heads for one of them."""
-    shapes = [PageFormat(name, kv_heads=8, block=64, head_dim=128, group=64) for name in FORMATS]
+    groups = {name: 128 if name == "hack8" else 64 for name in FORMATS}
+    shapes = [PageFormat(name, kv_heads=8, block=64, head_dim=128, group=group) for name, group in groups.items()]
     return [*shapes, PageFormat("int4", 8, 128, 256, group=128), PageFormat("int4", 8, 64, 64, group=32)]
 
 
@@ -59,6 +60,42 @@ def quant_cases(make: Make) -> Iterator[Any]:
             )
 
 
+def rows_case(make: Make, name: str, fmt: PageFormat, arch: int, rows: int, group: int = 4, **arguments: Any) -> Any:
+    """Describe attention on compressed pages for so many query rows per KV head; few are a decode, with splits."""
+    shape = triton_rows.compressed_shape(fmt, group, rows, arch)
+    options = {key: shape.pop(key) for key in ("num_warps", "num_stages")}
+    pointers = dict(q="*i8" if fmt.is_hack else "*bf16", steps="*fp32", pages="*u8", words="*fp16", lse="*fp32")
+    pointers |= types("table turn_ids kv_lens ahead cu_q tile_sequence tile_start", "*i32")
+    numbers = types(
+        "q_row q_head q_turn step_row step_head step_turn page_bytes page_words table_row out_row out_head lse_row lse_head",
+        "i32",
+    )
+    numbers |= types("group head_blocks", "i32") | types("scale_log2 softcap", "fp32")
+    if rows <= 16:
+        numbers |= dict(out="*fp32", out_split="i32")
+    else:
+        numbers |= dict(out="*bf16", out_split=1, lse_head=1)
+    constants = dict(TURNS=False, WINDOW=0, SINKS=0, SOFTCAP=False, ROUND=False)
+    return make(name, triton_rows.compressed_rows, pointers | numbers | constants | shape | arguments, options)
+
+
+def rows_cases(make: Make, arch: int) -> Iterator[Any]:
+    """Describe decode and prefill for every format, and what rules and shapes change in the code."""
+    for fmt in formats():
+        yield rows_case(make, f"decode_{name_of(fmt)}", fmt, arch, 4)
+        yield rows_case(make, f"prefill_{name_of(fmt)}", fmt, arch, 512)
+    fmt = PageFormat("int4", 8, 64, 128, group=64)
+    yield rows_case(make, "decode_int4_window_sinks", fmt, arch, 4, WINDOW=4096, SINKS=4)
+    yield rows_case(make, "decode_int4_softcap", fmt, arch, 4, SOFTCAP=True)
+    yield rows_case(make, "decode_int4_turns", fmt, arch, 4, TURNS=True)
+    yield rows_case(make, "prefill_int4_window_turns", fmt, arch, 512, WINDOW=4096, SINKS=4, TURNS=True)
+    yield rows_case(make, "decode_int4_mqa", fmt, arch, 32, 32)
+    for name, group in (("int4", 32), ("int2", 32), ("int8", 32), ("int2", 128)):
+        fmt = PageFormat(name, 8, 128, 128, group=group)
+        yield rows_case(make, f"decode_{name}_group{group}", fmt, arch, 4)
+
+
 def cases(make: Make, arch: int) -> Iterator[Any]:
     """Describe all kernels of compressed pages."""
     yield from quant_cases(make)
+    yield from rows_cases(make, arch)

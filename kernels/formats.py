@@ -19,6 +19,7 @@ Axis = Literal["channel", "token", "page"]
 
 GROUPS = (32, 64, 128)
 PART_ALIGNMENT, RECORD_ALIGNMENT = 16, 128
+MIN_INTEGER_TOKENS = 32  # the shortest sum that an int8 tensor-core instruction makes
 TABLE_BYTES = 2  # scales and zeros are float16
 MAX_PIECES = 4  # accumulators that the attention kernels keep per row: groups or bit fields of a row of V
 FORMATS: dict[str, tuple[int, Axis, Axis, bool]] = {  # bits, one scale of K per .., of V per .., has zeros
@@ -165,13 +166,21 @@ def _check_part(fmt: PageFormat, field: str, part: Part) -> None:
         raise ValueError(
             f"{field}={part.dim}: {fmt.name} packs {part.fields} channels per byte; use a multiple of that"
         )
+    if fmt.is_hack and fmt.block < MIN_INTEGER_TOKENS:
+        raise ValueError(
+            f"block={fmt.block}: {fmt.name} multiplies integers, {MIN_INTEGER_TOKENS} tokens or more at a time"
+        )
+    if fmt.is_hack and part.group < part.row_bytes and part.axis == "token":
+        raise ValueError(
+            f"group={fmt.group}: {fmt.name} needs groups of {part.row_bytes} channels or more at {field}={part.dim}"
+        )
     if part.axis == "token":
         if part.dim % part.group or max(part.group, part.row_bytes) % min(part.group, part.row_bytes):
             raise ValueError(
                 f"group={fmt.group}: does not divide {field}={part.dim} into rows of {part.row_bytes} bytes; use a group "
                 f"of at least {field} (one scale per token) or another format"
             )
-        if not fmt.is_hack and part.dim // part.piece > MAX_PIECES:
+        if part.dim // part.piece > MAX_PIECES:
             raise ValueError(
                 f"group={fmt.group}: {field}={part.dim} has more than {MAX_PIECES} groups per token; use a larger group"
             )

@@ -78,7 +78,7 @@ def _read_record(record: np.ndarray, part: Part) -> np.ndarray:
             out[:, channel] = (bits >> (field * part.bits) & (2**part.bits - 1)).astype(int) - 2 ** (part.bits - 1)
     count = part.table_shape[0] * part.table_shape[1]
     scales = record[part.scales_at :][: 2 * count].view(np.float16).reshape(part.table_shape).astype(float)
-    zeros = 0 * scales
+    zeros = np.zeros(part.table_shape)
     if part.has_zeros:
         zeros = record[part.zeros_at :][: 2 * count].view(np.float16).reshape(part.table_shape).astype(float)
     for place, tokens, channels in groups(part):
@@ -127,3 +127,17 @@ def compressed_attention(
         keys, values = gather_tokens(k, table[s], kv_len), gather_tokens(v, table[s], kv_len)
         out[rows], lse[rows] = dense_attention(q[rows].cpu(), keys, values, visible, scale=scale, softcap=softcap)
     return out, lse
+
+
+def homomorphic_product(
+    a: Tensor, a_scale: Tensor, a_zero: Tensor, b: Tensor, b_scale: Tensor, b_zero: Tensor
+) -> Tensor:
+    """Return sum (a_scale a + a_zero) (b_scale b + b_zero) over the last axis, from sums of integers alone.
+
+    Shapes: a [.., n], b [.., n] integers in float64; scales and zeros [..], one for all n.
+    Source: HACK (arXiv 2502.03589), equation of section 4: all four terms, none known to be 0.
+    """
+    n, products = a.shape[-1], (a * b).sum(-1)
+    return (
+        a_scale * b_scale * products + a_zero * b_scale * b.sum(-1) + b_zero * a_scale * a.sum(-1) + n * a_zero * b_zero
+    )

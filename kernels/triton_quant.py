@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -174,7 +173,9 @@ def unpack(codes, FIELD: tl.constexpr, BITS: tl.constexpr, IS_FP8: tl.constexpr,
         return codes.to(tl.int8, bitcast=True).to(COMPUTE)
     else:
         code = (codes >> (FIELD * BITS)) & ((1 << BITS) - 1)
-        if COMPUTE == tl.bfloat16:
+        if tl.int8 == COMPUTE:
+            return code.to(tl.int8) - HALF
+        elif tl.bfloat16 == COMPUTE:
             return (code.to(tl.int16) | 0x4300).to(tl.bfloat16, bitcast=True) - (128.0 + HALF)
         else:
             return code.to(tl.int8).to(COMPUTE) - HALF

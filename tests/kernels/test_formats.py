@@ -36,7 +36,8 @@ def test_scales_and_zeros_cost_what_the_group_says(group, bits):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (128, 64)], ids=str)
 def test_parts_are_aligned_and_do_not_overlap(name, dims):
-    fmt = PageFormat(name, kv_heads=2, block=64, head_dim=dims[0], value_dim=dims[1], group=64)
+    group = 128 if name == "hack8" else 64
+    fmt = PageFormat(name, kv_heads=2, block=64, head_dim=dims[0], value_dim=dims[1], group=group)
     for part in (fmt.keys, fmt.values):
         rows, columns = part.table_shape
         table = rows * columns * 2
@@ -58,6 +59,8 @@ def test_parts_are_aligned_and_do_not_overlap(name, dims):
         (dict(value_dim=80, group=32), "group=32.*value_dim=80"),
         (dict(name="int8", head_dim=256, group=32), "value_dim=256.*larger group"),
         (dict(name="hack2", head_dim=96, group=128), "head_dim=96.*power of two"),
+        (dict(name="hack8", group=64), "group=64.*128 channels or more at head_dim=128"),
+        (dict(name="hack2", block=16), "block=16.*32 tokens"),
     ],
     ids=str,
 )

@@ -15,6 +15,14 @@ from kvtier.kernels.formats import FORMATS
 SHAPES = [(64, 64, 32), (32, 64, 64), (16, 32, 32), (128, 128, 128)]  # block, head_dim, group
 
 
+def legal(name: str, heads: int, block: int, dim: int, group: int) -> PageFormat:
+    """The format nearest to what is asked: HACK's wants longer blocks and groups."""
+    if name.startswith("hack"):
+        bits = int(name.removeprefix("hack"))
+        block, group = max(block, 32), max(group, next(g for g in (32, 64, 128) if g >= dim * bits // 8))
+    return PageFormat(name, heads, block, dim, group=group)
+
+
 def make(fmt: PageFormat, count: int, seed: int = 0, outliers: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
     """Random K and V; K with constant outlier channels, as real models have them."""
     generator = torch.Generator().manual_seed(seed)
@@ -43,7 +51,7 @@ def bound(views, k: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_what_is_read_back_is_within_half_a_step(name, shape):
     block, dim, group = shape
-    fmt = PageFormat(name, 2, block, dim, group=group)
+    fmt = legal(name, 2, block, dim, group)
     for outliers in (0.0, 30.0):
         k, v = make(fmt, 3, outliers=outliers)
         pages = compress(fmt, k, v)
@@ -55,7 +63,7 @@ def test_what_is_read_back_is_within_half_a_step(name, shape):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_codes_scales_and_zeros_are_the_reference_s(name):
-    fmt = PageFormat(name, 1, 32, 64, group=32)
+    fmt = legal(name, 1, 32, 64, 32)
     k, v = make(fmt, 1)
     pages = compress(fmt, k, v)
     k = k @ hadamard(64) if fmt.rotates else k
@@ -103,7 +111,7 @@ def test_constant_channels_are_exact(name):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_numbers_that_are_not_finite_are_refused_with_their_place(name, bad):
-    fmt = PageFormat(name, 2, 32, 64, group=32)
+    fmt = legal(name, 2, 32, 64, 32)
     k, v = make(fmt, 2)
     v[1, 1, 20, 40] = bad
     with pytest.raises(ValueError, match="block 1 of those given, KV head 1"):
@@ -112,7 +120,7 @@ def test_numbers_that_are_not_finite_are_refused_with_their_place(name, bad):
 
 def test_zeros_and_tiny_numbers_survive():
     for name in FORMATS:
-        fmt = PageFormat(name, 1, 16, 32, group=32)
+        fmt = legal(name, 1, 16, 32, 32)
         for size in (0.0, 1e-9, 1e-4):
             k, v = (size * x for x in make(fmt, 1))
             out_k, out_v = torch.empty_like(k), torch.empty_like(v)
@@ -142,7 +150,7 @@ def test_conversions_that_do_not_fit_are_refused(monkeypatch):
         quantize_blocks(k, v, [0, 1], pages, [2, 2], fmt)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     name=st.sampled_from(sorted(FORMATS)),
     block=st.sampled_from([16, 32, 128]),
@@ -154,7 +162,7 @@ def test_conversions_that_do_not_fit_are_refused(monkeypatch):
     seed=st.integers(0, 1 << 16),
 )
 def test_any_format_errs_by_half_a_step_at_most(name, block, dim, group, heads, size, shift, seed):
-    fmt = PageFormat(name, heads, block, dim, group=group)
+    fmt = legal(name, heads, block, dim, group)
     k, v = make(fmt, 2, seed)
     v = v * size + shift
     pages = compress(fmt, k, v)
