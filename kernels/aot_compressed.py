@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from . import triton_quant, triton_rows
+from . import triton_quant, triton_rows, triton_select
 from .formats import FORMATS, PageFormat
 
 Make = Callable[[str, Any, dict[str, Any], dict[str, int]], Any]  # makes a case: name, kernel, arguments, options
@@ -99,3 +99,8 @@ def cases(make: Make, arch: int) -> Iterator[Any]:
     """Describe all kernels of compressed pages."""
     yield from quant_cases(make)
     yield from rows_cases(make, arch)
+    pointers = dict(q="*bf16", summaries="*bf16", scores="*fp32") | types("table counts", "*i32")
+    strides = types("q_row q_head s_page s_head s_side table_row out_row out_head", "i32")
+    shape = triton_select.score_shape(128)
+    options = dict(num_warps=shape.pop("num_warps"))
+    yield make("score_blocks", triton_select.score_blocks, pointers | strides | shape | dict(GROUP=4), options)

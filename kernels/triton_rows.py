@@ -230,7 +230,7 @@ def compressed_shape(fmt: PageFormat, group: int, rows: int, arch: int) -> dict[
     is_wide = max(keys.dim, values.dim) > 128
     most = 128 if fmt.bits == 8 else 64
     if is_wide or arch < 90:
-        most = 64 if arch >= 90 or not (is_wide or fmt.is_hack) else 32
+        most = 64 if arch >= 90 or not (is_wide or fmt.name == "hack4") else 32
     m = max(16, min(most, triton.next_power_of_2(rows)))
     heads = min(group, m)
     tile = min(32 if is_wide and m > 16 else 64, fmt.block)
