@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from .dispatch import scatter_rows as scatter_rows
     from .dispatch import write_kv as write_kv
     from .formats import PageFormat as PageFormat
+    from .positions import turned_attention as turned_attention
     from .rope import Turns as Turns
     from .rope import plan_turns as plan_turns
     from .rope import turn_table as turn_table
@@ -72,6 +73,7 @@ _HOME = {
     "select_pages": "selection",
     "summarize_blocks": "selection",
     "turn_table": "rope",
+    "turned_attention": "positions",
     "write_kv": "dispatch",
 }
 __all__ = sorted(_HOME)

@@ -64,6 +64,8 @@ def compressed_attention(
             f"cu_q (or the plan) covers {plan.num_tokens} rows on {plan.num_pages} pages of {plan.block_size} tokens, "
             f"got {q.shape[0]} rows on {len(pages)} pages of {fmt.block}"
         )
+    if (plan.turn_ids is None) != (turns is None):
+        raise ValueError("turns must be given both to the plan and to the attention, or to neither")
     rows = q.contiguous()[None] if turns is None else turn_back(q, turns).contiguous()
     if fmt.rotates:
         rows = (rows.float() @ hadamard(fmt.head_dim, q.device)).to(q.dtype)

@@ -105,7 +105,8 @@ class PagesPlan(StepPlan):
         super().__init__(block_table, kv_lens, cu_q, block_size=block_size, num_pages=num_pages)
         self.turn_ids = None if turn_ids is None else np.ascontiguousarray(to_host(turn_ids))
         if self.turn_ids is not None:
-            check_turns(self.turn_ids, self.kv_lens, block_size, num_turns, tuple(block_table.shape))  # type: ignore[union-attr]
+            shape = tuple(block_table.shape) if isinstance(block_table, Tensor) else np.shape(block_table)
+            check_turns(self.turn_ids, self.kv_lens, block_size, num_turns, shape)
 
     def _check_lengths(self) -> None:
         check_rows_cut(self.num_tokens, self.kv_lens, self.cu_q)
