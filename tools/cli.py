@@ -12,6 +12,9 @@ from pathlib import Path
 from ..tiers.errors import KvTierError
 
 BENCHES = {
+    "attention": "attention over pages, full and compressed, against torch on contiguous KV and the memory's speed",
+    "accuracy": "needles found, and by what margin, with KV in 8, 4 and 2 bits or from selected pages",
+    "kernels": "registers, shared memory and spills of every Triton kernel, without a GPU",
     "decode": "a decode step of an HF model over pages, against transformers' own caches",
     "nvme": "the Zarr store against the disk (fio) and against zarr-python",
     "recovery": "opening a store that lists a million blocks, and an empty one",
