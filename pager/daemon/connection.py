@@ -51,6 +51,9 @@ class Handler(Protocol):
 
     def payload_done(self, connection: Connection, header: Header) -> None: ...
 
+    def drained(self) -> None:
+        """A peer has read what there was for it."""
+
     def disconnected(self, connection: Connection) -> None: ...
 
 
@@ -117,6 +120,7 @@ class Connection(asyncio.BufferedProtocol):
             self._drop_timer = None
         while self._waiting and not self._is_full and not self.is_closed:
             self._waiting.popleft()()
+        self._handler.drained()
         self._read_on()
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -279,6 +283,10 @@ class Connection(asyncio.BufferedProtocol):
     def fail(self, request_id: int, error: KvTierError) -> None:
         retry_ms = max(1, int(error.retry_after_s * 1000)) if isinstance(error, Busy) else 0
         self.reply(request_id, messages.Failure(error.code, str(error)[:2000], retry_ms))
+
+    @property
+    def unsent_bytes(self) -> int:
+        return 0 if self._transport is None or self.is_closed else self._transport.get_write_buffer_size()
 
     def send_frame(self, request_id: int, frame: bytes) -> None:
         """A reply that is packed already."""

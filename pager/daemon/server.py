@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...tiers.errors import ConfigError, InvariantError
+from ...tiers.kernel_calls import keep_heap_small
 from ..wire.messages import VERSION
 from .connection import Connection
 from .manners import Manners
@@ -48,6 +49,7 @@ class Daemon:
 
     def run(self, on_ready: Callable[[], object] = lambda: None) -> int:
         """Serve until told to end. Raises ConfigError when the socket cannot be had."""
+        keep_heap_small()
         listener = self.inherited or listen(self.socket_path, self.socket_mode)
         try:
             return asyncio.run(self._serve(listener, on_ready))

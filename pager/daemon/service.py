@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 TICK_S = 0.1  # how often it looks for clients that are gone, whatever else happens
 SLOW_THREADS = 4
 SESSIONS_PER_REPLY = 1000
-MAX_READ_BYTES = 4 << 20  # of blocks in one reply over the socket
+MAX_UNSENT_BYTES = 4 << 20  # of all connections' replies together; further blocks wait
 MAX_WAIT_S = 60.0
 _LOG = logging.getLogger("kvtier.pagerd")
 T = TypeVar("T")
@@ -81,6 +82,7 @@ class Service:
         self.models, self._tenants, self._loop, self._rules = models, tenants, loop, rules
         self.limits = limits or Limits()
         self._connections: set[Connection] = set()
+        self._unsent: deque[Callable[[], None]] = deque()
         self._newest = newest_version
         self.boot = os.urandom(16)
         self.processes = Clients(rules)
@@ -397,8 +399,10 @@ class Service:
         store, client = self._client(attachment, message.store, message.group)
         slots = _slots(message.slots, client, message.group)
         size = store.core.layouts[message.group].block_bytes
-        if len(slots) * size > max(MAX_READ_BYTES, size):
-            raise ProtocolError(f"READ of {len(slots)} blocks of {size} bytes; at most {MAX_READ_BYTES} bytes at once")
+        if len(slots) * size > max(m.MAX_READ_BYTES, size):
+            raise ProtocolError(
+                f"READ of {len(slots)} blocks of {size} bytes; at most {m.MAX_READ_BYTES} bytes at once"
+            )
         connection = attachment.connection
         assert connection is not None
 
@@ -409,8 +413,20 @@ class Service:
             except KvTierError as error:  # released meanwhile
                 connection.fail(request_id, error)
 
-        connection.when_read(send)
+        connection.when_read(lambda: self._send_in_turn(send))
         return None
+
+    def _send_in_turn(self, send: Callable[[], None]) -> None:
+        """Blocks for many slow readers do not pile up here: beyond a bound they wait for those before them."""
+        if self._unsent or sum(connection.unsent_bytes for connection in self._connections) > MAX_UNSENT_BYTES:
+            self._unsent.append(send)
+        else:
+            send()
+
+    def drained(self) -> None:
+        """Some connection's replies have been read."""
+        while self._unsent and sum(connection.unsent_bytes for connection in self._connections) <= MAX_UNSENT_BYTES:
+            self._unsent.popleft()()
 
     def _begin_write(
         self, attachment: Attachment, header: Header, fields: Fields, payload_bytes: int
@@ -526,6 +542,7 @@ class Service:
 
     def _on_tick(self) -> None:
         self.processes.reap()
+        self.drained()
         self._look()
         self._tick = self._loop.call_later(TICK_S, self._on_tick)
 

@@ -18,6 +18,7 @@ SLAB, BYTES = "slab", "bytes"  # features: blocks through shared memory; blocks 
 FEATURES = (SLAB, BYTES)
 KEY_BYTES = 32
 MAX_KEYS = 1 << 16  # in one request
+MAX_READ_BYTES = 1 << 20  # of blocks in one reply to READ, or one block
 REPLY = 0x80  # a reply has its request's number and this bit
 ERROR = 0xFF
 STORED, IS_HELD = 3, 4  # masks of the bytes in replies: result or place; held for this client
