@@ -21,6 +21,7 @@ from ..tiers.streams import Backend
 from .accounting import Counters, Ghosts
 from .config import PagerConfig, check_namespace
 from .group import BlockGroup
+from .inspection.observer import Observer
 from .keys import KeyChain, unsalted
 from .page_table import BlockTable, Sequence, num_blocks_of
 from .policy import make_policy
@@ -60,6 +61,7 @@ class Core:
         self.fingerprint = "|".join([model_fingerprint, *(layout.fingerprint for layout in layouts)])
         self.counters, self.ghosts = Counters(), Ghosts()
         self.lock = threading.RLock()
+        self.observer = Observer(self.block_size, self.ghosts, clock)
         quotas = self.quotas = Quotas({name: config.quota(name) for name in config.namespace_quotas})
         self.memory = HostMemory(backend, numa=config.host_numa, huge_pages=config.host_huge_pages)
         self.groups = [
@@ -75,6 +77,7 @@ class Core:
                 policy=make_policy(config.policy, window=config.window, sinks=config.sinks, block_size=self.block_size),
                 counters=self.counters,
                 ghosts=self.ghosts,
+                events=self.observer.events,
                 rules=rules,
                 clock=clock,
             )

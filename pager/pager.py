@@ -26,6 +26,8 @@ from ..tiers.streams import Backend
 from .accounting import Counters
 from .config import PagerConfig
 from .core import Core
+from .inspection import requests
+from .inspection.service import InspectionService
 from .lease import Lease, Span
 from .leasing import LeaseFiller
 from .page_table import dropped_from_window, num_blocks_of
@@ -37,7 +39,7 @@ from .rules import ALL_RULES, Rules
 from .sessions import ParkedSession
 from .sizing import plan_sizes, split_blocks
 from .states import NOWHERE, IntArray, PageState, SlotState
-from .status import StatusServer, pager_status
+from .status import pager_status
 from .streaming import CorruptSliceError, SliceStream, Staged
 
 NVME_DISK_SHARE = 0.8  # of the free disk, when nvme_bytes is not given
@@ -56,7 +58,7 @@ class Pager:
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._status_server: StatusServer | None = None
+        self._status_server: InspectionService | None = None
         self._is_closed = False
 
     @classmethod
@@ -218,6 +220,7 @@ class Pager:
             if count:
                 self._core.counters.add("miss_tokens", len(token_ids) - match.tokens)
                 self._core.counters.add("ghost_tokens", match.ghost_tokens)
+                self._core.observer.asked(state, len(token_ids), match)
             return match
 
     def adopt(self, seq: int) -> Match:
@@ -230,6 +233,7 @@ class Pager:
             match = adopt(self._core, state, len(state.token_ids) - 1)
             self._core.counters.add("miss_tokens", len(state.token_ids) - 1 - state.num_computed)
             self._core.counters.add("ghost_tokens", match.ghost_tokens)
+            self._core.observer.asked(state, len(state.token_ids), match)
             return match
 
     def plan_prefill(self, seq: int, max_tokens: int) -> int:
@@ -298,6 +302,7 @@ class Pager:
     def _end(self, seq: int, *, released: bool) -> None:
         with self._core.locked():
             state = self._core.idle_sequence(seq, "ending it")
+            self._core.observer.ended(state)
             self._core.drop_tables(state, released=released)
             del self._core.sequences[seq]
 
@@ -473,6 +478,7 @@ class Pager:
             until_s = self._core.clock() + ttl_s
             for group, table in zip(self._core.groups, self._core.sequence(seq).tables, strict=True):
                 held = table.ids[table.ids >= 0]
+                group.note("pinned", "device", held, "client")
                 group.directory.pinned_until[held] = np.maximum(group.directory.pinned_until[held], until_s)
 
     def prefetch(self, seq: int) -> int:
@@ -583,6 +589,10 @@ class Pager:
         with self._core.locked():
             return pager_status(self._core)
 
+    def note_request(self, seq: int, **told: Any) -> None:
+        """Remember an answered request for inspectors, while its sequence is still open; see inspection/requests.py."""
+        requests.note(self._core, seq, **told)
+
     def poll(self) -> None:
         """Apply finished copies and keep the watermarks; the background thread does this by itself."""
         with self._core.lock:
@@ -646,7 +656,7 @@ class Pager:
         if path is None and self._core.config.nvme_path is not None:
             path = f"{self._core.config.nvme_path}/status.sock"
         if path is not None:
-            self._status_server = StatusServer.start(path, self.status)
+            self._status_server = InspectionService.start(path, self._core)
 
     def _run(self) -> None:
         while not self._stop.is_set():
