@@ -105,8 +105,9 @@ def starved_writeback(core: Core) -> Iterator[Finding]:
     """Dirty pages fill the device tier to its low mark, and nothing takes them or was written down for a second."""
     for group in core.groups:
         dirty, total = int((group.pages.state == PageState.DIRTY).sum()), len(group.pages)
-        ready, low = group.pages.num_free + group.clean_pages(), max(1, int(total * core.config.low_watermark))
-        if dirty < 0.5 * total or ready >= low:
+        clean = group.pages.block[(group.pages.state == PageState.RESIDENT) & group.pages.idle()]
+        ready = group.pages.num_free + len(group.unpinned_by_ttl(clean))
+        if dirty < 0.5 * total or ready >= max(1, int(total * core.config.low_watermark)):
             continue
         last = _recent(core, "demoted")
         quiet_s = core.clock() - float(last["time_s"][-1]) if len(last) else core.clock() - core.observer.started_s
@@ -131,31 +132,23 @@ def _host_holders(group: BlockGroup) -> str:
 
 
 def hogging(core: Core) -> Iterator[Finding]:
-    """One of several sessions holds most of the device tier while others had pages taken away in the last minute."""
-    sizes = [(bytes_by_place(core, owner)["device"], owner) for owner in owners(core)]
+    """One of several open sequences holds most of the device tier, and pages were taken away in the last minute."""
+    sizes = [(bytes_by_place(core, owner)["device"], owner) for owner in owners(core) if owner.seq is not None]
     capacity = sum(len(group.pages) * group.layout.block_bytes for group in core.groups)
-    used = sum(size > 0 for size, _ in sizes)
     largest = max(sizes, key=lambda pair: pair[0], default=None)
-    if largest is None or used + _waiting(core) < 2 or largest[0] < 0.6 * capacity:
+    if largest is None or len(sizes) < 2 or largest[0] < 0.6 * capacity:
         return
-    if not len(_recent(core, "evicted", tier="device", within_s=60.0)) and not len(
-        _recent(core, "demoted", within_s=60.0)
-    ):
+    if not len(_recent(core, "evicted", tier="device", within_s=60.0)):
         return
     size, owner = largest
     yield Finding(
         "one session hogs the device tier",
         "warn",
         f"{owner.name} (namespace {owner.namespace}) holds {format_bytes(size)} of {format_bytes(capacity)}; "
-        f"{len(sizes) - 1} others share the rest",
+        f"{len(sizes) - 1} other open ones share the rest",
         "park it, give it a lower priority, or raise device_bytes",
         f"session {owner.name}",
     )
-
-
-def _waiting(core: Core) -> int:
-    """Sequences that have tokens to compute and no page."""
-    return sum(len(seq.token_ids) > seq.num_computed and not len(seq.tables[0]) for seq in core.sequences.values())
 
 
 def quota_hit(core: Core) -> Iterator[Finding]:

@@ -149,7 +149,7 @@ def test_completion_names_every_verb_and_choice(shell):
     text = inspect("completion", shell).stdout
     for verb in VERBS:
         assert verb.name in text
-    assert "unreferenced" in text and "--slowest" in text or "-l slowest" in text
+    assert "unreferenced" in text and ("--slowest" in text or "-l slowest" in text)
     if subprocess.run(["which", shell], capture_output=True).returncode == 0:
         subprocess.run([shell, "-n"], input=text, text=True, check=True)
 
@@ -216,7 +216,7 @@ def test_prefix_says_how_far_it_hits_and_why_it_breaks(pager, tmp_path):
         and told["runs"] == [{"tier": "nvme", "first": 0, "blocks": 6}]
     )
     changed = tmp_path / "ids.json"
-    changed.write_text(json.dumps(ids[:40] + [9] + ids[41:]))
+    changed.write_text(json.dumps([*ids[:40], 9, *ids[41:]]))
     told = asked(pager, "prefix", changed)
     assert told["hit_tokens"] == 32 and told["break"]["why"] == "never held" and told["break"]["token"] == 32
     assert asked(pager, "prefix", ",".join(map(str, ids)), "--namespace", "other")["hit_tokens"] == 0
