@@ -21,6 +21,7 @@ BENCHES = {
     "prefix": "what a prefix cache saves a RAG pipeline, and loading K/V against memcpy and the disk",
     "host": "moving scattered blocks between the memory tiers, against memcpy",
     "codecs": "how much smaller codecs make KV, how fast on one core, and what a store makes of it",
+    "inspect": "what looking costs: views at a million blocks, the ring of decisions, being watched",
     "metadata": "what the pager's books cost per block of a long prompt",
 }
 

@@ -54,7 +54,9 @@ def test_a_real_request_is_told_line_by_line_and_nothing_is_unexplained(tmp_path
         engine.generate(prompts(), SamplingParams(max_tokens=3))
         usage = session.send([5, 6], SamplingParams(max_tokens=2)).usage
         (told,) = target.ask("why")["requests"]
-        assert told["session"] is None and told["namespace"] == "default" and told["ttft_s"] == pytest.approx(usage.ttft_s)
+        assert (
+            told["session"] is None and told["namespace"] == "default" and told["ttft_s"] == pytest.approx(usage.ttft_s)
+        )
         lines = {line["line"]: line["seconds"] for line in told["lines"]}
         assert sum(lines.values()) == pytest.approx(told["ttft_s"])
         assert lines["unexplained"] < max(0.2 * told["ttft_s"], 0.05)  # s; a busy machine has gaps
