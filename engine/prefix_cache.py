@@ -26,7 +26,8 @@ import numpy as np
 import torch
 
 from ..pager.config import PagerConfig, check_namespace
-from ..pager.pager import NVME_DISK_SHARE, Pager, stored_block_size
+from ..pager.pager import Pager
+from ..pager.stores import NVME_DISK_SHARE, stored_block_size
 from ..tiers.errors import BlockMissError, ConfigError
 from ..tiers.layout import KVLayout
 from .kv_copy import GroupKV, KVCopier

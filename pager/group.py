@@ -8,27 +8,35 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ..tiers.device import DevicePool
 from ..tiers.errors import InvariantError
-from ..tiers.host import HostMemory, HostSlab
 from ..tiers.layout import KVLayout
-from ..tiers.streams import Backend, Event
+from ..tiers.streams import Backend, Event, Stream
 from .accounting import Counters, Ghost, Ghosts
+from .below import LowerTier, Slab, Ticket
 from .cold import ColdSide
 from .directory import Directory
 from .inspection.events import KIND, OF_MOVE, TIER, EventRing
 from .policy import LruPolicy
 from .quota import Quotas
 from .rules import Rule, Rules
-from .states import NOWHERE, HostSlots, IntArray, Pages, PageState, SlotState
-
-if TYPE_CHECKING:
-    from ..tiers.nvme.store import IoTicket, NvmeTier
+from .states import (
+    APPENDED,
+    COPY_IN,
+    COPY_OUT,
+    NOWHERE,
+    HostSlots,
+    IntArray,
+    Pages,
+    PageState,
+    PageUse,
+    SlotState,
+)
 
 MoveKind = Literal["host_to_device", "device_to_host", "nvme_to_host", "host_to_nvme", "nvme_to_nvme"]
 MAX_MOVE_BYTES = 32 << 20  # completions come one per move: smaller moves let copies and their followers overlap
@@ -47,7 +55,7 @@ class Move:
     reason: str
     epoch: int
     started_s: float
-    ticket: IoTicket | None = None
+    ticket: Ticket | None = None
 
 
 class BlockGroup:
@@ -58,11 +66,10 @@ class BlockGroup:
         index: int,
         layout: KVLayout,
         backend: Backend,
-        memory: HostMemory,
+        slab: Slab,
         *,
         num_pages: int,
-        num_host_slots: int,
-        nvme: NvmeTier | None,
+        nvme: LowerTier | None,
         quotas: Quotas,
         policy: LruPolicy,
         counters: Counters,
@@ -71,10 +78,11 @@ class BlockGroup:
         rules: Rules,
         clock: Callable[[], float],
     ) -> None:
-        self.index, self.layout, self.backend = index, layout, backend
+        self.index, self.layout, self.backend, self.quotas = index, layout, backend, quotas
         self.pool = DevicePool(layout, num_pages, backend)
-        self.slab = HostSlab(layout, num_host_slots, memory)
-        self.pages, self.host = Pages(num_pages), HostSlots(num_host_slots)
+        self.slab = slab
+        self.pages, self.host = Pages(num_pages), HostSlots(slab.num_slots)
+        self.host.on_drop = slab.let_go
         self.directory = Directory(self.pages, self.host)
         self.policy, self.counters, self.ghosts, self.rules, self.clock = policy, counters, ghosts, rules, clock
         self.events = events
@@ -241,35 +249,50 @@ class BlockGroup:
         d = self.directory
         d.version[block] += 1
         page = np.array([int(d.page[block])])
-        if self.pages.state[page[0]] == PageState.WRITING_BACK:
+        state = PageState(self.pages.state[page[0]])
+        if state == PageState.WRITING_BACK:
             return  # finish() compares versions (rule 4)
         slot = int(d.host_slot[block])
         if slot >= 0 and self.host.holds[slot] == 0:
             self.leave_host(np.array([block]))
         if self.cold is not None and d.nvme_valid[block]:
             self.cold.leave(np.array([block]))
-        if self.pages.state[page[0]] == PageState.RESIDENT:
-            self.pages.step(page, PageState.DIRTY)
+        if APPENDED[state] != state:
+            self.pages.step(page, APPENDED[state])
 
     # ------------------------------------------------------------------ host slots and nvme slots
-    def take_host_slots(self, n: int, *, keep_clean: bool = False) -> IntArray | None:
+    def take_host_slots(self, n: int, *, keep_clean: bool = False, asker: int | None = None) -> IntArray | None:
         """n free host slots, dropping copies that exist elsewhere, then unreferenced cache; None when short.
 
         `keep_clean`: not those that make a page clean which could be evicted; with them gone it would have to go down.
+        `asker`: the namespace (owner tag) that they are for; its quota holds, and those of others protect them from it.
         """
-        short = n - self.host.num_free
-        if short > 0:
-            victims = self._host_victims(short, keep_clean)
-            if len(victims) < short:
-                return None
-            self._drop_host_copies(victims)
+        room = self.quotas.room(self, "host", asker)
+        if room is not None and not self._drop_victims(n - room, keep_clean, asker, asker):
+            return None
+        if not self._drop_victims(n - self.host.num_free, keep_clean, asker):
+            return None
         return self.host.take_free(n)
 
-    def host_room(self, *, keep_clean: bool = False) -> int:
-        """Host slots that could be taken without any copy."""
-        return self.host.num_free + len(self._host_victims(len(self.host), keep_clean))
+    def _drop_victims(self, n: int, keep_clean: bool, asker: int | None, of: int | None = None) -> bool:
+        """Drop n host copies; False, and none dropped, where there are fewer that may go."""
+        victims = self._host_victims(n, keep_clean, asker, of) if n > 0 else np.empty(0, np.int64)
+        if len(victims) < n:
+            return False
+        if len(victims):
+            self._drop_host_copies(victims)
+        return True
 
-    def _host_victims(self, n: int, keep_clean: bool) -> IntArray:
+    def host_room(self, *, keep_clean: bool = False, asker: int | None = None) -> int:
+        """Host slots that could be taken without any copy, for that namespace."""
+        most = self.host.num_free + len(self._host_victims(len(self.host), keep_clean, asker))
+        room = self.quotas.room(self, "host", asker)
+        if room is None:
+            return most
+        return max(0, min(most, room + len(self._host_victims(len(self.host), keep_clean, asker, asker))))
+
+    def _host_victims(self, n: int, keep_clean: bool, asker: int | None, of: int | None = None) -> IntArray:
+        """Host copies that may go, first to leave first; `of`: that namespace's alone."""
         d = self.directory
         held = self.host.holds > 0
         if not self.rules.holds(Rule.HOST_SLOT_HELD_WHILE_READ):
@@ -277,6 +300,9 @@ class BlockGroup:
         blocks = self.unpinned_by_ttl(self.host.block[(self.host.state == SlotState.VALID) & ~held])
         if self.awaited:
             blocks = blocks[~np.isin(blocks, np.concatenate(self.awaited)) | d.in_device(blocks)]
+        if of is not None:
+            blocks = blocks[d.owner[blocks] == of]
+        blocks = self.quotas.spare(self, "host", blocks, asker)
         below, above = d.nvme_valid[blocks], d.in_device(blocks) & (d.page[blocks] >= 0)
         busy = above & (self.pages.state[np.maximum(d.page[blocks], 0)] == PageState.WRITING_BACK)
         cache_only = ~below & ~above & (d.refs[blocks] == 0)
@@ -293,7 +319,7 @@ class BlockGroup:
         return chosen
 
     def _nvme_takes_more(self) -> bool:
-        return self.can_write_nvme and (self.nvme_room() > 0)
+        return self.can_write_nvme and self.nvme_room() > 0
 
     def _drop_host_copies(self, blocks: IntArray) -> None:
         d = self.directory
@@ -318,10 +344,10 @@ class BlockGroup:
     @property
     def cold_bytes(self) -> int:
         """Of disk, for one block."""
-        return self.cold.tier.geometry(self.index).stride if self.cold is not None else self.layout.block_bytes
+        return self.cold.block_bytes if self.cold is not None else self.layout.block_bytes
 
-    def nvme_room(self) -> int:
-        return self.cold.room() if self.cold is not None else 0
+    def nvme_room(self, asker: int | None = None) -> int:
+        return self.cold.room(asker) if self.cold is not None else 0
 
     def dirty_if_alone(self, blocks: IntArray) -> None:
         d = self.directory
@@ -334,37 +360,41 @@ class BlockGroup:
         """Host -> device for blocks VALID in the host tier, into FREE pages."""
         d, stream = self.directory, self.backend.promote
         slots = d.host_slot[blocks]
-        self.pages.step(pages, PageState.FILLING)
+        self.pages.step(pages, COPY_IN.begins)
         self.pages.block[pages] = blocks
         d.page[blocks] = pages
         self.pages.copies[pages] += 1
         self.host.holds[slots] += 1  # rule 7
-        if self.rules.holds(Rule.COPY_IN_WAITS_READERS):
-            for event in (
-                *self.pages.pending(self.pages.last_read, pages),
-                *self.pages.pending(self.pages.last_write, pages),
-            ):
-                stream.wait(event)  # rule 2
-        stream.copy_rows(self.pool.rows, pages, self.slab.rows, slots)
+        self.order(stream, COPY_IN, pages)  # rule 2
+        stream.copy_rows(self.pool.rows, pages, self.slab.rows, self.slab.place(slots))
         self.submit("host_to_device", blocks, slots, pages, stream.record(), reason)
+
+    def may_demote(self, blocks: IntArray) -> IntArray:
+        """Those of these dirty blocks that have no older copy in a host slot, which somebody still reads from."""
+        return blocks[self.directory.host_slot[blocks] == NOWHERE]
 
     def demote(self, blocks: IntArray, slots: IntArray, reason: str) -> None:
         """Device -> host for DIRTY, idle blocks, into free host slots."""
         d, stream = self.directory, self.backend.demote
         pages = d.page[blocks]
-        self.pages.step(pages, PageState.WRITING_BACK)
+        self.pages.step(pages, COPY_OUT.begins)
         self.pages.copies[pages] += 1
         self.host.stage(slots, blocks)
+        self.slab.begin_write(slots)
         d.host_slot[blocks] = slots
-        if self.rules.holds(Rule.COPY_OUT_WAITS_WRITER):
-            for event in self.pages.pending(self.pages.last_write, pages):
-                stream.wait(event)  # rule 3
-        stream.copy_rows(self.slab.rows, slots, self.pool.rows, pages)
+        self.order(stream, COPY_OUT, pages)  # rule 3
+        stream.copy_rows(self.slab.rows, self.slab.place(slots), self.pool.rows, pages)
         event = stream.record()
         self.pages.note_event(self.pages.copy_out, pages, event)
         if not self.rules.holds(Rule.HOST_SLOT_HELD_WHILE_READ):
             self.host.publish(slots)  # a test took rule 7 out: valid before its copy-out event
         self.submit("device_to_host", blocks, pages, slots, event, reason)
+
+    def order(self, stream: Stream, use: PageUse, pages: IntArray) -> None:
+        """Make later work on a stream wait for what this use of these pages has to wait for (rules 2, 3, 4)."""
+        if self.rules.holds(use.rule):
+            for event in self.pages.awaited(use, pages):
+                stream.wait(event)
 
     def submit(
         self,
@@ -374,7 +404,7 @@ class BlockGroup:
         target: IntArray,
         event: Event,
         reason: str,
-        ticket: IoTicket | None = None,
+        ticket: Ticket | None = None,
     ) -> None:
         versions = self.directory.version[blocks].copy()
         self.moves.append(Move(kind, blocks, source, target, versions, event, reason, self.epoch, self.clock(), ticket))
@@ -418,13 +448,27 @@ class BlockGroup:
     def _finish_promote(self, move: Move, failed: bool) -> None:
         self.pages.copies[move.target] -= 1
         self.host.holds[move.source] -= 1
-        self.pages.step(move.target, PageState.FREE if failed else PageState.RESIDENT)
-        if failed:
-            self.directory.page[move.blocks] = NOWHERE  # rule 8: never published
+        d, intact = self.directory, self.slab.intact(move.source)
+        if not self.rules.holds(Rule.READER_CHECKS_GENERATION):
+            intact[:] = True
+        good = intact & (not failed)
+        self.pages.step(move.target[good], COPY_IN.ends)
+        self.pages.step(move.target[~good], COPY_IN.fails)
+        d.page[move.blocks[~good]] = NOWHERE  # rule 8: never published
+        self._drop_changed(move.blocks[~intact])
+        blocks, pages = move.blocks[good], move.target[good]
+        stale = ~(d.in_host(blocks) | d.nvme_valid[blocks])
+        self.pages.step(pages[stale], PageState.DIRTY)
+
+    def _drop_changed(self, blocks: IntArray) -> None:
+        """Host slots of these blocks hold something else by now (rule 11): read again, or a miss."""
+        if not len(blocks):
             return
-        d = self.directory
-        stale = ~(d.in_host(move.blocks) | d.nvme_valid[move.blocks])
-        self.pages.step(move.target[stale], PageState.DIRTY)
+        self.counters.add("changed_slots", len(blocks))
+        slots = self.directory.host_slot[blocks]
+        self.leave_host(blocks[(slots >= 0) & (self.host.holds[np.maximum(slots, 0)] == 0)])
+        self.forget_lost(blocks, "host")
+        self.unname_lost(blocks)
 
     def _finish_demote(self, move: Move, failed: bool) -> None:
         d = self.directory
@@ -434,8 +478,8 @@ class BlockGroup:
             whole[:] = True
         if failed:
             whole[:] = False
-        self.pages.step(move.source[whole], PageState.RESIDENT)
-        self.pages.step(move.source[~whole], PageState.DIRTY)  # rule 4
+        self.pages.step(move.source[whole], COPY_OUT.ends)
+        self.pages.step(move.source[~whole], COPY_OUT.fails if failed else COPY_OUT.changed)  # rule 4
         staged = self.host.state[move.target] == SlotState.STAGING
         self.host.publish(move.target[whole & staged])
         self.host.drop(move.target[~whole])
@@ -462,11 +506,11 @@ class BlockGroup:
             if move.kind == "host_to_device":
                 self.pages.copies[move.target] -= 1
                 self.host.holds[move.source] -= 1
-                self.pages.step(move.target, PageState.FREE)
+                self.pages.step(move.target, COPY_IN.fails)
                 d.page[move.blocks] = NOWHERE
             elif move.kind == "device_to_host":
                 self.pages.copies[move.source] -= 1
-                self.pages.step(move.source, PageState.DIRTY)
+                self.pages.step(move.source, COPY_OUT.fails)
                 self.host.drop(move.target)
                 d.host_slot[move.blocks] = NOWHERE
             elif self.cold is not None:

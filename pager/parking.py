@@ -17,9 +17,10 @@ from ..tiers.errors import Busy, ConfigError, TierFullError, TierUnavailableErro
 from .core import Core
 from .group import BlockGroup
 from .page_table import BlockTable, Sequence
-from .prefix import Match, adopt, residency, take_tail
+from .prefix import Match, adopt, residency, seal_key, take_back
+from .records import SessionRecords
 from .sessions import ParkedSession, SessionEntry, check_session_id
-from .states import IntArray, PageState
+from .states import NOWHERE, IntArray, PageState
 
 
 class Parking:
@@ -27,19 +28,19 @@ class Parking:
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._records = SessionRecords(core, core.nvme) if core.nvme is not None else None
 
     def recover(self) -> int:
         """Take over what the store remembers: blocks first, then the sessions that refer to them."""
         core = self._core
-        if core.nvme is None:
+        if core.nvme is None or self._records is None:
             return 0
         for group, (slots, stamps) in zip(core.groups, core.nvme.recovered(), strict=True):
             named = stamps["tokens"] > 0
             core.nvme.free(group.index, slots[~named])  # unnamed tails of a process that is gone
             _recover_blocks(group, slots[named], stamps[named])
-        for session_id, record in core.nvme.sessions().items():
-            entry = SessionEntry.from_record(session_id, record)
-            core.sessions[session_id] = entry
+        for entry in self._records.read():
+            core.sessions[entry.session_id] = entry
             self._hold(entry)
         return len(core.sessions)
 
@@ -71,17 +72,17 @@ class Parking:
         self.seal(seq)
         self._write_down(seq, timeout_s, f"session {session_id!r}")
         entry = SessionEntry(session_id, seq.namespace, list(seq.token_ids), seq.num_computed, extra)
-        entry.summary = _summary(seq)
-        if core.nvme is not None:
-            core.nvme.put_session(session_id, entry.to_record())
+        entry.summary, entry.tail_keys = _summary(seq), self._tail_keys(seq)
+        if core.nvme is not None and self._records is not None:
+            self._records.put(entry)
             core.nvme.flush(timeout_s)
-            entry.is_durable = True
+            entry.is_durable = core.nvme.is_durable
         return entry
 
     def _remember(self, entry: SessionEntry) -> None:
         previous = self._core.sessions.get(entry.session_id)
         if previous is not None:
-            self._let_go(previous)
+            self.let_go(previous)
         self._core.sessions[entry.session_id] = entry
 
     def resume(self, session_id: str, namespace: str) -> tuple[Sequence, ParkedSession]:
@@ -130,9 +131,9 @@ class Parking:
             entry = core.sessions.pop(session_id, None)
             if entry is None:
                 raise UnknownSessionError(f"session {session_id!r} is unknown")
-            self._let_go(entry)
-            if core.nvme is not None and entry.is_durable:
-                core.nvme.drop_session(session_id)
+            self.let_go(entry)
+            if self._records is not None and core.nvme is not None and (entry.is_durable or not core.nvme.is_durable):
+                self._records.drop(entry)
 
     # ------------------------------------------------------------------ parking, step by step
     def _seal_tail(self, seq: Sequence) -> None:
@@ -141,16 +142,39 @@ class Parking:
         if not rest:
             return
         seq.chain.extend(seq.keys, seq.token_ids[: full * size])
-        parent = seq.keys[full - 1] if full else None
-        key = seq.chain.seal(parent, seq.token_ids[full * size : seq.num_computed])
+        parent, key = seq.keys[full - 1] if full else None, seal_key(self._core, seq, seq.num_computed)
         for group, table in zip(core.groups, seq.tables, strict=True):
             block = int(table.ids[full])
-            if group.directory.key[block] is None and not group.directory.bind(block, key, parent, rest):
+            if group.directory.key[block] is not None:
+                continue
+            if group.directory.bind(block, key, parent, rest):
+                self._store_by_name(group, block)
+            else:
                 twin = group.directory.by_key[key]
                 if group.directory.is_valid(np.array([twin]))[0]:
                     group.ref(np.array([twin]))
                     table.ids[full] = twin
                     group.unref(np.array([block]))
+
+    def _tail_keys(self, seq: Sequence) -> list[bytes]:
+        """The keys of tail blocks that had names already and so could not be sealed: more tokens than ours made them."""
+        full, rest = divmod(seq.num_computed, self._core.block_size)
+        if not rest:
+            return []
+        sealed = seal_key(self._core, seq, seq.num_computed)
+        keys = [g.directory.key[int(t.ids[full])] for g, t in zip(self._core.groups, seq.tables, strict=True)]
+        return [] if all(key == sealed for key in keys) else [key or b"" for key in keys]
+
+    def _store_by_name(self, group: BlockGroup, block: int) -> None:
+        """A copy below from before the block had a name is found by nobody else, and not after a restart: store it again."""
+        d, one = group.directory, np.array([block])
+        if group.cold is None or d.nvme_slot[block] < 0:
+            return
+        if not d.nvme_valid[block]:
+            d.version[block] += 1  # the write under way counts for nothing
+        elif d.in_device(one)[0] or d.in_host(one)[0]:
+            group.cold.leave(one)
+            group.dirty_if_alone(one)
 
     def _widen_windows(self, seq: Sequence) -> None:
         """Take back, by key, the block before each window: then every point in the last block can be resumed at."""
@@ -192,15 +216,34 @@ class Parking:
     def _push_down(self, group: BlockGroup, blocks: IntArray) -> int:
         """Start what brings these blocks one tier lower; returns how many are not on nvme yet."""
         core, d = self._core, group.directory
+        num_misnamed = self._write_again_if_misnamed(group, blocks[-1:])
         todo = blocks[~d.nvme_valid[blocks]]
         in_host = todo[d.in_host(todo) & (d.nvme_slot[todo] < 0)]
         core.sink_blocks(group, in_host, "park")
         pages = np.maximum(d.page[todo], 0)
         dirty = todo[(d.page[todo] >= 0) & (group.pages.state[pages] == PageState.DIRTY) & group.pages.idle()[pages]]
         if len(dirty):
-            core.make_host_room(group, len(dirty))
+            core.make_host_room(group, len(dirty), int(d.owner[dirty[0]]))
             core.write_back_blocks(group, dirty, "park")
-        return len(todo)
+        return len(todo) + num_misnamed
+
+    def _write_again_if_misnamed(self, group: BlockGroup, tail: IntArray) -> int:
+        """A tail that went down before it was sealed lies there under a name that means nothing after a restart: that
+        copy goes where there is one above. Returns how many there are that have to come up first."""
+        d, cold = group.directory, group.cold
+        if cold is None or not len(tail) or not d.nvme_valid[tail].all() or not d.is_named[tail].all():
+            return 0
+        if cold.tier.stamps(group.index, d.nvme_slot[tail])["key"][0].tobytes() == d.key[int(tail[0])]:
+            return 0
+        if not d.nvme_holds[tail].any() and (d.in_device(tail) | d.in_host(tail)).all():
+            cold.leave(tail)
+            group.dirty_if_alone(tail)
+            return 0
+        if d.host_slot[tail[0]] == NOWHERE and self._core.make_host_room(group, 1):
+            slots = group.take_host_slots(1)
+            if slots is not None:
+                cold.read(tail, slots, "park")
+        return 1
 
     def _leave_device(self, group: BlockGroup, blocks: IntArray) -> None:
         """A parked session gives its pages back, except those that it shares with someone who runs."""
@@ -212,19 +255,17 @@ class Parking:
     # ------------------------------------------------------------------ holding and letting go
     def _hold(self, entry: SessionEntry) -> None:
         """Build the tables of a session from its token ids; a missing block ends what can be used."""
-        core, size = self._core, self._core.block_size
+        core = self._core
         probe = core.begin(entry.namespace)
         try:
             probe.token_ids = list(entry.token_ids)
-            adopt(core, probe, entry.num_computed, count=False)
-            full, rest = divmod(entry.num_computed, size)
-            if rest and probe.num_computed == full * size:
-                take_tail(core, probe, rest)
+            if not take_back(core, probe, entry.num_computed, entry.tail_keys):
+                adopt(core, probe, entry.num_computed, count=False)
             entry.tables, probe.tables = probe.tables, [BlockTable() for _ in core.groups]
         finally:
             del core.sequences[probe.id]
 
-    def _let_go(self, entry: SessionEntry) -> None:
+    def let_go(self, entry: SessionEntry) -> None:
         if entry.tables is not None:
             for group, table in zip(self._core.groups, entry.tables, strict=True):
                 group.unref(table.trim(0))

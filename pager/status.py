@@ -29,13 +29,14 @@ def pager_status(core: Core) -> dict[str, Any]:
     """Tiers, transfers, sessions and counters. Sizes in bytes."""
     tiers = {"device": _device(core), "host": _host(core)}
     if core.nvme is not None:
-        tiers["nvme"] = _nvme(core)
+        tiers[core.nvme.name] = _nvme(core) if core.nvme.is_ring else _daemon(core)
     for name, tier in tiers.items():
+        label = name if name in ("device", "host") else "nvme"
         tier |= {
-            "hit_tokens": int(core.counters.get("hit_tokens", tier=name)),
-            "evicted_blocks": int(core.counters.get("evicted_blocks", tier=name)),
-            "bytes_in": _moved(core, f"_to_{name}"),
-            "bytes_out": _moved(core, f"{name}_to_", prefix=True),
+            "hit_tokens": int(core.counters.get("hit_tokens", tier=label)),
+            "evicted_blocks": int(core.counters.get("evicted_blocks", tier=label)),
+            "bytes_in": _moved(core, f"_to_{label}"),
+            "bytes_out": _moved(core, f"{label}_to_", prefix=True),
         }
     return {
         "version": protocol.VERSION,
@@ -51,6 +52,8 @@ def pager_status(core: Core) -> dict[str, Any]:
         "transfers_in_flight": sum(len(group.moves) for group in core.groups),
         "sequences": len(core.sequences),
         "sessions": len(core.sessions),
+        "policy": core.config.policy,
+        "namespaces": core.quotas.to_dict(),
         "counters": core.counters.to_list(),
     }
 
@@ -110,6 +113,22 @@ def _nvme(core: Core) -> dict[str, Any]:
     total["takes_writes"] = all(group.can_write_nvme for group in core.groups)
     total["path"] = str(core.config.nvme_path)
     return total
+
+
+def _daemon(core: Core) -> dict[str, Any]:
+    """What this client knows of the daemon's blocks; what the daemon holds altogether is its own status to say."""
+    total = dict.fromkeys(_LEVELS, 0)
+    assert core.nvme is not None
+    for group in core.groups:
+        size, d = group.layout.block_bytes, group.directory
+        valid = int(d.nvme_valid.sum())
+        total["capacity_bytes"] += core.nvme.num_slots(group.index) * size
+        total["used_bytes"] += valid * size
+        total["pinned_bytes"] += int((d.nvme_valid & (d.refs > 0)).sum()) * size
+        total["in_flight_bytes"] += int((d.nvme_holds > 0).sum()) * size
+        total["blocks"] += valid
+    missed = int(core.counters.get("missed_blocks", tier="nvme"))
+    return total | core.nvme.status() | {"missed_blocks": missed, "takes_writes": core.nvme.takes_writes}
 
 
 _LEVELS = (

@@ -44,6 +44,7 @@ class Target:
 
     def __init__(self, socket_path: Path | None, store: Path | None, timeout_s: float) -> None:
         self.socket, self.store, self.timeout_s = socket_path, store, timeout_s
+        self.model: int | None = None  # of a daemon that has several open
 
     @classmethod
     def find(cls, where: str | None, *, timeout_s: float = 2.0, env: Mapping[str, str] | None = None) -> Target:
@@ -67,7 +68,8 @@ class Target:
         """One answer. Raises: UnreachableError, TimedOutError, RefusedError, ProtocolError."""
         if self.socket is not None:
             try:
-                return self._ask_socket(self.socket, {"verb": verb, **arguments})
+                chosen = {} if self.model is None else {"model": self.model}
+                return self._ask_socket(self.socket, {"verb": verb, **arguments, **chosen})
             except UnreachableError:
                 if self.store is None:
                     raise

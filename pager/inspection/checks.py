@@ -59,9 +59,7 @@ def _books(core: Core, group: BlockGroup) -> Iterator[Check]:
 
 
 def _references(core: Core, group: BlockGroup) -> Any:
-    tables = [seq.tables[group.index].ids for seq in core.sequences.values()]
-    tables += [e.tables[group.index].ids for e in core.sessions.values() if e.tables is not None]
-    ids = np.concatenate([*tables, np.empty(0, np.int64)])
+    ids = np.concatenate([*core.references(group.index), np.empty(0, np.int64)])
     return np.bincount(ids[ids >= 0], minlength=len(group.directory.refs))
 
 

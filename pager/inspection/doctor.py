@@ -156,7 +156,7 @@ def quota_hit(core: Core) -> Iterator[Finding]:
     refused = len(_recent(core, "refused"))
     for name, quota in core.quotas.to_dict().items():
         smallest = min(group.cold_bytes for group in core.groups)
-        if quota["used_bytes"] + smallest > quota["limit_bytes"]:
+        if quota["used_bytes"] + smallest > quota.get("limit_bytes", float("inf")):
             yield Finding(
                 "quota hit",
                 "warn",
@@ -190,7 +190,7 @@ def refused_writes(core: Core) -> Iterator[Finding]:
         yield Finding(
             "nvme takes no writes",
             "crit",
-            f"{core.config.nvme_path}: {core.nvme.last_write_error or 'unknown error'}; tried again every 30 s",
+            f"{core.config.nvme_path or core.nvme.name}: {core.nvme.last_write_error or 'unknown error'}; tried again later",
             "free space, check permissions and the disk's log; sessions parked meanwhile are not durable",
             "check",
         )

@@ -107,6 +107,21 @@ class Observer:
             self._count_ghosts(lookup, keys[match.tokens // self.block_size :])
         self.recorder.asked(seq.id, num_tokens, keys)
 
+    def looked_up(self, namespace: str, keys: list[bytes], num_hit: int) -> None:
+        """Keys in a row were asked for by somebody whose prompt is not known here, and so many of them found."""
+        self.reuse.used(tags_of(keys))
+        ghosts = 0
+        for key in keys[num_hit:]:
+            if self._ghosts.get(key) is None:
+                break
+            ghosts += 1
+        size, nothing = self.block_size, np.zeros(0, np.uint32)
+        tokens = (len(keys) * size, num_hit * size, ghosts * size)
+        self.lookups.append(Lookup(self.clock(), namespace, None, 0, *tokens, nothing))
+        self.num_lookups += 1
+        if ghosts:
+            self._count_ghosts(self.lookups[-1], keys[num_hit:])
+
     def ended(self, seq: Sequence) -> None:
         """The sequence is going: whatever it has beyond its prompt was its output."""
         self.recorder.ended(seq.id, len(seq.token_ids))

@@ -20,7 +20,7 @@ import xxhash
 
 from ..errors import ConfigError, StoreLockedError, StoreMismatchError
 from ..layout import KVLayout
-from .codecs import NONE, check_codec, codec_for
+from .codecs import check_codec, overhead_of, zarr_codecs
 from .layout import Geometry
 
 FORMAT = 4  # 1: no seal over a block's crc; 2: segments of one size, stamps without an owner; 3: without stored bytes
@@ -178,8 +178,6 @@ def _write_metadata(
 def _make_array(group: Any, index: int, layout: KVLayout, geometry: Geometry, slots: int, codec: str) -> None:
     from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
-    encoder = codec_for(codec, layout)
-    compressor = [] if encoder is None else [encoder.zarr_codec()]
     chunk = (1, *layout.block_shape)
     kinds = _DIM_NAMES if len(chunk) == len(_DIM_NAMES) else ("slot", "layer", "element")
     names = [f"g{index}_{kind}" for kind in kinds]  # of its own, so that xarray takes groups of other sizes
@@ -190,7 +188,7 @@ def _make_array(group: Any, index: int, layout: KVLayout, geometry: Geometry, sl
         dtype=layout.storage_dtype,
         serializer=ShardingCodec(
             chunk_shape=chunk,
-            codecs=[BytesCodec(), *compressor, Crc32cCodec()],
+            codecs=[BytesCodec(), *zarr_codecs(codec, layout), Crc32cCodec()],
             index_codecs=[BytesCodec(), Crc32cCodec()],
             index_location="start",
         ),
@@ -226,12 +224,6 @@ def stored_codecs(path: Path, identity: StoreIdentity | None = None) -> list[str
         raise ConfigError(f"store {path}: {STORE_FILE} does not say how its arrays are stored: {error}") from error
 
 
-def overhead_of(codec: str, layout: KVLayout) -> int | None:
-    """Bytes that an encoded block can have more than the block; None where it is not encoded. Raises ConfigError."""
-    encoder = None if codec == NONE else codec_for(codec, layout)
-    return None if encoder is None else encoder.overhead_bytes
-
-
 def grow_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> list[Geometry]:
     """Let the arrays' shapes reach at least num_slots. zarr is loaded only when one has to grow.
 
@@ -251,8 +243,7 @@ def grow_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> li
         if has < wanted:
             import zarr
 
-            if (encoder := codec_for(arrays[index]["codec"], identity.layouts[index])) is not None:
-                encoder.zarr_codec()  # zarr then knows it, also where an older installation lacks the entry point
+            zarr_codecs(arrays[index]["codec"], identity.layouts[index])  # known also without the entry point
             array = zarr.open_array(str(file.parent), mode="r+")
             array.resize((wanted, *array.shape[1:]))
     return geometries

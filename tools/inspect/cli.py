@@ -61,6 +61,9 @@ def parser() -> argparse.ArgumentParser:
     common.add_argument("--no-color", action="store_true", help="no colour (as NO_COLOR does)")
     common.add_argument("--ascii", action="store_true", help="no characters beyond ASCII")
     common.add_argument("--timeout", type=float, metavar="SEC", help="how long to wait for an answer (default 2)")
+    common.add_argument(
+        "--model", type=int, metavar="N", help="of a daemon with several models open (`status` lists them)"
+    )
     for action in common._actions:  # given before the verb or after it
         action.default = argparse.SUPPRESS
     top = Parser(
@@ -100,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     where = getattr(arguments, "target", None) or getattr(arguments, "socket", None)
     context = verbs.Context(
-        target=lambda: Target.find(where, timeout_s=getattr(arguments, "timeout", None) or 2.0),
+        target=lambda: _found(arguments, where),
         style=style_for(
             sys.stdout,
             os.environ,
@@ -112,6 +115,12 @@ def _run(arguments: argparse.Namespace) -> int:
     )
     code: int = arguments.run(context)
     return code
+
+
+def _found(arguments: argparse.Namespace, where: str | None) -> Target:
+    target = Target.find(where, timeout_s=getattr(arguments, "timeout", None) or 2.0)
+    target.model = getattr(arguments, "model", None)
+    return target
 
 
 def _code_of(error: KvTierError) -> int:

@@ -16,7 +16,12 @@ def status(told: dict[str, Any], style: Style) -> Lines:
     if told.get("source") == "store":
         yield from _store(told["store"])
         return
+    if "tiers" not in told:
+        yield f"pagerd up {age(told['daemon']['uptime_s'])}: no model is open; {told['daemon']['connections']} clients"
+        return
     yield from header(told, style)
+    if "daemon" in told:
+        yield _daemon(told["daemon"], told["model"], told["models"])
     for finding in told.get("findings", ()):
         if finding["severity"] != "info":
             mark = style.severity(f"  ! {finding['severity'].upper()}", finding["severity"])
@@ -28,6 +33,14 @@ def status(told: dict[str, Any], style: Style) -> Lines:
         yield from _cold(told["tiers"]["nvme"])
     if "restart" in told:
         yield _restart(told["restart"])
+
+
+def _daemon(daemon: dict[str, Any], model: int, models: list[int]) -> str:
+    others = f" of {', '.join(map(str, models))}" if len(models) > 1 else ""
+    return (
+        f"pagerd: model {model}{others}  clients {daemon['connections']}  waiting {daemon['waiting_requests']}  "
+        f"leased slots {daemon['pinned_slots']}" + ("  DRAINING" if daemon["is_draining"] else "")
+    )
 
 
 def header(told: dict[str, Any], style: Style) -> Lines:
@@ -111,7 +124,8 @@ def _cold(cold: dict[str, Any]) -> Lines:
         if number:
             yield f"nvme: {number:,} {what}"
     for name, quota in cold["namespaces"].items():
-        yield f"nvme namespace {name}: {_unit(quota['used_bytes'])} of {_unit(quota['limit_bytes'])}"
+        limit = _unit(quota["limit_bytes"]) if "limit_bytes" in quota else "no limit"
+        yield f"nvme namespace {name}: {_unit(quota['used_bytes'])} of {limit}"
 
 
 def _unit(n: float) -> str:
