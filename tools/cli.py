@@ -26,6 +26,7 @@ BENCHES = {
     "codecs": "how much smaller codecs make KV, how fast on one core, and what a store makes of it",
     "tenants": "what encryption at rest costs, and whether a lookup tells what another tenant has",
     "daemon": "pagerd: look-ups by one and eight clients against a call in-process, blocks through its slab against memcpy",
+    "inspect": "what looking costs: views at a million blocks, the ring of decisions, being watched",
     "metadata": "what the pager's books cost per block of a long prompt",
 }
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from ...tiers.errors import ConfigError, InvariantError
 from ...tiers.kernel_calls import keep_heap_small
+from ..inspection.publisher import Publisher
 from ..wire.messages import VERSION
 from .connection import Connection
 from .manners import Manners
@@ -78,10 +79,13 @@ class Daemon:
             servers.append(await loop.create_server(lambda: Connection(service, loop), sock=there, ssl=context))
         if self.manners is not None:
             await self.manners.begin(service, tenants)
+        publisher = Publisher.start(self.socket_path, service.inspector.published)
         _LOG.info("event=ready socket=%s pid=%d", self.socket_path, os.getpid())
         on_ready()
         await stop.wait()
         _LOG.info("event=drain")
+        if publisher is not None:
+            publisher.close()
         service.is_draining = True
         for server in servers:
             server.close()
