@@ -40,8 +40,20 @@ def _show(target: str, *, as_json: bool) -> None:
         print(json.dumps(status))
     elif status["source"] == "store":
         _print_store(status["store"])
+    elif status["source"] == "daemon":
+        print(
+            f"pagerd without a model: nobody has opened one since it started; {status['host_bytes']} bytes are for them"
+        )
     else:
         _print_pager(status)
+    if not as_json and "daemon" in status:
+        _print_daemon(status["daemon"])
+
+
+def _print_daemon(daemon: dict[str, Any]) -> None:
+    ways = ("connections", "attached_processes", "left_processes", "pinned_slots", "waiting_requests")
+    counts = ", ".join(f"{daemon[name]} {name.replace('_', ' ')}" for name in ways)
+    print(f"daemon: up {daemon['uptime_s']:.0f} s, {counts}{', draining' if daemon['is_draining'] else ''}")
 
 
 def _add_rates(status: dict[str, Any], target: str) -> None:
