@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
@@ -266,6 +267,7 @@ class Engine:
 
     def _settle(self, request: Request) -> None:
         """After its last step: give back what it held, end the twins that never began, say so."""
+        self._remember(request)
         self._free(request)
         if request.beams is not None:
             request.beams.give_up(request)
@@ -274,6 +276,19 @@ class Engine:
                 twin.end(request.output.finish_reason, request.error)
         if request.on_end is not None:
             request.on_end(request)
+
+    def _remember(self, request: Request) -> None:
+        """Where its time to first token went, for whoever asks later."""
+        if request.seq >= 0:
+            self.pager.note_request(
+                request.seq,
+                name=request.name,
+                age_s=request.ledger.age_s,
+                outcome=request.output.finish_reason or "",
+                lines_s=request.ledger.to_dict(),
+                usage={name: float(value) for name, value in asdict(request.usage).items()}
+                | {"prefill_s_per_token": self.scheduler.prefill_s_per_token},
+            )
 
     def extend(self, seq: int, limit: int) -> list[int]:
         """Greedily continue a sequence by at most `limit` tokens, its uncomputed ones first. For drafting."""

@@ -17,7 +17,7 @@ from ..tiers.errors import Busy, ConfigError, TierFullError, TierUnavailableErro
 from .core import Core
 from .group import BlockGroup
 from .page_table import BlockTable, Sequence
-from .prefix import adopt, residency, seal_key, take_back
+from .prefix import Match, adopt, residency, seal_key, take_back
 from .records import SessionRecords
 from .sessions import ParkedSession, SessionEntry, check_session_id
 from .states import NOWHERE, IntArray, PageState
@@ -48,6 +48,7 @@ class Parking:
         core = self._core
         entry = self._record(session_id, seq, extra, timeout_s)
         with core.locked():
+            core.observer.ended(seq)
             self._remember(entry)
             entry.tables = seq.tables
             del core.sequences[seq.id]
@@ -104,7 +105,7 @@ class Parking:
             entry.active_seq = seq.id
             if seq.num_computed == 0 and entry.num_computed >= core.block_size:
                 adopt(core, seq, entry.num_computed, count=False)
-            self._count_hits(seq)
+            core.observer.asked(seq, seq.num_computed, self._count_hits(seq))
             core.counters.add("resumed_sessions", 1)
             return seq, ParkedSession(session_id, list(seq.token_ids), seq.num_computed, dict(entry.extra))
 
@@ -144,11 +145,7 @@ class Parking:
         parent, key = seq.keys[full - 1] if full else None, seal_key(self._core, seq, seq.num_computed)
         for group, table in zip(core.groups, seq.tables, strict=True):
             block = int(table.ids[full])
-            if group.directory.key[block] is not None:
-                continue
-            if group.directory.bind(block, key, parent, rest):
-                self._store_by_name(group, block)
-            else:
+            if group.directory.key[block] is None and not group.directory.bind(block, key, parent, rest):
                 twin = group.directory.by_key[key]
                 if group.directory.is_valid(np.array([twin]))[0]:
                     group.ref(np.array([twin]))
@@ -163,17 +160,6 @@ class Parking:
         sealed = seal_key(self._core, seq, seq.num_computed)
         keys = [g.directory.key[int(t.ids[full])] for g, t in zip(self._core.groups, seq.tables, strict=True)]
         return [] if all(key == sealed for key in keys) else [key or b"" for key in keys]
-
-    def _store_by_name(self, group: BlockGroup, block: int) -> None:
-        """A copy below from before the block had a name is found by nobody else, and not after a restart: store it again."""
-        d, one = group.directory, np.array([block])
-        if group.cold is None or d.nvme_slot[block] < 0:
-            return
-        if not d.nvme_valid[block]:
-            d.version[block] += 1  # the write under way counts for nothing
-        elif d.in_device(one)[0] or d.in_host(one)[0]:
-            group.cold.leave(one)
-            group.dirty_if_alone(one)
 
     def _widen_windows(self, seq: Sequence) -> None:
         """Take back, by key, the block before each window: then every point in the last block can be resumed at."""
@@ -274,11 +260,12 @@ class Parking:
                 group.unref(table.trim(0))
             entry.tables = None
 
-    def _count_hits(self, seq: Sequence) -> None:
+    def _count_hits(self, seq: Sequence) -> Match:
         """A resumed token is a hit for the tier that holds it now."""
         now = residency(self._core, seq)
         for tier in ("device", "host", "nvme"):
             self._core.counters.add("hit_tokens", getattr(now, f"{tier}_tokens"), tier=tier)
+        return now
 
 
 def _summary(seq: Sequence) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ...tiers.layout import KVLayout, format_bytes
 from ..config import PagerConfig
 
 if TYPE_CHECKING:
+    from ..core import Core
     from .reading import LeaseRequest
     from .store import Client, SharedStore
     from .tenants import Tenant
@@ -121,6 +122,10 @@ class Models:
 
     def advance(self) -> list[LeaseRequest]:
         return [request for store in list(self._stores.values()) for request in store.advance()]
+
+    def cores(self) -> dict[int, Core]:
+        """The pagers that are open, by number."""
+        return {number: store.core for number, store in list(self._stores.items())}
 
     def pinned_slots(self) -> int:
         return sum(store.pinned_slots() for store in list(self._stores.values()))

@@ -37,6 +37,7 @@ from ..states import IntArray
 from ..wire import messages as m
 from ..wire.frames import Fields, Header, pack, unpack
 from .connection import Connection
+from .inspecting import DaemonInspector, may_inspect
 from .models import Models
 from .settings import Limits
 from .tenants import Tenant, Tenants
@@ -97,6 +98,7 @@ class Service:
         self._started_s = time.monotonic()
         self.is_draining = False
         self.num_stale = 0
+        self.inspector = DaemonInspector(models, self.status)
         models.on_progress = self._wake
         self._tick: asyncio.TimerHandle | None = loop.call_later(TICK_S, self._on_tick)
         self._verbs: dict[int, Callable[[Attachment, int, Any], object]] = {
@@ -150,8 +152,10 @@ class Service:
     def received(self, connection: Connection, header: Header, body: bytes, payload_bytes: int) -> memoryview | None:
         """Raises ProtocolError where the stream cannot go on; what is wrong with one request is only that one's reply."""
         attachment = self._attachments.get(connection)
-        if header.kind == protocol.STATUS_REQUEST and (attachment is not None or connection.uid >= 0):
+        if header.kind == protocol.STATUS_REQUEST:
             self._answer_status(connection, header)
+        elif header.kind == protocol.INSPECT_REQUEST and may_inspect(connection.uid):
+            self._inspect(connection, header, bytes(body))
         elif header.kind == m.Hello.KIND:
             self._hello(connection, header.request_id, m.from_fields(m.Hello, unpack(body)))
         elif attachment is None:
@@ -571,7 +575,24 @@ class Service:
             }
         }
 
+    def _inspect(self, connection: Connection, header: Header, body: bytes) -> None:
+        """On a thread: a view of a million blocks takes longer than a client should wait."""
+
+        def say(reply: asyncio.Future[bytes]) -> None:
+            if reply.exception() is None:
+                connection.send_frame(header.request_id, reply.result())
+            else:
+                _LOG.error("event=inspect_failed reason=%s", reply.exception())
+                connection.fail(
+                    header.request_id, KvTierError("the question could not be answered; see the daemon's log")
+                )
+
+        self._loop.run_in_executor(self._slow, self.inspector.reply, header.request_id, body).add_done_callback(say)
+
     def _answer_status(self, connection: Connection, header: Header) -> None:
+        """Of all tenants together, so for the daemon's own user and root alone."""
+        if connection.uid not in (0, os.geteuid()):
+            raise ProtocolError("STATUS is answered to the daemon's own user and to root")
         connection.send_frame(header.request_id, pack(protocol.STATUS_REPLY, header.request_id, self.status()))
 
 

@@ -2,7 +2,7 @@
 
 Look-ups of a prompt's keys by clients in processes of their own, against the same look-up called in this process; blocks put
 into and read from the daemon's slab, against a plain memcpy of as many bytes from and to the same memory, in the same rounds.
-Every reply is checked.
+A local Valkey or Redis and LMCache's own server do the same work in those rounds (daemon_peers.py). Every reply is checked.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ...pager.keys import owner_tag
 from ...tiers.errors import ConfigError, TierUnavailableError
 from ...tiers.nvme.manifest import STAMP
 from .daemon_client import LOOKUP_LAYOUT, MODEL, keys_of
+from .daemon_peers import Peers
 from .harness import Row, interleave, medians
 
 BLOCKS = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, block_size=32, dtype="bfloat16")  # 2 MiB
@@ -45,14 +46,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--blocks", type=int, default=64, metavar="N", help="2 MiB blocks per round (default 64)")
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="blocks per message (default 16)")
     parser.add_argument("--rounds", type=int, default=9, metavar="N")
+    parser.add_argument(
+        "--lmcache", metavar="PYTHON", help="a Python that has lmcache installed, to measure its server too"
+    )
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
     """Rows in ms and GB/s. Raises ConfigError for sizes that measure nothing, TierUnavailableError without a daemon."""
     if min(arguments.keys, arguments.blocks, arguments.batch, arguments.rounds) < 1 or arguments.seconds <= 0:
         raise ConfigError("--keys, --blocks, --batch, --rounds and --seconds must be at least 1")
-    with tempfile.TemporaryDirectory(prefix="kvtier-") as folder:
-        return _lookups(Path(folder), arguments) + _copies(Path(folder), arguments)
+    with tempfile.TemporaryDirectory(prefix="kvtier-") as name:
+        folder = Path(name)
+        lookups = _lookups(folder, arguments)
+        with Peers(folder, blocks=arguments.blocks, keys=arguments.keys, lmcache=arguments.lmcache) as peers:
+            copies, ours_s = _copies(folder, arguments, peers)
+            ours_s["lookup"] = lookups[0].value / 1e3  # p50 of one client
+            return [*lookups, *copies, *peers.rows(ours_s)]
 
 
 # ---------------------------------------------------------------------- look-ups
@@ -174,7 +183,8 @@ class _Copies:
             np.copyto(self.target[i], self.client.rows[0][i])
 
 
-def _copies(folder: Path, arguments: argparse.Namespace) -> list[Row]:
+def _copies(folder: Path, arguments: argparse.Namespace, peers: Peers) -> tuple[list[Row], dict[str, float]]:
+    """Rows, and seconds of put and get. The peers take their turns in the same rounds."""
     size = BLOCKS.block_bytes
     blocks, batch = arguments.blocks, min(arguments.batch, arguments.blocks)
     with _daemon(folder, host_bytes=max(2 * blocks, 5 * batch) * size) as address:
@@ -183,14 +193,14 @@ def _copies(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         copies = _Copies(client, blocks, batch, source, np.ones((blocks, size), np.uint8))
         ours = {"put": copies.put, "get": copies.get}
         limits = {"put limit": copies.into_slab, "get limit": copies.out_of_slab}
-        order = {"put limit": limits["put limit"], **ours, "get limit": limits["get limit"]}
+        order = {"put limit": limits["put limit"], **ours, "get limit": limits["get limit"], "peers": peers.run_round}
         seconds = medians(interleave(order, arguments.rounds, warmup=2))
         copies.put()
         copies.get()
         assert (copies.target == source).all()
         client.goodbye()
     moved, case = blocks * size * 1e-9, f"{blocks} blocks of 2 MiB, {batch} a message"
-    return [
+    rows = [
         Row(
             case,
             name,
@@ -203,6 +213,7 @@ def _copies(folder: Path, arguments: argparse.Namespace) -> list[Row]:
         )
         for name in ours
     ]
+    return rows, {name: seconds[name] for name in ours}
 
 
 # ---------------------------------------------------------------------- parts
