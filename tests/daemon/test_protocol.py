@@ -23,7 +23,6 @@ from kvtier.pager.wire.frames import HEADER, MAX_DEPTH, pack, unpack
 from kvtier.tiers.cpu import CpuBackend, HostEvent
 from kvtier.tiers.errors import KvTierError, ProtocolError, TierUnavailableError
 from kvtier.tiers.streams import AllDone
-from kvtier.tools.inspect import main as inspect_main
 
 from ..pager.harness import Rig
 from .inside import InsideDaemon
@@ -301,15 +300,4 @@ def test_status_needs_no_hello(daemon):
     status = fetch_status(daemon.address)
     assert status["daemon"]["connections"] == 1 and status["daemon"]["pinned_slots"] == 1
     assert status["tiers"]["host"]["blocks"] == 1
-    client.goodbye()
-
-
-def test_the_inspector_looks_at_a_daemon(daemon, capsys):
-    assert inspect_main(["status", daemon.address]) == 0
-    assert "pagerd without a model" in capsys.readouterr().out
-    client = attach(daemon.address)
-    put(client, [1], keep=True)
-    assert inspect_main(["status", daemon.address]) == 0
-    out = capsys.readouterr().out
-    assert "1 connections" in out and "1 pinned slots" in out and "device" not in out
     client.goodbye()
