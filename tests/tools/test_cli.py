@@ -100,14 +100,14 @@ def test_inspect_reads_a_running_pager_and_then_its_store_at_rest(capsys, tmp_pa
     assert code == 3 and "no such socket or store" in err
 
 
-def test_pagerd_checks_a_configuration_and_says_that_it_serves_nobody_yet(capsys, tmp_path):
+def test_pagerd_checks_a_configuration_and_refuses_in_one_line(capsys, tmp_path):
     file = tmp_path / "c.toml"
     file.write_text('device_bytes = "1GiB"\n')
     assert run(capsys, pagerd.main, "--config", file, "--check-config")[:2] == (0, "config ok\n")
     file.write_text("nonsense = 1\n")
     assert run(capsys, pagerd.main, "--config", file, "--check-config")[0] == 2
-    code, _, err = run(capsys, pagerd.main)
-    assert code == 2 and "not in this version" in err
+    code, _, err = run(capsys, pagerd.main, "--socket", tmp_path)
+    assert code == 2 and "is no socket" in err
 
 
 def test_doctor_says_what_each_missing_thing_costs(capsys, tmp_path):
