@@ -24,7 +24,17 @@ from .settings import read_settings
 
 # of a file that pagerd reads too, see daemon/settings.py (a test compares)
 DAEMON_SETTINGS = (
-    *("socket", "listen", "tls_cert", "tls_key", "metrics", "max_models", "slab_uids", "root_secret_file"),
+    *(
+        "socket",
+        "socket_mode",
+        "listen",
+        "tls_cert",
+        "tls_key",
+        "metrics",
+        "max_models",
+        "slab_uids",
+        "root_secret_file",
+    ),
     *("log_format", "log_level", "limits", "namespaces"),
 )
 MAX_IO_DEPTH = 256

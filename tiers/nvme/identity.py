@@ -30,6 +30,7 @@ SPARE_DIR = "blocks.new"  # Zarr metadata on its way
 NEW_SEGMENT_FILE = "segment.new"  # a segment until it is whole
 SESSIONS_DIR, SPARE_SESSIONS_FILE = "sessions.zarr", "sessions.new"  # see session_table.py
 _OURS = {STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR, "status.sock", "manifest.new", "store.json.new"}
+_OURS |= {"status.sock.page", "status.sock.page.new", "status.sock.history"}  # see pager/inspection
 _OURS |= {PROBE_FILE, NEW_SEGMENT_FILE, SPARE_DIR, SESSIONS_DIR, SPARE_SESSIONS_FILE}
 _DIM_NAMES = ("slot", "layer", "kv", "head", "token", "dim")
 
