@@ -64,6 +64,8 @@ class ColdSide:
     def admit(self, blocks: IntArray) -> IntArray:
         """Those of these blocks that their namespaces' quotas let in, after evicting for them what the quotas say."""
         admitted, victims = self.quotas.admit(self.group, blocks)
+        if len(admitted) < len(blocks):
+            self.group.note("refused", "nvme", np.setdiff1d(blocks, admitted), "quota")
         if len(victims):
             self.drop_copies(victims, "quota")
         return admitted
@@ -106,6 +108,8 @@ class ColdSide:
         """A checksum, key or generation did not match: the copy is gone, counted, and never served."""
         group, d = self.group, self.group.directory
         group.counters.add(self.tier.loss_counter, len(blocks), tier="nvme")
+        is_corrupt = self.tier.loss_counter == "corrupt_blocks"
+        group.note("corrupt" if is_corrupt else "failed", "nvme", blocks, self.tier.loss_counter)
         self.tier.quarantine(self.index, d.nvme_slot[blocks])
         d.nvme_slot[blocks] = NOWHERE
         d.nvme_valid[blocks] = False

@@ -23,6 +23,7 @@ from .accounting import Counters, Ghosts
 from .below import LowerTier, Slab
 from .config import PagerConfig, check_namespace
 from .group import BlockGroup
+from .inspection.observer import Observer
 from .keys import KeyChain, unsalted
 from .page_table import BlockTable, Sequence, num_blocks_of
 from .policy import make_policy
@@ -71,6 +72,7 @@ class Core:
         self.fingerprint = "|".join([model_fingerprint, *(layout.fingerprint for layout in layouts)])
         self.counters, self.ghosts = Counters(), Ghosts()
         self.lock = threading.RLock()
+        self.observer = Observer(self.block_size, self.ghosts, clock)
         quotas = self.quotas = Quotas(config.quotas(), clock)
         self.memory = HostMemory(backend, numa=config.host_numa, huge_pages=config.host_huge_pages)
         self.groups = [
@@ -85,6 +87,7 @@ class Core:
                 policy=make_policy(config.policy, window=config.window, sinks=config.sinks, block_size=self.block_size),
                 counters=self.counters,
                 ghosts=self.ghosts,
+                events=self.observer.events,
                 rules=rules,
                 clock=clock,
             )
@@ -286,9 +289,10 @@ class Core:
         with self.lock:
             for index, group in enumerate(self.groups):
                 reserved = [holder.reserved(index) for holder in self.holders]
-                _check_group(group, self._references(index), np.concatenate([np.empty(0, np.int64), *reserved]))
+                _check_group(group, self.references(index), np.concatenate([np.empty(0, np.int64), *reserved]))
 
-    def _references(self, index: int) -> Iterator[IntArray]:
+    def references(self, index: int) -> Iterator[IntArray]:
+        """Block ids of one layer group, once per reference."""
         for seq in self.sequences.values():
             yield seq.tables[index].ids
         for entry in self.sessions.values():

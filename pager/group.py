@@ -21,6 +21,7 @@ from .accounting import Counters, Ghost, Ghosts
 from .below import LowerTier, Slab, Ticket
 from .cold import ColdSide
 from .directory import Directory
+from .inspection.events import KIND, OF_MOVE, TIER, EventRing
 from .policy import LruPolicy
 from .quota import Quotas
 from .rules import Rule, Rules
@@ -73,6 +74,7 @@ class BlockGroup:
         policy: LruPolicy,
         counters: Counters,
         ghosts: Ghosts,
+        events: EventRing,
         rules: Rules,
         clock: Callable[[], float],
     ) -> None:
@@ -83,6 +85,7 @@ class BlockGroup:
         self.host.on_drop = slab.let_go
         self.directory = Directory(self.pages, self.host)
         self.policy, self.counters, self.ghosts, self.rules, self.clock = policy, counters, ghosts, rules, clock
+        self.events = events
         self.moves: list[Move] = []
         self.awaited: list[
             IntArray
@@ -102,12 +105,14 @@ class BlockGroup:
     # ------------------------------------------------------------------ references and recency
     def touch(self, blocks: IntArray, distance_tokens: IntArray | None = None) -> None:
         self.tick += 1
+        self.directory.used_s[blocks] = self.clock()
         self.policy.on_access(blocks, self.tick, distance_tokens)
 
     def touch_chain(self, blocks: IntArray, depth: IntArray) -> None:
         """Blocks found again by key: used now, at this depth of their chain."""
         self.tick += 1
         self.directory.depth[blocks] = depth
+        self.directory.used_s[blocks] = self.clock()
         self.policy.on_insert(blocks, self.tick, depth)
 
     def ref(self, blocks: IntArray) -> None:
@@ -221,6 +226,7 @@ class BlockGroup:
         blocks = self.pages.block[(self.pages.state == PageState.DIRTY) & self.pages.idle()]
         blocks = self.unpinned_by_ttl(blocks[d.refs[blocks] == 0])
         victims = self.policy.victims(n, blocks)
+        self.note("dropped", "device", victims, "no_room_below", self.policy.name)
         for block in victims.tolist():
             self._remember_ghost(block, "device", "no_room_below")
             d.unbind(block)
@@ -234,7 +240,9 @@ class BlockGroup:
         self.pages.block[pages] = blocks
         self.directory.page[blocks] = pages
         self.tick += 1
+        self.directory.used_s[blocks] = self.clock()
         self.policy.on_insert(blocks, self.tick, self.directory.depth[blocks])
+        self.note("computed", "device", blocks, "")
 
     def mark_written(self, block: int) -> None:
         """The engine is about to append to a private block: whatever lies below is stale from now on."""
@@ -424,6 +432,17 @@ class BlockGroup:
         self.counters.add("moved_bytes", nbytes, direction=move.kind, reason=reason)
         self.counters.add("moved_blocks", len(move.blocks), direction=move.kind, reason=reason)
         self.counters.add("move_seconds", self.clock() - move.started_s, direction=move.kind, reason=reason)
+        kind, tier = OF_MOVE[move.kind]
+        self.events.note(
+            KIND["failed"] if failed else kind,
+            tier,
+            self.index,
+            self.directory,
+            move.blocks,
+            move.reason,
+            started_s=move.started_s,
+            nbytes=nbytes,
+        )
         self.discard_dead(move.blocks[self.directory.refs[move.blocks] == 0])
 
     def _finish_promote(self, move: Move, failed: bool) -> None:
@@ -502,7 +521,9 @@ class BlockGroup:
     def forget_lost(self, blocks: IntArray, tier: str) -> None:
         """Cached blocks whose last copy left become ghosts."""
         d = self.directory
-        for block in blocks[(d.refs[blocks] == 0) & ~d.is_valid(blocks) & (d.page[blocks] < 0)].tolist():
+        lost = blocks[(d.refs[blocks] == 0) & ~d.is_valid(blocks) & (d.page[blocks] < 0)]
+        self.note("dropped", tier, lost, "no copy left", self.policy.name)
+        for block in lost.tolist():
             self._remember_ghost(block, tier, "pressure")
             d.unbind(block)
             self.discard_dead(np.array([block]))
@@ -510,11 +531,16 @@ class BlockGroup:
     def _remember_ghost(self, block: int, tier: str, reason: str) -> None:
         key = self.directory.key[block]
         if key is not None:
-            self.ghosts.remember(key, Ghost(tier, self.clock(), reason))
+            self.ghosts.remember(key, Ghost(tier, self.clock(), reason, int(self.directory.owner[block])))
 
     def count_eviction(self, tier: str, blocks: IntArray, reason: str) -> None:
         self.policy.on_evict(blocks)
+        self.note("evicted", tier, blocks, reason, self.policy.name)
         self.counters.add("evicted_blocks", len(blocks), tier=tier, reason=reason)
+
+    def note(self, what: str, tier: str, blocks: IntArray, reason: str, policy: str = "") -> None:
+        """A decision, for whoever asks later why a block is where it is."""
+        self.events.note(KIND[what], TIER[tier], self.index, self.directory, blocks, reason, policy=policy)
 
     def batches(self, blocks: IntArray) -> list[IntArray]:
         """Cut blocks into moves of at most MAX_MOVE_BYTES."""

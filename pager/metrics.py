@@ -11,6 +11,8 @@ from typing import Any
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from .metric_names import METRICS
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 TIERS = ("device", "host", "nvme")
 
@@ -26,29 +28,29 @@ def of_counters(rows: list[dict[str, Any]], policy: str) -> Iterator[Any]:
         return found
 
     hits: dict[Any, float] = {(tier,): 0.0 for tier in TIERS} | sums("hit_tokens", "tier")
-    yield counter("kvtier_hit_tokens", "Prompt tokens found, by tier at match time.", ("tier",), hits)
+    yield counter("kvtier_hit_tokens", hits)
     ghosts, lost = sums("ghost_tokens")[()], sums("lost_tokens")[()]
     cold = max(0, sums("miss_tokens")[()] - ghosts)
     missed = {"cold": cold, "ghost": ghosts, "lost": lost}
-    yield counter("kvtier_miss_tokens", "Tokens not found: never held, evicted before, lost.", ("reason",), missed)
+    yield counter("kvtier_miss_tokens", missed)
     computed = {(): sums("computed_tokens")[()]}
-    yield counter("kvtier_computed_tokens", "Tokens that the model ran over.", (), computed)
-    for name, of, what in (
-        ("kvtier_transfer_bytes", "moved_bytes", "Bytes moved between tiers."),
-        ("kvtier_transfer_blocks", "moved_blocks", "Blocks moved between tiers."),
-        ("kvtier_transfer_seconds", "move_seconds", "Seconds of moves, from submission to completion."),
+    yield counter("kvtier_computed_tokens", computed)
+    for name, of in (
+        ("kvtier_transfer_bytes", "moved_bytes"),
+        ("kvtier_transfer_blocks", "moved_blocks"),
+        ("kvtier_transfer_seconds", "move_seconds"),
     ):
         moved = {
             (*direction.split("_to_"), reason): value
             for (direction, reason), value in sums(of, "direction", "reason").items()
         }
-        yield counter(name, what, ("source", "target", "reason"), moved)
+        yield counter(name, moved)
     evicted = {(tier, policy, reason): v for (tier, reason), v in sums("evicted_blocks", "tier", "reason").items()}
-    yield counter("kvtier_evictions", "Blocks that left a tier.", ("tier", "policy", "reason"), evicted)
+    yield counter("kvtier_evictions", evicted)
     corrupt = sums("corrupt_blocks", "tier")
-    yield counter("kvtier_checksum_failures", "Blocks dropped because their bytes changed.", ("tier",), corrupt)
+    yield counter("kvtier_checksum_failures", corrupt)
     sessions = {"parked": sums("parked_sessions")[()], "resumed": sums("resumed_sessions")[()]}
-    yield counter("kvtier_sessions", "Sessions parked and resumed.", ("verb",), sessions)
+    yield counter("kvtier_sessions", sessions)
 
 
 def of_tiers(tiers: dict[str, dict[str, Any]]) -> Iterator[Any]:
@@ -59,18 +61,20 @@ def of_tiers(tiers: dict[str, dict[str, Any]]) -> Iterator[Any]:
         levels[tier, "clean"] = max(0, of["used_bytes"] - of["dirty_bytes"] - of["in_flight_bytes"])
         levels[tier, "dirty"], levels[tier, "moving"] = of["dirty_bytes"], of["in_flight_bytes"]
         levels[tier, "pinned"], levels[tier, "staging"] = of["pinned_bytes"], of["staging_bytes"]
-    what = "Bytes by state; pinned ones are also clean or dirty."
-    yield gauge("kvtier_tier_bytes", what, ("tier", "state"), levels)
+    yield gauge("kvtier_tier_bytes", levels)
     capacity = {tier: of["capacity_bytes"] for tier, of in tiers.items()}
-    yield gauge("kvtier_tier_capacity_bytes", "Size of a tier.", ("tier",), capacity)
+    yield gauge("kvtier_tier_capacity_bytes", capacity)
 
 
-def counter(name: str, what: str, labels: tuple[str, ...], values: Any) -> Any:
-    return _filled(CounterMetricFamily(name, what, labels=labels), values)
+def counter(name: str, values: Any) -> Any:
+    """A family of METRICS; `name` is without _total. `values` by label values, in the order of its labels."""
+    told = METRICS[f"{name}_total"]
+    return _filled(CounterMetricFamily(name, told.what, labels=told.labels), values)
 
 
-def gauge(name: str, what: str, labels: tuple[str, ...], values: Any) -> Any:
-    return _filled(GaugeMetricFamily(name, what, labels=labels), values)
+def gauge(name: str, values: Any) -> Any:
+    told = METRICS[name]
+    return _filled(GaugeMetricFamily(name, told.what, labels=told.labels), values)
 
 
 def _filled(family: Any, values: Any) -> Any:

@@ -23,6 +23,8 @@ from ..tiers.streams import Backend
 from .accounting import Counters
 from .config import PagerConfig
 from .core import Core
+from .inspection import requests
+from .inspection.service import InspectionService
 from .lease import Lease, Span
 from .leasing import LeaseFiller
 from .page_table import dropped_from_window, num_blocks_of
@@ -34,7 +36,7 @@ from .rules import ALL_RULES, Rules
 from .sessions import ParkedSession
 from .sizing import plan_sizes
 from .states import NOWHERE, IntArray, PageState, SlotState
-from .status import StatusServer, pager_status
+from .status import pager_status
 from .stores import open_nvme, stored_block_size
 from .streaming import CorruptSliceError, SliceStream, Staged
 
@@ -57,7 +59,7 @@ class Pager:
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._status_server: StatusServer | None = None
+        self._status_server: InspectionService | None = None
         self._is_closed = False
 
     @classmethod
@@ -274,11 +276,12 @@ class Pager:
             match = adopt(self._core, state, len(state.token_ids), count=count)
             if with_tail:
                 match += adopt_tail(self._core, state, len(state.token_ids), count=count)
-            del state.token_ids[state.num_computed :]
-            del state.keys[state.num_computed // self.block_size :]  # what is appended next may be something else
             if count:
                 self._core.counters.add("miss_tokens", len(token_ids) - match.tokens)
                 self._core.counters.add("ghost_tokens", match.ghost_tokens)
+                self._core.observer.asked(state, len(token_ids), match)
+            del state.token_ids[state.num_computed :]
+            del state.keys[state.num_computed // self.block_size :]  # what is appended next may be something else
             return match
 
     def adopt(self, seq: int) -> Match:
@@ -293,6 +296,7 @@ class Pager:
             match = adopt(self._core, state, len(state.token_ids) - 1)
             self._core.counters.add("miss_tokens", len(state.token_ids) - 1 - state.num_computed)
             self._core.counters.add("ghost_tokens", match.ghost_tokens)
+            self._core.observer.asked(state, len(state.token_ids), match)
             return match
 
     def plan_prefill(self, seq: int, max_tokens: int) -> int:
@@ -363,6 +367,7 @@ class Pager:
     def _end(self, seq: int, *, released: bool) -> None:
         with self._core.locked():
             state = self._core.idle_sequence(seq, "ending it")
+            self._core.observer.ended(state)
             self._core.drop_tables(state, released=released)
             del self._core.sequences[seq]
         if self._remote is not None and state.session_id is not None:
@@ -542,6 +547,7 @@ class Pager:
             until_s = self._core.clock() + ttl_s
             for group, table in zip(self._core.groups, self._core.sequence(seq).tables, strict=True):
                 held = table.ids[table.ids >= 0]
+                group.note("pinned", "device", held, "client")
                 group.directory.pinned_until[held] = np.maximum(group.directory.pinned_until[held], until_s)
 
     def prefetch(self, seq: int) -> int:
@@ -662,6 +668,10 @@ class Pager:
         with self._core.locked():
             return pager_status(self._core)
 
+    def note_request(self, seq: int, **told: Any) -> None:
+        """Remember an answered request for inspectors, while its sequence is still open; see inspection/requests.py."""
+        requests.note(self._core, seq, **told)
+
     def poll(self) -> None:
         """Apply finished copies and keep the watermarks; the background thread does this by itself."""
         with self._core.lock:
@@ -701,7 +711,9 @@ class Pager:
         self._core.memory.close()
         if self._remote is not None:
             self._remote.close(timeout_s)
-        self.drain(timeout_s)
+        is_drained = self.drain(timeout_s)
+        if self._remote is not None:
+            self._remote.leave(is_drained=is_drained)
         if self._core.nvme is not None:
             self._core.nvme.close()
         self._core.backend.close(timeout_s)
@@ -727,7 +739,7 @@ class Pager:
         if path is None and self._core.config.nvme_path is not None:
             path = f"{self._core.config.nvme_path}/status.sock"
         if path is not None:
-            self._status_server = StatusServer.start(path, self.status)
+            self._status_server = InspectionService.start(path, self._core)
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -735,6 +747,21 @@ class Pager:
             self._wake.clear()
             with self._core.lock:
                 self._core.advance()
+
+
+def open_pager(
+    address: str | None,
+    layouts: Sequence[KVLayout],
+    config: PagerConfig,
+    *,
+    model_fingerprint: str,
+    about: Mapping[str, Any],
+    clock: Callable[[], float] = time.monotonic,
+) -> Pager:
+    """A pager of this process's own, or where an address is given one over a daemon's memory."""
+    if address is None:
+        return Pager.open(layouts, config, model_fingerprint=model_fingerprint, about=about, clock=clock)
+    return Pager.connect(address, layouts, config, model_fingerprint=model_fingerprint, about=about, clock=clock)
 
 
 def _layouts(layout: KVLayout | Sequence[KVLayout]) -> tuple[KVLayout, ...]:
@@ -750,4 +777,4 @@ def _size(value: int | str) -> int:
     return parse_bytes(value, name="staging_bytes")
 
 
-__all__ = ["Match", "Pager", "ParkedSession", "Span", "stored_block_size"]
+__all__ = ["Match", "Pager", "ParkedSession", "Span", "open_pager", "stored_block_size"]

@@ -17,7 +17,7 @@ from ..tiers.errors import Busy, ConfigError, TierFullError, TierUnavailableErro
 from .core import Core
 from .group import BlockGroup
 from .page_table import BlockTable, Sequence
-from .prefix import adopt, residency, seal_key, take_back
+from .prefix import Match, adopt, residency, seal_key, take_back
 from .records import SessionRecords
 from .sessions import ParkedSession, SessionEntry, check_session_id
 from .states import NOWHERE, IntArray, PageState
@@ -48,6 +48,7 @@ class Parking:
         core = self._core
         entry = self._record(session_id, seq, extra, timeout_s)
         with core.locked():
+            core.observer.ended(seq)
             self._remember(entry)
             entry.tables = seq.tables
             del core.sequences[seq.id]
@@ -104,7 +105,7 @@ class Parking:
             entry.active_seq = seq.id
             if seq.num_computed == 0 and entry.num_computed >= core.block_size:
                 adopt(core, seq, entry.num_computed, count=False)
-            self._count_hits(seq)
+            core.observer.asked(seq, seq.num_computed, self._count_hits(seq))
             core.counters.add("resumed_sessions", 1)
             return seq, ParkedSession(session_id, list(seq.token_ids), seq.num_computed, dict(entry.extra))
 
@@ -178,13 +179,17 @@ class Parking:
         if core.nvme is None:
             return
 
-        def all_down() -> bool:
+        missing = 0
+
+        def is_over() -> bool:
+            """All down, or no use in trying: what takes no writes will not take these."""
+            nonlocal missing
             missing = 0
             for group, table in zip(core.groups, seq.tables, strict=True):
                 missing += self._push_down(group, table.ids[table.ids >= 0])
-            return missing == 0
+            return missing == 0 or not all(group.can_write_nvme for group in core.groups)
 
-        if core.wait_until(all_down, timeout_s, may_wait_for_pins=may_wait_for_pins):
+        if core.wait_until(is_over, timeout_s, may_wait_for_pins=may_wait_for_pins) and not missing:
             return
         if not all(group.can_write_nvme for group in core.groups):
             raise TierUnavailableError(f"nvme tier at {core.config.nvme_path} takes no writes; {what} is not stored")
@@ -255,11 +260,12 @@ class Parking:
                 group.unref(table.trim(0))
             entry.tables = None
 
-    def _count_hits(self, seq: Sequence) -> None:
+    def _count_hits(self, seq: Sequence) -> Match:
         """A resumed token is a hit for the tier that holds it now."""
         now = residency(self._core, seq)
         for tier in ("device", "host", "nvme"):
             self._core.counters.add("hit_tokens", getattr(now, f"{tier}_tokens"), tier=tier)
+        return now
 
 
 def _summary(seq: Sequence) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..tiers.errors import ProtocolError
+from ..tiers.errors import KvTierError, ProtocolError
 from . import protocol
 from .states import PageState, SlotState
 
@@ -161,15 +161,26 @@ _COLD_ONLY = (
 
 
 class StatusServer:
-    """Answers status requests from a thread of its own."""
+    """Answers status requests, and an inspector's questions where `inspect` is given, from a thread of its own."""
 
-    def __init__(self, path: Path, listener: socket.socket, status: Callable[[], dict[str, Any]]) -> None:
-        self._path, self._listener, self._status = path, listener, status
+    def __init__(
+        self,
+        path: Path,
+        listener: socket.socket,
+        status: Callable[[], dict[str, Any]],
+        inspect: Callable[[Any], dict[str, Any]] | None,
+    ) -> None:
+        self._path, self._listener, self._status, self._inspect = path, listener, status, inspect
         self._thread = threading.Thread(target=self._serve, name="kvtier-status", daemon=True)
         self._thread.start()
 
     @classmethod
-    def start(cls, path: str, status: Callable[[], dict[str, Any]]) -> StatusServer | None:
+    def start(
+        cls,
+        path: str,
+        status: Callable[[], dict[str, Any]],
+        inspect: Callable[[Any], dict[str, Any]] | None = None,
+    ) -> StatusServer | None:
         """None, with a notice, where the socket cannot be made: being looked at is not worth failing for."""
         target = Path(path)
         if len(str(target).encode()) > _MAX_SOCKET_PATH:
@@ -185,7 +196,7 @@ class StatusServer:
             listener.close()
             _LOG.warning("event=no_status_socket reason=%s", error.strerror)
             return None
-        return cls(target, listener, status)
+        return cls(target, listener, status, inspect)
 
     def close(self) -> None:
         self._path.unlink(missing_ok=True)
@@ -205,9 +216,23 @@ class StatusServer:
             with connection:
                 connection.settimeout(2.0)
                 try:
-                    kind, request_id, _ = protocol.read_frame(connection)
-                    if kind != protocol.STATUS_REQUEST:
-                        raise ProtocolError(f"frame type {kind} is not a status request")
-                    connection.sendall(protocol.encode(protocol.STATUS_REPLY, request_id, self._status()))
+                    connection.sendall(self._reply(*protocol.read_frame(connection)))
                 except (OSError, EOFError, ProtocolError) as error:
                     _LOG.info("event=status_request_failed reason=%s", error)
+
+    def _reply(self, kind: int, request_id: int, body: Any) -> bytes:
+        """The frame that answers one request; what it cannot mean is an error that says so."""
+        if kind == protocol.STATUS_REQUEST:
+            return protocol.encode(protocol.STATUS_REPLY, request_id, self._status())
+        if kind == protocol.INSPECT_REQUEST and self._inspect is not None:
+            try:
+                return protocol.encode(protocol.INSPECT_REPLY, request_id, self._inspect(body))
+            except KvTierError as error:
+                return _refusal(request_id, error)
+        return _refusal(
+            request_id, ProtocolError(f"frame type {kind} is no question; this socket only answers questions")
+        )
+
+
+def _refusal(request_id: int, error: KvTierError) -> bytes:
+    return protocol.encode(protocol.ERROR_REPLY, request_id, {"code": error.code, "message": str(error)})

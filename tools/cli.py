@@ -24,6 +24,9 @@ BENCHES = {
     "prefix": "what a prefix cache saves a RAG pipeline, and loading K/V against memcpy and the disk",
     "host": "moving scattered blocks between the memory tiers, against memcpy",
     "codecs": "how much smaller codecs make KV, how fast on one core, and what a store makes of it",
+    "tenants": "what encryption at rest costs, and whether a lookup tells what another tenant has",
+    "daemon": "pagerd: look-ups by one and eight clients against a call in-process, blocks through its slab against memcpy",
+    "inspect": "what looking costs: views at a million blocks, the ring of decisions, being watched",
     "metadata": "what the pager's books cost per block of a long prompt",
 }
 
@@ -65,6 +68,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--model", required=True, metavar="PATH")
     chat.add_argument("--session", default="chat", metavar="ID")
     chat.add_argument("--store", metavar="PATH", help="directory of the Zarr store (default: none, nothing survives)")
+    chat.add_argument(
+        "--pager", metavar="ADDRESS", help="unix:///... of a pagerd, which keeps the blocks and the session"
+    )
     chat.add_argument("--device-bytes", default="256MiB", metavar="SIZE")
     chat.add_argument("--host-bytes", default="1GiB", metavar="SIZE")
     chat.add_argument(

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import InfoMetricFamily
 
+from ...pager.metric_names import METRICS
 from ...pager.metrics import CONTENT_TYPE, counter, gauge, of_counters, of_tiers
 
 __all__ = ["CONTENT_TYPE", "Metrics"]
@@ -39,14 +40,12 @@ class Metrics:
         self._backpressure: Counter[str] = Counter()
         self._registry.register(self)  # type: ignore[arg-type]
 
-        def histogram(name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(name, what, registry=self._registry, buckets=buckets)
+        def histogram(name: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, METRICS[name].what, registry=self._registry, buckets=buckets)
 
-        self._ttft = histogram("kvtier_time_to_first_token_seconds", "From submission to the first token.", _LONG)
-        self._tpot = histogram(
-            "kvtier_time_per_output_token_seconds", "Between tokens, per output, on average.", _SHORT
-        )
-        self._queue = histogram("kvtier_queue_wait_seconds", "Part of the time to first token spent in queues.", _LONG)
+        self._ttft = histogram("kvtier_time_to_first_token_seconds", _LONG)
+        self._tpot = histogram("kvtier_time_per_output_token_seconds", _SHORT)
+        self._queue = histogram("kvtier_queue_wait_seconds", _LONG)
 
     # ------------------------------------------------------------------ what happened
     def finished(self, asked: Asked) -> None:
@@ -83,11 +82,11 @@ class Metrics:
         yield from of_counters(status["counters"], self._service.engine.pager.policy)
         yield from of_tiers(status["tiers"])
         yield from self._of_queues(status)
-        yield counter("kvtier_requests", "Requests by how they ended.", ("endpoint", "outcome"), self._requests)
-        yield counter("kvtier_tokens", "Prompt and completion tokens.", ("kind",), self._tokens)
-        yield counter("kvtier_stall_seconds", "Where time to first token went.", ("cause",), self._stalls)
-        yield counter("kvtier_prefill_saved_seconds", "Prefill that hits made needless.", ("tier",), self._saved)
-        yield counter("kvtier_backpressure", "Refused or put off, by reason.", ("reason",), self._backpressure)
+        yield counter("kvtier_requests", self._requests)
+        yield counter("kvtier_tokens", self._tokens)
+        yield counter("kvtier_stall_seconds", self._stalls)
+        yield counter("kvtier_prefill_saved_seconds", self._saved)
+        yield counter("kvtier_backpressure", self._backpressure)
         yield InfoMetricFamily("kvtier_build", "What runs.", {"version": version("kvtier")})
 
     def _of_queues(self, status: dict[str, Any]) -> Iterator[Any]:
@@ -99,12 +98,12 @@ class Metrics:
             "transfers": status["transfers_in_flight"],
             "http": service.gate.num_inside,
         }
-        yield gauge("kvtier_queue_depth", "Entries.", ("queue",), depths)
+        yield gauge("kvtier_queue_depth", depths)
         oldest_s = max((scheduler.clock() - request.waiting_since_s for request in waiting), default=0.0)
-        yield gauge("kvtier_queue_oldest_seconds", "Age of the oldest entry.", ("queue",), {"waiting": oldest_s})
+        yield gauge("kvtier_queue_oldest_seconds", {"waiting": oldest_s})
         levels = {"sessions": status["sessions"], "sequences": status["sequences"]}
-        yield gauge("kvtier_held", "Sessions known and sequences open.", ("kind",), levels)
-        yield gauge("kvtier_pinned_tokens", "Tokens that clients keep.", (), {(): service.pins.tokens})
-        yield gauge("kvtier_ready", "1 while requests are taken.", (), {(): int(service.is_ready)})
+        yield gauge("kvtier_held", levels)
+        yield gauge("kvtier_pinned_tokens", {(): service.pins.tokens})
+        yield gauge("kvtier_ready", {(): int(service.is_ready)})
         preempted = {(): scheduler.num_preempted}
-        yield counter("kvtier_preemptions", "Requests that made room for others.", (), preempted)
+        yield counter("kvtier_preemptions", preempted)

@@ -126,18 +126,16 @@ class DaemonMetrics:
         yield from of_tiers(_added([pager["tiers"] for pager in pagers]))
         own = status["daemon"]
         for name in _LEVELS:
-            yield gauge(
-                f"kvtier_daemon_{name.replace('uptime_s', 'uptime_seconds')}", "Of pagerd.", (), {(): own[name]}
-            )
-        yield gauge("kvtier_daemon_models", "Models that are open.", (), {(): len(pagers)})
-        yield gauge("kvtier_ready", "1 while new clients are served.", (), {(): int(not own["is_draining"])})
-        yield counter("kvtier_daemon_stale_requests", "Of an epoch that is over.", (), {(): own["stale_requests"]})
+            yield gauge(f"kvtier_daemon_{name.replace('uptime_s', 'uptime_seconds')}", {(): own[name]})
+        yield gauge("kvtier_daemon_models", {(): len(pagers)})
+        yield gauge("kvtier_ready", {(): int(not own["is_draining"])})
+        yield counter("kvtier_daemon_stale_requests", {(): own["stale_requests"]})
         held: Counter[tuple[str, str]] = Counter()
         for pager in pagers:
             for name, row in pager.get("namespaces", {}).items():
                 held[name, "nvme"] += row["used_bytes"]
                 held[name, "host"] += row["host_used_bytes"]
-        yield gauge("kvtier_namespace_bytes", "Held by namespaces that have a quota.", ("namespace", "tier"), held)
+        yield gauge("kvtier_namespace_bytes", held)
         yield InfoMetricFamily("kvtier_build", "What runs.", {"version": version("kvtier")})
 
 

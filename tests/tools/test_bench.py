@@ -26,6 +26,7 @@ SMALL = {
     "host": ["--blocks", "4", "--rounds", "2"],
     "nvme": ["--blocks", "16", "--rounds", "1"],
     "prefix": ["--tokens", "64", "--documents", "1", "--rounds", "1"],
+    "inspect": ["--blocks", "2000", "--rounds", "1"],
     "metadata": ["--context", "512", "--rounds", "2"],
     "codecs": ["--blocks", "1", "--rounds", "1"],
     "recovery": ["--blocks", "3000", "--rounds", "1"],
