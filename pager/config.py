@@ -24,7 +24,17 @@ from .settings import read_settings
 
 # of a file that pagerd reads too, see daemon/settings.py (a test compares)
 DAEMON_SETTINGS = (
-    *("socket", "listen", "tls_cert", "tls_key", "metrics", "max_models", "slab_uids", "root_secret_file"),
+    *(
+        "socket",
+        "socket_mode",
+        "listen",
+        "tls_cert",
+        "tls_key",
+        "metrics",
+        "max_models",
+        "slab_uids",
+        "root_secret_file",
+    ),
     *("log_format", "log_level", "limits", "namespaces"),
 )
 MAX_IO_DEPTH = 256
@@ -156,6 +166,10 @@ class PagerConfig:
         """All but the device tier, which a daemon has not. Raises ConfigError."""
         if self.host_size < 0 or (self.nvme_size is not None and self.nvme_size < 0):
             raise ConfigError("host_bytes and nvme_bytes must not be negative")
+        if "\0" in f"{self.nvme_path}{self.status_socket}":
+            raise ConfigError(
+                f"nvme_path={self.nvme_path!r}, status_socket={self.status_socket!r}: a zero character in a path"
+            )
         if self.nvme_path is not None and self.host_size == 0:
             raise ConfigError(
                 f"nvme_path={str(self.nvme_path)!r} with host_bytes=0: blocks pass through the host tier on their way to "
@@ -198,13 +212,13 @@ class PagerConfig:
             if self.quota(check_namespace(name)).is_of_nvme and self.nvme_path is None:
                 raise ConfigError(f"namespace_quotas[{name!r}] is of the nvme tier; say where it is with nvme_path")
         check_floors(self.quotas(), {"host": self.host_size, "nvme": self.nvme_size})
-        if len({owner_tag(name) for name in self.namespace_secrets}) < len(self.namespace_secrets):
+        if len({owner_tag(check_namespace(name)) for name in self.namespace_secrets}) < len(self.namespace_secrets):
             raise ConfigError("namespace_secrets: two names have one 32-bit tag; rename one of them")
         for name, secret in self.namespace_secrets.items():
             check_namespace(name)
             try:
                 too_long = len(bytes.fromhex(secret)) > 64
-            except ValueError:
+            except (TypeError, ValueError):
                 raise ConfigError(f"namespace_secrets[{name!r}] is not hexadecimal text") from None
             if too_long:
                 raise ConfigError(f"namespace_secrets[{name!r}] is longer than 64 bytes")
@@ -212,7 +226,7 @@ class PagerConfig:
 
 def check_namespace(name: str) -> str:
     """The name of a namespace, as it is. Raises: ConfigError."""
-    if not name or len(name) > 64 or not all(c.isalnum() or c in "_-" for c in name):
+    if not isinstance(name, str) or not name or len(name) > 64 or not all(c.isalnum() or c in "_-" for c in name):
         raise ConfigError(f"namespace={name!r}: use 1 to 64 letters, digits, '_' or '-'")
     return name
 

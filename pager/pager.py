@@ -711,7 +711,9 @@ class Pager:
         self._core.memory.close()
         if self._remote is not None:
             self._remote.close(timeout_s)
-        self.drain(timeout_s)
+        is_drained = self.drain(timeout_s)
+        if self._remote is not None:
+            self._remote.leave(is_drained=is_drained)
         if self._core.nvme is not None:
             self._core.nvme.close()
         self._core.backend.close(timeout_s)
@@ -747,6 +749,21 @@ class Pager:
                 self._core.advance()
 
 
+def open_pager(
+    address: str | None,
+    layouts: Sequence[KVLayout],
+    config: PagerConfig,
+    *,
+    model_fingerprint: str,
+    about: Mapping[str, Any],
+    clock: Callable[[], float] = time.monotonic,
+) -> Pager:
+    """A pager of this process's own, or where an address is given one over a daemon's memory."""
+    if address is None:
+        return Pager.open(layouts, config, model_fingerprint=model_fingerprint, about=about, clock=clock)
+    return Pager.connect(address, layouts, config, model_fingerprint=model_fingerprint, about=about, clock=clock)
+
+
 def _layouts(layout: KVLayout | Sequence[KVLayout]) -> tuple[KVLayout, ...]:
     layouts = (layout,) if isinstance(layout, KVLayout) else tuple(layout)
     if not layouts or len({g.block_size for g in layouts}) != 1:
@@ -760,4 +777,4 @@ def _size(value: int | str) -> int:
     return parse_bytes(value, name="staging_bytes")
 
 
-__all__ = ["Match", "Pager", "ParkedSession", "Span", "stored_block_size"]
+__all__ = ["Match", "Pager", "ParkedSession", "Span", "open_pager", "stored_block_size"]

@@ -145,11 +145,7 @@ class Parking:
         parent, key = seq.keys[full - 1] if full else None, seal_key(self._core, seq, seq.num_computed)
         for group, table in zip(core.groups, seq.tables, strict=True):
             block = int(table.ids[full])
-            if group.directory.key[block] is not None:
-                continue
-            if group.directory.bind(block, key, parent, rest):
-                self._store_by_name(group, block)
-            else:
+            if group.directory.key[block] is None and not group.directory.bind(block, key, parent, rest):
                 twin = group.directory.by_key[key]
                 if group.directory.is_valid(np.array([twin]))[0]:
                     group.ref(np.array([twin]))
@@ -164,17 +160,6 @@ class Parking:
         sealed = seal_key(self._core, seq, seq.num_computed)
         keys = [g.directory.key[int(t.ids[full])] for g, t in zip(self._core.groups, seq.tables, strict=True)]
         return [] if all(key == sealed for key in keys) else [key or b"" for key in keys]
-
-    def _store_by_name(self, group: BlockGroup, block: int) -> None:
-        """A copy below from before the block had a name is found by nobody else, and not after a restart: store it again."""
-        d, one = group.directory, np.array([block])
-        if group.cold is None or d.nvme_slot[block] < 0:
-            return
-        if not d.nvme_valid[block]:
-            d.version[block] += 1  # the write under way counts for nothing
-        elif d.in_device(one)[0] or d.in_host(one)[0]:
-            group.cold.leave(one)
-            group.dirty_if_alone(one)
 
     def _widen_windows(self, seq: Sequence) -> None:
         """Take back, by key, the block before each window: then every point in the last block can be resumed at."""
@@ -194,13 +179,17 @@ class Parking:
         if core.nvme is None:
             return
 
-        def all_down() -> bool:
+        missing = 0
+
+        def is_over() -> bool:
+            """All down, or no use in trying: what takes no writes will not take these."""
+            nonlocal missing
             missing = 0
             for group, table in zip(core.groups, seq.tables, strict=True):
                 missing += self._push_down(group, table.ids[table.ids >= 0])
-            return missing == 0
+            return missing == 0 or not all(group.can_write_nvme for group in core.groups)
 
-        if core.wait_until(all_down, timeout_s, may_wait_for_pins=may_wait_for_pins):
+        if core.wait_until(is_over, timeout_s, may_wait_for_pins=may_wait_for_pins) and not missing:
             return
         if not all(group.can_write_nvme for group in core.groups):
             raise TierUnavailableError(f"nvme tier at {core.config.nvme_path} takes no writes; {what} is not stored")

@@ -24,12 +24,11 @@ NVME_DISK_SHARE = 0.8  # of the free disk, when nvme_bytes is not given
 
 def stored_block_size(nvme_path: str | os.PathLike[str] | None) -> int | None:
     """Tokens per block of the store at that path, or None where there is no store. Raises ConfigError when unreadable."""
-    from ..tiers.nvme.identity import STORE_FILE, read_identity
+    from ..tiers.nvme.identity import STORE_FILE, read_identity, stored_layouts
 
     if nvme_path is None or not (Path(nvme_path) / STORE_FILE).exists():
         return None
-    layouts = read_identity(Path(nvme_path)).get("layouts")
-    return KVLayout.from_dict(layouts[0]).block_size if layouts else None
+    return stored_layouts(Path(nvme_path), read_identity(Path(nvme_path)))[0].block_size
 
 
 def open_nvme(

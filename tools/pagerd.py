@@ -165,6 +165,7 @@ def _serve(arguments: argparse.Namespace, config: DaemonConfig) -> int:
         tenants_of(config),
         arguments.protocol or VERSION,
         Manners(config, lambda: _load(arguments), Notifier(os.environ)),
+        config.socket_mode,
         inherited,
         _tcp(config),
     )

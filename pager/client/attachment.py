@@ -20,7 +20,6 @@ from ..wire import messages as m
 from .connection import DaemonConnection, Greeting
 
 OPEN_TIMEOUT_S = 30.0  # a large store is recovered first
-MAX_READ_BYTES = 4 << 20
 NO_ROOM = -2
 
 
@@ -164,7 +163,7 @@ class Attachment:
 
     # ------------------------------------------------------------------ bytes, where we do not see the memory
     def read_rows(self, group: int, rows: IntArray, target: Rows, target_rows: IntArray) -> None:
-        step = max(1, MAX_READ_BYTES // self.layouts[group].block_bytes)
+        step = max(1, m.MAX_READ_BYTES // self.layouts[group].block_bytes)
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             message = m.Read(self.epoch, self.store, group, rows[part].astype("<u4").tobytes())

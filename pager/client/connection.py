@@ -203,7 +203,7 @@ class DaemonConnection:
         if pending is None:
             _close_all(fds)
             if header.request_id == 0:
-                raise reply_of_failure(fields)
+                raise ProtocolError(f"the daemon refused this connection: {fields.get('message')}")
             return  # given up meanwhile
         pending.fds.extend(fds)
         with contextlib.suppress(Exception):  # set already: it timed out in this very moment
@@ -232,11 +232,6 @@ class DaemonConnection:
             with contextlib.suppress(Exception):
                 pending.future.set_exception(error if isinstance(error, ProtocolError) else gone)
         self.on_lost()
-
-
-def reply_of_failure(fields: Fields) -> KvTierError:
-    """Why the daemon ends the connection."""
-    return ProtocolError(f"the daemon refused this connection: {fields.get('message')}")
 
 
 def _receive_with_fds(connection: socket.socket, size: int) -> tuple[bytes, list[int]]:

@@ -18,7 +18,7 @@ from .attachment import Attachment
 from .connection import Greeting
 from .sharing import Sharing
 
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 2.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 0.5
 _LOG = logging.getLogger("kvtier.client")
 
 

@@ -20,8 +20,9 @@ from ..parking import Parking
 from ..rules import Rules
 from ..sessions import SessionEntry
 from ..sizing import Sizes, plan_sizes
+from ..wire import messages as m
 from .attachment import Attachment
-from .connection import Greeting
+from .connection import DaemonConnection, Greeting
 from .link import Link
 from .sharing import Sharing, attach_slabs
 from .slab import LeasedSlab
@@ -33,8 +34,10 @@ PRIVATE_HOST_BYTES = 64 << 20  # of our own, where the daemon's memory is not ou
 class Remote:
     """Of one client pager."""
 
-    def __init__(self, core: Core, tier: RemoteTier, sharing: Sharing, link: Link) -> None:
-        self._core, self._tier, self._sharing, self._link = core, tier, sharing, link
+    def __init__(
+        self, core: Core, tier: RemoteTier, sharing: Sharing, link: Link, slabs: list[LeasedSlab] | None
+    ) -> None:
+        self._core, self._tier, self._sharing, self._link, self._slabs = core, tier, sharing, link, slabs
 
     @classmethod
     def connect(
@@ -62,7 +65,7 @@ class Remote:
             tier = RemoteTier(attachment, backend, slabs, link.is_up)
             for index, slab in enumerate(slabs or ()):
                 slab.ask_with(index, tier.ask_for_room)
-            attach_slabs(slabs, attachment)
+            attach_slabs(slabs, attachment, backend)
             config = _with_secrets(config, attachment)
             sizes = _sizes(layouts, config, slabs)
             core = Core(layouts, config, sizes, backend, tier, model_fingerprint, rules, clock, slabs)
@@ -70,7 +73,7 @@ class Remote:
             attachment.connection.close()
             raise
         sharing = Sharing(core, tier, slabs)
-        return core, cls(core, tier, sharing, link)
+        return core, cls(core, tier, sharing, link, slabs)
 
     def start(self, on_change: Callable[[], object]) -> None:
         """Watch the daemon from now on."""
@@ -88,6 +91,16 @@ class Remote:
     def close(self, timeout_s: float) -> None:
         """Before the tier is closed: nobody reattaches any more."""
         self._link.close(timeout_s)
+
+    def leave(self, *, is_drained: bool) -> None:
+        """At the end: give everything back, or where copies may still run, let the daemon wait for this process."""
+        for slab in self._slabs or ():
+            if slab.is_pinned and is_drained:
+                self._core.backend.unpin(slab.rows)
+        if is_drained:
+            self._tier.attachment.goodbye()
+        else:
+            self._tier.attachment.connection.close()
 
     # ------------------------------------------------------------------ namespaces
     def check_owned(self, namespace: str) -> None:
@@ -174,6 +187,17 @@ class Remote:
     def forget_session(self, session_id: str) -> None:
         """Raises: UnknownSessionError, TierUnavailableError."""
         self._tier.drop_session(session_id)
+
+
+def block_size_at(address: str, model_fingerprint: str, token: str = "") -> int | None:
+    """How the daemon's blocks of this model are cut, or None where it has none. Raises as `DaemonConnection.open` does."""
+    connection = DaemonConnection.open(address, Greeting("block size", token))
+    try:
+        if connection.version < 2:
+            return None
+        return connection.call(m.FindModel(model_fingerprint), m.ModelFound).block_size or None
+    finally:
+        connection.close()
 
 
 def _slabs_for(attachment: Attachment) -> list[LeasedSlab] | None:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ...tiers.errors import KvTierError
-from ...tiers.streams import IntArray
+from ...tiers.streams import Backend, IntArray
 from ..core import Core
 from ..group import BlockGroup
 from ..keys import KeyChain
@@ -249,7 +249,7 @@ class Sharing:
 
         def take() -> None:
             self._tier.attachment = attachment
-            attach_slabs(self._slabs, attachment)
+            attach_slabs(self._slabs, attachment, self._core.backend)
 
         return self._change(take, stop)
 
@@ -310,7 +310,10 @@ class Sharing:
             group.unref(old)
 
 
-def attach_slabs(slabs: Sequence[LeasedSlab] | None, attachment: Attachment) -> None:
-    """Let the slabs stand for this attachment's memory."""
+def attach_slabs(slabs: Sequence[LeasedSlab] | None, attachment: Attachment, backend: Backend) -> None:
+    """Let the slabs stand for this attachment's memory, page-locked where the backend can."""
     for index, slab in enumerate(slabs or ()):
+        if slab.is_pinned:
+            backend.unpin(slab.rows)
+        slab.is_pinned = backend.pin(attachment.rows[index])
         slab.attach(attachment.rows[index], attachment.generations[index], attachment.epoch)

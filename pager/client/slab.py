@@ -31,6 +31,7 @@ class LeasedSlab:
         self.num_slots = max(1, lease_limit - self.spare_limit - self.stream_limit)
         self.rows: Rows = np.empty((0, 0), np.uint8)
         self.is_asking = False
+        self.is_pinned = False  # the rows are page-locked for our device
         self.epoch = 0  # of the attachment whose memory this is
         self._ask: Callable[[int], None] = lambda count: None
         self._lock = threading.Lock()  # of everything that workers touch too

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...tiers.errors import BlockMissError, KvTierError, TierFullError, TierUnavailableError
+from ...tiers.errors import BlockMissError, Busy, KvTierError, TierFullError, TierUnavailableError
 from ...tiers.nvme.store import IoTicket
 from ...tiers.streams import AllDone, Backend, IntArray, Rows
 from ..wire.messages import HELD_ALREADY, IS_HELD, STORED, TAKEN
@@ -26,6 +26,7 @@ from .slab import LeasedSlab
 
 LEASE_WAIT_S = 10.0  # for room in the daemon's memory; then it is a miss and is computed again
 RESERVE_WAIT_S = 1.0
+REFUSED_PAUSE_S = 0.2  # after the daemon had no room for so long
 SPARE_HANDLES = 1024  # blocks that we know of and nobody has any more
 _NO_ATTACHMENT = "the daemon is gone; going on without it"
 
@@ -44,6 +45,7 @@ class RemoteTier:
         self.handles = [Handles(2 * capacity + SPARE_HANDLES) for capacity in attachment.capacity_blocks]
         self.attachment = attachment
         self.last_write_error: str | None = None
+        self._refused_until_s = [0.0] * len(self.handles)
         self._nonce = os.urandom(32)  # private blocks of ours have keys that nobody can guess
 
     # ------------------------------------------------------------------ what it is
@@ -241,12 +243,16 @@ class RemoteTier:
         attachment = self.attachment
         assert self._slabs is not None
         slab = self._slabs[group]
+        if not self._is_up() or time.monotonic() < self._refused_until_s[group]:
+            slab.is_asking = False  # whoever waits shall not wait for this
+            return
 
         def job() -> None:
             rows, generations = np.empty(0, np.int64), np.empty(0, np.uint64)
             try:
-                if self._is_up():
-                    rows, generations = attachment.reserve(group, count, RESERVE_WAIT_S)
+                rows, generations = attachment.reserve(group, count, RESERVE_WAIT_S)
+            except Busy:
+                self._refused_until_s[group] = time.monotonic() + REFUSED_PAUSE_S
             finally:
                 slab.add_spare(attachment.epoch, rows, generations)
 
@@ -307,8 +313,7 @@ class RemoteTier:
         }
 
     def close(self) -> None:
-        """No copy of ours runs any more."""
-        self.attachment.goodbye()
+        """Its pager says goodbye, once it knows whether a copy still runs."""
 
     # ------------------------------------------------------------------ inside
     def _with_private_keys(self, stamps: npt.NDArray[Any]) -> npt.NDArray[Any]:

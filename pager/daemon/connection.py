@@ -51,6 +51,9 @@ class Handler(Protocol):
 
     def payload_done(self, connection: Connection, header: Header) -> None: ...
 
+    def drained(self) -> None:
+        """A peer has read what there was for it."""
+
     def disconnected(self, connection: Connection) -> None: ...
 
 
@@ -106,6 +109,8 @@ class Connection(asyncio.BufferedProtocol):
 
     def pause_writing(self) -> None:
         self._is_full = True
+        if self._transport is not None:
+            self._transport.pause_reading()
         self._drop_timer = self._loop.call_later(UNREAD_S, self._drop_silent)
 
     def resume_writing(self) -> None:
@@ -115,6 +120,8 @@ class Connection(asyncio.BufferedProtocol):
             self._drop_timer = None
         while self._waiting and not self._is_full and not self.is_closed:
             self._waiting.popleft()()
+        self._handler.drained()
+        self._read_on()
 
     def connection_lost(self, error: Exception | None) -> None:
         self.is_closed = True
@@ -222,10 +229,15 @@ class Connection(asyncio.BufferedProtocol):
         )
 
     def _answered(self, request_id: int) -> None:
-        was_over = self._is_over()
         self._in_flight.pop(request_id, None)
         self.cancelled.discard(request_id)
-        if was_over and not self._is_over() and self._transport is not None and not self.is_closed:
+        self._read_on()
+
+    def _read_on(self) -> None:
+        """Read the socket again once there is room, for requests and for their replies."""
+        if self._transport is None or self.is_closed or self._transport.is_closing():
+            return
+        if not self._is_full and not self._is_over() and not self._transport.is_reading():
             self._transport.resume_reading()
 
     def _drop_silent(self) -> None:
@@ -271,6 +283,10 @@ class Connection(asyncio.BufferedProtocol):
     def fail(self, request_id: int, error: KvTierError) -> None:
         retry_ms = max(1, int(error.retry_after_s * 1000)) if isinstance(error, Busy) else 0
         self.reply(request_id, messages.Failure(error.code, str(error)[:2000], retry_ms))
+
+    @property
+    def unsent_bytes(self) -> int:
+        return 0 if self._transport is None or self.is_closed else self._transport.get_write_buffer_size()
 
     def send_frame(self, request_id: int, frame: bytes) -> None:
         """A reply that is packed already."""

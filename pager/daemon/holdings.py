@@ -73,6 +73,7 @@ class Holdings:
         group.host.holds[slots] -= count
         self.leased[slots] -= count
         blocks = group.host.block[slots]
+        blocks = blocks[blocks >= 0]
         group.discard_dead(blocks[group.directory.refs[blocks] == 0])
 
     def _end_reservations(self, slots: IntArray) -> None:

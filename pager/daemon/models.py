@@ -97,6 +97,13 @@ class Models:
         _LOG.info("event=open_model host_bytes=%d blocks=%s", config.host_size, _recovered(store))
         return number
 
+    def block_size_of(self, fingerprint: str) -> int:
+        """Of the blocks that are open or stored for a model; 0 where there are none."""
+        for layouts, known in self._numbers:
+            if known == fingerprint:
+                return layouts[0].block_size
+        return _stored_block_size(self._budget.nvme_path, fingerprint)
+
     def store(self, number: int) -> SharedStore:
         return self._stores[number]
 
@@ -185,6 +192,21 @@ def _folder(layouts: tuple[KVLayout, ...], fingerprint: str) -> str:
     """A name of ours for the model's store; nothing from outside becomes a path."""
     text = json.dumps([fingerprint, [layout.to_dict() for layout in layouts]], sort_keys=True)
     return "model-" + hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def _stored_block_size(path: Path | None, fingerprint: str) -> int:
+    """Of the newest store of that model on disk."""
+    from ...tiers.nvme.identity import STORE_FILE, read_identity
+
+    folders = path.glob("model-*") if path is not None and path.is_dir() else []
+    for folder in sorted((f for f in folders if (f / STORE_FILE).exists()), key=lambda f: -f.stat().st_mtime):
+        try:
+            stored = read_identity(folder)
+        except ConfigError:
+            continue  # opening it says what is wrong
+        if stored.get("model_fingerprint") == fingerprint and stored.get("layouts"):
+            return int(stored["layouts"][0]["block_size"])
+    return 0
 
 
 def _recovered(store: SharedStore) -> int:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ...tiers.errors import ConfigError, InvariantError
+from ...tiers.kernel_calls import keep_heap_small
 from ..inspection.publisher import Publisher
 from ..wire.messages import VERSION
 from .connection import Connection
@@ -43,12 +44,14 @@ class Daemon:
     tenants: Tenants | None = None
     newest_version: int = VERSION  # an older one for tests
     manners: Manners | None = None
+    socket_mode: int = 0o600
     inherited: socket.socket | None = None  # of socket activation: it stays when we end
     tcp: tuple[socket.socket, ssl.SSLContext] | None = None
 
     def run(self, on_ready: Callable[[], object] = lambda: None) -> int:
         """Serve until told to end. Raises ConfigError when the socket cannot be had."""
-        listener = self.inherited or listen(self.socket_path)
+        keep_heap_small()
+        listener = self.inherited or listen(self.socket_path, self.socket_mode)
         try:
             return asyncio.run(self._serve(listener, on_ready))
         finally:
@@ -94,8 +97,8 @@ class Daemon:
         return 0
 
 
-def listen(path: Path) -> socket.socket:
-    """A listening Unix socket of mode 0600. A socket that nobody answers on is taken over.
+def listen(path: Path, mode: int = 0o600) -> socket.socket:
+    """A listening Unix socket of that mode. A socket that nobody answers on is taken over.
 
     Raises ConfigError: path too long, another daemon there, directory missing or not writable.
     """
@@ -106,7 +109,7 @@ def listen(path: Path) -> socket.socket:
     if path.is_socket() and _answers(path):
         raise ConfigError(f"socket={str(path)!r}: another daemon listens there; stop it or choose another path")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    previous = os.umask(0o177)
+    previous = os.umask(0o777 & ~mode)
     try:
         path.unlink(missing_ok=True)
         listener.bind(str(path))

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 TICK_S = 0.1  # how often it looks for clients that are gone, whatever else happens
 SLOW_THREADS = 4
 SESSIONS_PER_REPLY = 1000
-MAX_READ_BYTES = 4 << 20  # of blocks in one reply over the socket
+MAX_UNSENT_BYTES = 4 << 20  # of all connections' replies together; further blocks wait
 MAX_WAIT_S = 60.0
 _LOG = logging.getLogger("kvtier.pagerd")
 T = TypeVar("T")
@@ -82,6 +83,7 @@ class Service:
         self.models, self._tenants, self._loop, self._rules = models, tenants, loop, rules
         self.limits = limits or Limits()
         self._connections: set[Connection] = set()
+        self._unsent: deque[Callable[[], None]] = deque()
         self._newest = newest_version
         self.boot = os.urandom(16)
         self.processes = Clients(rules)
@@ -115,6 +117,7 @@ class Service:
             m.DropSession.KIND: self._drop_session,
             m.ListSessions.KIND: self._list_sessions,
             m.Goodbye.KIND: self._goodbye,
+            m.FindModel.KIND: self._find_model,
         }
 
     # ------------------------------------------------------------------ connections
@@ -149,7 +152,7 @@ class Service:
     def received(self, connection: Connection, header: Header, body: bytes, payload_bytes: int) -> memoryview | None:
         """Raises ProtocolError where the stream cannot go on; what is wrong with one request is only that one's reply."""
         attachment = self._attachments.get(connection)
-        if header.kind == protocol.STATUS_REQUEST and (attachment is not None or connection.uid >= 0):
+        if header.kind == protocol.STATUS_REQUEST:
             self._answer_status(connection, header)
         elif header.kind == protocol.INSPECT_REQUEST and may_inspect(connection.uid):
             self._inspect(connection, header, bytes(body))
@@ -335,6 +338,10 @@ class Service:
         else:
             attachment.connection.reply(request_id, opened)
 
+    def _find_model(self, attachment: Attachment, request_id: int, message: m.FindModel) -> object:
+        _require_version(attachment, 2, "FIND_MODEL")
+        return m.ModelFound(self.models.block_size_of(message.model_fingerprint))
+
     def _client(self, attachment: Attachment, number: int, group: int = 0) -> tuple[SharedStore, Client]:
         client = attachment.stores.get(number)
         if client is None:
@@ -396,8 +403,10 @@ class Service:
         store, client = self._client(attachment, message.store, message.group)
         slots = _slots(message.slots, client, message.group)
         size = store.core.layouts[message.group].block_bytes
-        if len(slots) * size > max(MAX_READ_BYTES, size):
-            raise ProtocolError(f"READ of {len(slots)} blocks of {size} bytes; at most {MAX_READ_BYTES} bytes at once")
+        if len(slots) * size > max(m.MAX_READ_BYTES, size):
+            raise ProtocolError(
+                f"READ of {len(slots)} blocks of {size} bytes; at most {m.MAX_READ_BYTES} bytes at once"
+            )
         connection = attachment.connection
         assert connection is not None
 
@@ -408,8 +417,20 @@ class Service:
             except KvTierError as error:  # released meanwhile
                 connection.fail(request_id, error)
 
-        connection.when_read(send)
+        connection.when_read(lambda: self._send_in_turn(send))
         return None
+
+    def _send_in_turn(self, send: Callable[[], None]) -> None:
+        """Blocks for many slow readers do not pile up here: beyond a bound they wait for those before them."""
+        if self._unsent or sum(connection.unsent_bytes for connection in self._connections) > MAX_UNSENT_BYTES:
+            self._unsent.append(send)
+        else:
+            send()
+
+    def drained(self) -> None:
+        """Some connection's replies have been read."""
+        while self._unsent and sum(connection.unsent_bytes for connection in self._connections) <= MAX_UNSENT_BYTES:
+            self._unsent.popleft()()
 
     def _begin_write(
         self, attachment: Attachment, header: Header, fields: Fields, payload_bytes: int
@@ -485,7 +506,8 @@ class Service:
     def _get_session(self, attachment: Attachment, request_id: int, message: m.GetSession) -> object:
         store, client = self._client(attachment, message.store)
         record: dict[Any, Any] = store.get_session(client, message.session_id, take=message.take)
-        return m.Session(record)
+        self._when_read(attachment, request_id, m.Session(record))
+        return None
 
     def _drop_session(self, attachment: Attachment, request_id: int, message: m.DropSession) -> object:
         store, client = self._client(attachment, message.store)
@@ -499,7 +521,13 @@ class Service:
             [e.session_id, e.namespace, len(e.token_ids), e.num_computed, store.is_taken(e.session_id), e.is_durable]
             for e in entries
         ]
-        return m.Sessions(rows, more)
+        self._when_read(attachment, request_id, m.Sessions(rows, more))
+        return None
+
+    def _when_read(self, attachment: Attachment, request_id: int, answer: object) -> None:
+        """A large answer waits until the peer has read what there is for it."""
+        if (connection := attachment.connection) is not None:
+            connection.when_read(lambda: connection.reply(request_id, answer))
 
     # ------------------------------------------------------------------ progress
     def _wake(self) -> None:
@@ -518,6 +546,7 @@ class Service:
 
     def _on_tick(self) -> None:
         self.processes.reap()
+        self.drained()
         self._look()
         self._tick = self._loop.call_later(TICK_S, self._on_tick)
 
@@ -561,7 +590,15 @@ class Service:
         self._loop.run_in_executor(self._slow, self.inspector.reply, header.request_id, body).add_done_callback(say)
 
     def _answer_status(self, connection: Connection, header: Header) -> None:
+        """Of all tenants together, so for the daemon's own user and root alone."""
+        if connection.uid not in (0, os.geteuid()):
+            raise ProtocolError("STATUS is answered to the daemon's own user and to root")
         connection.send_frame(header.request_id, pack(protocol.STATUS_REPLY, header.request_id, self.status()))
+
+
+def _require_version(attachment: Attachment, version: int, name: str) -> None:
+    if attachment.connection is None or attachment.connection.version < version:
+        raise ProtocolError(f"{name} came with version {version} of the protocol; this connection speaks an older one")
 
 
 def _can_hold(attachment: Attachment) -> bool:

@@ -26,6 +26,7 @@ from .secret_files import check_token_hash, derive_secret, read_secret
 ENGINE_SETTINGS = ("device_bytes", "staging_bytes", "require_pinned", "backend")  # of a shared file: not for a daemon
 _MASKED = ("namespace_secrets", "tokens")
 MAX_MODELS = 64
+SOCKET_MODES = (0o600, 0o660, 0o666)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,7 @@ class DaemonConfig(PagerConfig):
     device_bytes: Size = 0
     host_bytes: Size = "1GiB"
     socket: str | None = None  # None: see default_socket
+    socket_mode: int = 0o600  # 0o660, 0o666: others may connect too; HELLO lets in whom [namespaces] names
     listen: str | None = None  # "host:port", besides the Unix socket; needs tls_cert, tls_key and tokens
     tls_cert: str | None = None
     tls_key: str | None = None
@@ -102,6 +104,8 @@ class DaemonConfig(PagerConfig):
         for name, choices in (("log_format", ("text", "json")), ("log_level", ("debug", "info", "warning", "error"))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown; choose {', '.join(choices)}")
+        if self.socket_mode not in SOCKET_MODES:
+            raise ConfigError(f"socket_mode={self.socket_mode:#o}: choose {', '.join(map(oct, SOCKET_MODES))}")
         self.limits.validate()
         self._check_namespaces()
         self._check_listen()

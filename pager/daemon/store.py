@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...tiers.errors import BlockMissError, Busy, ProtocolError, TierFullError, UnknownSessionError
+from ...tiers.errors import BlockMissError, Busy, ConfigError, ProtocolError, TierFullError, UnknownSessionError
 from ...tiers.layout import KVLayout
 from ...tiers.shared import SharingBackend, make_rows
 from ..config import PagerConfig
 from ..core import Core
+from ..group import MAX_MOVE_BYTES
 from ..parking import Parking
 from ..prefix import adopt, take_tail
 from ..rules import ALL_RULES, Rules
@@ -93,8 +94,9 @@ class SharedStore:
         backend = SharingBackend(io_depth=config.nvme_queue_depth)
         sizes = Sizes([_NO_DEVICE_PAGES] * len(layouts), split_blocks(layouts, config.host_size), [0] * len(layouts))
         if min(sizes.host_slots) < 1:
-            raise Busy(
-                f"host_bytes={config.host_bytes!r} holds no block of {sum(g.block_bytes for g in layouts)} bytes"
+            raise ConfigError(
+                f"host_bytes={config.host_bytes!r} for this model holds no block; one of each layer group takes "
+                f"{sum(g.block_bytes for g in layouts)} bytes: raise the daemon's host_bytes, or lower max_models"
             )
         nvme = None
         try:
@@ -124,21 +126,36 @@ class SharedStore:
         """Write down what only the slab holds, as far as there is room, and let go of memory and disk."""
         self.core.memory.close()
         if self.core.nvme is not None:
+            deadline_s = self.core.clock() + timeout_s
             self.write_down(timeout_s)
-            self.core.wait_until(lambda: not self.core.in_flight(), timeout_s)
+            self.core.wait_until(lambda: not self.core.in_flight(), max(1.0, deadline_s - self.core.clock()))
             self.core.nvme.close()
         self.core.backend.close(timeout_s)
         while self.fds:
             os.close(self.fds.pop())
 
     def write_down(self, timeout_s: float) -> None:
-        """Bring every named block of the slab to nvme, while there is room for it."""
-        core, deadline_s = self.core, self.core.clock() + timeout_s
+        """Bring every block that only the slab holds to nvme, each tried once: in a full tier they would only take turns."""
+        core = self.core
+        with core.lock:
+            left = [self._only_in_slab(index) for index in range(len(core.groups))]
 
         def is_down() -> bool:
-            return not sum(core.sink(group, len(group.host), "drain") for group in core.groups) and not core.in_flight()
+            for index, group in enumerate(core.groups):
+                batch = left[index][: max(1, MAX_MOVE_BYTES // group.layout.block_bytes)]
+                if len(batch) and group.nvme_room() and not group.moves:
+                    core.sink_blocks(group, batch, "drain")
+                    left[index] = left[index][len(batch) :]
+            return not any(map(len, left)) and not core.in_flight()
 
-        core.wait_until(is_down, max(0.0, deadline_s - core.clock()))
+        core.wait_until(is_down, timeout_s)
+
+    def _only_in_slab(self, index: int) -> IntArray:
+        """Blocks that a crash would lose, those that others refer to first."""
+        group = self.core.groups[index]
+        d, blocks = group.directory, group.host.block[group.host.state == SlotState.VALID]
+        blocks = blocks[d.is_named[blocks] & (d.nvme_slot[blocks] < 0)]
+        return blocks[np.argsort(-d.refs[blocks], kind="stable")]
 
     # ------------------------------------------------------------------ clients
     def attach(self, tenant: Tenant) -> Client:

@@ -18,6 +18,7 @@ SLAB, BYTES = "slab", "bytes"  # features: blocks through shared memory; blocks 
 FEATURES = (SLAB, BYTES)
 KEY_BYTES = 32
 MAX_KEYS = 1 << 16  # in one request
+MAX_READ_BYTES = 1 << 20  # of blocks in one reply to READ, or one block
 REPLY = 0x80  # a reply has its request's number and this bit
 ERROR = 0xFF
 STORED, IS_HELD = 3, 4  # masks of the bytes in replies: result or place; held for this client
@@ -354,6 +355,22 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
+class FindModel:
+    """How the blocks of a model are cut that this daemon knows already, so that clients cut them alike. Since version 2."""
+
+    KIND: ClassVar[int] = 34
+    model_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFound:
+    """`block_size` is 0 where it knows none."""
+
+    KIND: ClassVar[int] = FindModel.KIND | REPLY
+    block_size: int
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """The reply to a request that failed; `code` is that of tiers/errors.py."""
 
@@ -382,6 +399,7 @@ REQUESTS = (
     ListSessions,
     Goodbye,
     Cancel,
+    FindModel,
 )
 REQUEST_BY_KIND = {message.KIND: message for message in REQUESTS}
 M = TypeVar("M")

@@ -127,6 +127,7 @@ def test_default_places_follow_xdg_and_systemd(tmp_path):
         ("limits = 7", "limits=7: give a table of settings"),
         ('log_format = "xml"', "log_format='xml' is unknown; choose text, json"),
         ("max_models = 0", "max_models=0: need 1 to 64"),
+        ("socket_mode = 0o777", "socket_mode=0o777: choose 0o600, 0o660, 0o666"),
         ("host_bytes = 0", "host_bytes=0: the daemon's blocks live there"),
         ('low_watermark = "low"', "low_watermark='low': give a number"),
         (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +95,43 @@ def test_sessions_of_another_tenant_are_unknown_whatever_one_asks(tmp_path):
             bob.connection.call(m.PutSession(bob.epoch, bob.store, "his", record, 5000), m.SessionPut)
         assert not bob.connection.call(m.ListSessions(bob.store, ""), m.Sessions).sessions
         assert len(alice.connection.call(m.ListSessions(alice.store, ""), m.Sessions).sessions) == 1
+        assert pagerd.end() == 0
+
+
+@pytest.fixture
+def open_folder():
+    """One that other users can look into; pytest's own are closed to them."""
+    with tempfile.TemporaryDirectory(prefix="kvtier-") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user needs root")
+def test_another_user_is_who_the_kernel_says_and_gets_neither_slab_nor_status(open_folder):
+    """A process of uid 4711, in a group that the table names and in another one; and a uid that it does not name."""
+    tmp_path = open_folder
+    config = two_tenants(tmp_path, "gids = [4712]", "uids = [4711]", "socket_mode = 0o666")
+    code = (
+        "import os, socket, sys; sys.path.insert(0, sys.argv[2])\n"
+        "from kvtier.pager.client.connection import DaemonConnection\n"
+        "from kvtier.pager.wire import messages as m\n"
+        "from kvtier.pager.wire.frames import HEADER, pack, parse_header, unpack\n"
+        "from service_process import LAYOUT\n"
+        "os.setgroups([int(sys.argv[4])]); os.setgid(100); os.setuid(int(sys.argv[3]))\n"
+        "raw = socket.socket(socket.AF_UNIX); raw.connect(sys.argv[1]); raw.sendall(pack(1, 1, {}))\n"
+        "print(parse_header(raw.recv(HEADER.size)).kind)\n"
+        "one = DaemonConnection.open('unix://' + sys.argv[1])\n"
+        "print(sorted(one.welcome.namespaces), one.call(m.Open([LAYOUT.to_dict()], 'test'), m.Opened).has_slab)\n"
+    )
+    with Pagerd(tmp_path, config).ready() as pagerd:
+
+        def ask(uid: int, group: int) -> subprocess.CompletedProcess:
+            command = [sys.executable, "-c", code, str(pagerd.socket), str(Path(__file__).parent), str(uid), str(group)]
+            return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=60)
+
+        assert ask(4711, 4712).stdout == "255\n['alice', 'bob'] False\n"  # STATUS: refused
+        assert ask(4711, 4799).stdout == "255\n['bob'] False\n"
+        assert "uid 4798 is not let in" in ask(4798, 4799).stderr
         assert pagerd.end() == 0
 
 

@@ -31,8 +31,8 @@ def ids(n: int, seed: int) -> list[int]:
 
 
 def make_rig(tmp_path, quotas: dict, seed: int = 0, **options) -> Rig:
-    room = {"nvme_bytes": 64 * DISK_BLOCK} | options
-    return Rig(seed, pages=10, host=24, path=tmp_path / "s", namespace_quotas=quotas, **room)
+    room = {"nvme_bytes": 64 * DISK_BLOCK, "host": 24} | options
+    return Rig(seed, pages=10, path=tmp_path / "s", namespace_quotas=quotas, **room)
 
 
 def run(rig: Rig, tokens: list[int], namespace: str) -> None:
@@ -117,6 +117,21 @@ def test_without_the_floor_the_same_flood_takes_it(tmp_path):
         store(rig, ids(6 * BLOCK, 100 + i), "other")
         rig.settle()
     assert rig.pager.match(mine, "small").tokens == 0
+    finish(rig)
+
+
+@pytest.mark.parametrize("floor", [4, 0])
+def test_a_floor_holds_in_a_store_too_small_for_a_ring(tmp_path, floor):
+    """There blocks are evicted one by one, not by the segment."""
+    quotas = {"small": {"nvme_floor": floor * DISK_BLOCK}} if floor else {}
+    rig = make_rig(tmp_path, quotas, nvme_bytes=7 * DISK_BLOCK, host=6)
+    mine = ids(4 * BLOCK, 1)
+    store(rig, mine, "small")
+    for i in range(20):
+        store(rig, ids(3 * BLOCK, 100 + i), "other")
+        rig.settle()
+    assert rig.pager.counters.get("reclaimed_segments") == 0
+    assert rig.pager.match(mine, "small").tokens == (len(mine) if floor else 0)
     finish(rig)
 
 

@@ -39,14 +39,14 @@ class EncryptedIo(EncodedIo):
         sealer: BlockSealer,
     ) -> None:
         super().__init__(io, files, layout, geometry, codec or _AsItIs())
-        self._sealer, self._opened = sealer, Scratch()
+        self._sealer, self._opened, self._sealed = sealer, Scratch(), Scratch()
         self._is_plain = codec is None
         self._said: set[int] = set()
 
     def _encode(self, row: Bytes, stamp: Stamps) -> tuple[Any, npt.NDArray[np.uint64]]:
         key, generation, _, _, owner, _ = stamp[0].tolist()
         plain = np.frombuffer(row.data if self._is_plain else self._codec.encode(row), np.uint8)
-        sealed = self._sealer.seal(plain, owner, key, generation)
+        sealed = self._sealer.seal(plain, owner, key, generation, self._sealed.take(len(plain) + OVERHEAD_BYTES))
         sums = np.zeros(self._layout.num_layers, np.uint64)
         sums[0] = sealed[-TAG_BYTES:].view("<u8")[0]
         return sealed, sums

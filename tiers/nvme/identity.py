@@ -108,13 +108,24 @@ def read_identity(path: Path) -> dict[str, Any]:
     """The identity file, proven by its own sum. Raises ConfigError."""
     try:
         stored = json.loads((path / STORE_FILE).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"store {path} has no readable {STORE_FILE}: {error}") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"store {path}: {STORE_FILE} is not an object")
     if stored.get("format") == FORMAT and stored.pop("sum", None) != _sum_of(stored):
         raise ConfigError(f"store {path}: {STORE_FILE} is damaged; restore it from a copy, or delete the store")
     return stored
+
+
+def stored_layouts(path: Path, stored: Mapping[str, Any]) -> tuple[KVLayout, ...]:
+    """The layouts that an identity file names. Raises ConfigError."""
+    try:
+        layouts = tuple(KVLayout.from_dict(fields) for fields in stored["layouts"])
+        if not layouts:
+            raise ValueError("no layer group")
+        return layouts
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"store {path}: {STORE_FILE} does not say what its blocks are: {error!r:.200}") from error
 
 
 def make_arrays(
@@ -209,7 +220,7 @@ def stored_geometries(path: Path, identity: StoreIdentity) -> list[Geometry]:
             raise ValueError("slots_per_segment must be at least 1")
         overheads = map(overhead_of, stored_codecs(path, identity), identity.layouts)
         return [Geometry.of(*parts) for parts in zip(identity.layouts, counts, overheads, strict=True)]
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"store {path}: {STORE_FILE} does not say how its arrays are cut: {error}") from error
 
 
@@ -220,7 +231,7 @@ def stored_codecs(path: Path, identity: StoreIdentity | None = None) -> list[str
         if identity is not None and len(names) != len(identity.layouts):
             raise ValueError(f"{len(names)} arrays for {len(identity.layouts)} layer groups")
         return names
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"store {path}: {STORE_FILE} does not say how its arrays are stored: {error}") from error
 
 
@@ -261,7 +272,7 @@ def _whole_segments(slots: int, geometry: Geometry) -> int:
 def _is_ours(path: Path, index: int, array: Mapping[str, Any]) -> bool:
     try:
         return _metadata_sum(path, index) == array.get("metadata_sum")
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 
 

@@ -17,9 +17,8 @@ import numpy as np
 
 from ..cpu import CpuBackend
 from ..errors import ConfigError, StoreMismatchError
-from ..layout import KVLayout
 from ..streams import IntArray
-from .identity import StoreIdentity, read_identity, repair_metadata, segment_path
+from .identity import StoreIdentity, read_identity, repair_metadata, segment_path, stored_layouts
 from .sealing import MIN_SECRET_BYTES, RecordSealer, is_sealed
 from .store import NvmeTier
 
@@ -48,12 +47,8 @@ class Report:
 
 def stored_identity(path: Path) -> StoreIdentity:
     """Raises ConfigError when there is no readable store."""
-    fields = read_identity(path)
-    try:
-        layouts = tuple(KVLayout.from_dict(layout) for layout in fields["layouts"])
-        return StoreIdentity(str(fields["model_fingerprint"]), layouts)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"store {path}: its identity lacks {error}") from error
+    stored = read_identity(path)
+    return StoreIdentity(str(stored.get("model_fingerprint", "")), stored_layouts(path, stored))
 
 
 def check(path: Path, progress: Progress, *, repair: bool = False, secrets: Secrets = _NO_SECRETS) -> Report:

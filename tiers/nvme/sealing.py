@@ -76,14 +76,17 @@ class BlockSealer:
         self._keys: OrderedDict[tuple[int, bytes], Any] = OrderedDict()
         self._era, self._counter, self._bytes, self._pid = b"", 0, 0, -1
 
-    def seal(self, plain: Bytes, owner: int, key: bytes, generation: int) -> Bytes:
-        """Header, ciphertext and tag. Raises ConfigError when the namespace has no secret."""
+    def seal(self, plain: Bytes, owner: int, key: bytes, generation: int, into: Bytes | None = None) -> Bytes:
+        """Header, ciphertext and tag, `into` memory of OVERHEAD_BYTES more than `plain` where some is given.
+
+        Raises ConfigError when the namespace has no secret.
+        """
         era, counter = self._next_nonce(len(plain))
         cipher = self._cipher(owner, era)
         if cipher is None:
             raise ConfigError(f"encryption: the namespace with tag {owner:#010x} has no secret")
         header = Header(owner, counter, era, key, generation)
-        sealed = np.empty(len(plain) + OVERHEAD_BYTES, np.uint8)
+        sealed = np.empty(len(plain) + OVERHEAD_BYTES, np.uint8) if into is None else into
         sealed[: HEADER.size] = np.frombuffer(header.pack(), np.uint8)
         cipher.encrypt_into(header.nonce, plain.data, header.pack(), sealed[HEADER.size :].data)
         return sealed
