@@ -49,7 +49,6 @@ LEASE_SHARE = 4  # of a group's slots, one client may have a quarter
 MIN_LEASES = 8  # where there are as many
 HOLD_SHARE = 2  # of all blocks that the tiers take, one client's sequences may refer to half
 _NO_DEVICE_PAGES = 1  # the books want one; nothing is ever put there, so it takes no memory
-LOOKUPS_PER_BEAT = 4  # counted for inspectors between two looks at the copies
 
 
 class Client:
@@ -339,7 +338,6 @@ class SharedStore:
         """Apply what has finished. Returns the lease requests that have their answer now."""
         with self.core.lock:
             self.core.advance()
-            self.core.observer.settle(LOOKUPS_PER_BEAT)
             over = []
             for client in self.clients:
                 done = [request for request in client.requests if request.step()]

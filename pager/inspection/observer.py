@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from ..prefix import Match
 
 MAX_LOOKUPS, MAX_REQUESTS, MAX_GHOST_HITS = 4096, 1024, 8192
-MAX_ASIDE = 256  # look-ups of clients between two heartbeats; more are not counted
 HEAD_BLOCKS = 16  # of each look-up, to notice that prompts begin differently than they did
 
 
@@ -82,7 +81,6 @@ class Observer:
         self.lookups: deque[Lookup] = deque(maxlen=MAX_LOOKUPS)
         self.ghost_hits: deque[GhostHit] = deque(maxlen=MAX_GHOST_HITS)
         self.requests: deque[RequestRecord] = deque(maxlen=MAX_REQUESTS)
-        self._aside: deque[tuple[float, str, list[bytes], int]] = deque(maxlen=MAX_ASIDE)
         self.num_lookups = self.num_requests = 0
         self.reuse = ReuseSampler()
         self.recorder = Recorder(clock)
@@ -110,29 +108,19 @@ class Observer:
         self.recorder.asked(seq.id, num_tokens, keys)
 
     def looked_up(self, namespace: str, keys: list[bytes], num_hit: int) -> None:
-        """Keys in a row were asked for by somebody whose prompt is not known here, and so many of them found.
-
-        Only put aside: what is done with them takes as long as they are known here, and who asks shall not learn that
-        from the time of the answer.
-        """
-        self._aside.append((self.clock(), namespace, keys, num_hit))
-
-    def settle(self, most: int) -> None:
-        """Count so much of what was put aside; not while anybody waits for an answer."""
-        for _ in range(min(most, len(self._aside))):
-            now_s, namespace, keys, num_hit = self._aside.popleft()
-            self.reuse.used(tags_of(keys))
-            ghosts = 0
-            for key in keys[num_hit:]:
-                if self._ghosts.get(key) is None:
-                    break
-                ghosts += 1
-            size, nothing = self.block_size, np.zeros(0, np.uint32)
-            tokens = (len(keys) * size, num_hit * size, ghosts * size)
-            self.lookups.append(Lookup(now_s, namespace, None, 0, *tokens, nothing))
-            self.num_lookups += 1
-            if ghosts:
-                self._count_ghosts(self.lookups[-1], keys[num_hit:])
+        """Keys in a row were asked for by somebody whose prompt is not known here, and so many of them found."""
+        self.reuse.used(tags_of(keys))
+        ghosts = 0
+        for key in keys[num_hit:]:
+            if self._ghosts.get(key) is None:
+                break
+            ghosts += 1
+        size, nothing = self.block_size, np.zeros(0, np.uint32)
+        tokens = (len(keys) * size, num_hit * size, ghosts * size)
+        self.lookups.append(Lookup(self.clock(), namespace, None, 0, *tokens, nothing))
+        self.num_lookups += 1
+        if ghosts:
+            self._count_ghosts(self.lookups[-1], keys[num_hit:])
 
     def ended(self, seq: Sequence) -> None:
         """The sequence is going: whatever it has beyond its prompt was its output."""
