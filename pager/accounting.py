@@ -39,6 +39,7 @@ class Ghost:
     tier: str
     evicted_s: float
     reason: str
+    owner: int = 0  # tag of the namespace that it belonged to
 
 
 class Ghosts:

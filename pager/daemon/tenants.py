@@ -36,6 +36,11 @@ class Tenant:
         """One that stands for bytes of this tenant; 1 for who owns all."""
         return int(self.tags[0]) if len(self.tags) else 1
 
+    @property
+    def owners(self) -> frozenset[int] | None:
+        """Its tags; None for who owns all."""
+        return None if self.owns_all else frozenset(self.tags.tolist())
+
     def owns(self, namespace: str) -> bool:
         return self.owns_all or unsalted(namespace) in self.namespaces
 

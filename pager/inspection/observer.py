@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from ...tiers.owners import owner_tag
 from .events import EventRing, tags_of
 from .recorder import Recorder
 from .reuse import ReuseSampler
@@ -107,12 +108,16 @@ class Observer:
             self._count_ghosts(lookup, keys[match.tokens // self.block_size :])
         self.recorder.asked(seq.id, num_tokens, keys)
 
-    def looked_up(self, namespace: str, keys: list[bytes], num_hit: int) -> None:
-        """Keys in a row were asked for by somebody whose prompt is not known here, and so many of them found."""
-        self.reuse.used(tags_of(keys))
+    def looked_up(self, namespace: str, keys: list[bytes], num_hit: int, owners: frozenset[int] | None = None) -> None:
+        """Keys in a row were asked for by somebody whose prompt is not known here, and so many of them found.
+
+        `owners`: tags of whose ghosts may be told from keys that nobody ever had; None for all.
+        """
+        self.reuse.used(tags_of(keys) ^ np.uint32(owner_tag(namespace)))  # uses of others must not show in our path
         ghosts = 0
         for key in keys[num_hit:]:
-            if self._ghosts.get(key) is None:
+            ghost = self._ghosts.get(key)
+            if ghost is None or (owners is not None and ghost.owner not in owners):
                 break
             ghosts += 1
         size, nothing = self.block_size, np.zeros(0, np.uint32)
