@@ -29,6 +29,7 @@ test: setup
 bench: setup
 	for name in metadata inspect decode recovery host nvme codecs tenants daemon prefix endless sessions serve; do \
 		$(BIN)/kvtier bench $$name --out benchmarks/results/$$name-cpu.json || exit 1; done
+	$(BIN)/kvtier bench kernels --aot --out benchmarks/results/kernels-aot.json
 
 soak: setup
 	$(BIN)/python -m pytest -q -m soak
