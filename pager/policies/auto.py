@@ -1,0 +1,242 @@
+"""Our own rule: who is least likely to be used again soon, per block and second, leaves first; where that is no better
+than recency, who was used longest ago.
+
+It learns online, from what a pager sees: how often a chain was continued, how long its prompts and answers are, how much
+they grew, how long its user thought, where chains part. `reuse` holds what is learned, `segments` what chains there are,
+`shelf` what an order keeps of them: one shelf is what is held, the other a shadow of what the other order would hold. The
+order whose shelf saves more tokens is in force; recency is until the other one has proven itself.
+
+State is per segment of a chain, so the work per request does not grow with its blocks. Before either order come released
+blocks, and ends of prompts that fill no block (only the same prompt again could use one).
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .base import NOWHERE, UNKNOWN, BoolArray, FloatArray, IntArray, Policy, Request
+from .reuse import AGE_ENDS_S, LEFTOVER, NUM_AGES, RISKS, TURNS, LifeTable, Risk, age_bin, age_bins, half_octave
+from .segments import Segments
+from .shelf import Order, Shelf
+
+_SWEEP_EVERY, _UPDATE_EVERY = 64, 256  # requests
+_WEIGHT_FADE = 0.9  # of the tokens that each order saved, per update
+_CLEARLY = 1.02  # times as many tokens saved: then the other order comes into force
+
+
+class ByRecency:
+    """Who was used longest ago leaves first."""
+
+    name = "recency"
+    is_fading = False
+
+    def __init__(self, segments: Segments) -> None:
+        self._segments = segments
+
+    def score(self, segment: int) -> float:
+        return float(self._segments.time_s[segment])
+
+    def scores(self, segments: IntArray) -> FloatArray:
+        return self._segments.time_s[segments]
+
+
+class ByDensity:
+    """Who has the least chance of use per second held leaves first. A common beginning has its rate of use."""
+
+    name = "density"
+    is_fading = True
+
+    def __init__(self, segments: Segments, table: LifeTable) -> None:
+        self._segments, self._table = segments, table
+        self.now_s = 0.0
+
+    def score(self, segment: int) -> float:
+        segments = self._segments
+        age_s = self.now_s - float(segments.time_s[segment])
+        if segments.is_common[segment]:
+            return 1.0 / max(float(segments.gap_s[segment]), age_s, 1e-3)
+        return float(self._table.density[segments.kind[segment], age_bin(age_s)])
+
+    def scores(self, segments: IntArray) -> FloatArray:
+        of = self._segments
+        age_s = self.now_s - of.time_s[segments]
+        density: FloatArray = self._table.density[of.kind[segments], age_bins(age_s)]
+        common = of.is_common[segments]
+        if common.any():
+            rate = 1.0 / np.maximum(np.maximum(of.gap_s[segments], age_s), 1e-3)
+            density = np.where(common, rate, density)
+        return density
+
+
+class Auto(Policy):
+    name = "auto"
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self._segments, self._table, self._risk = Segments(), LifeTable(), Risk(4)
+        self._by_density = ByDensity(self._segments, self._table)
+        self._held = Shelf(self._segments, ByRecency(self._segments), self.capacity)
+        self._shadow = Shelf(self._segments, self._by_density, self.capacity)
+        self._saved = [0.0, 0.0]  # tokens, by the held shelf and by its shadow
+        self._features: dict[int, tuple[object, ...]] = {}  # of open segments
+        self._swept = np.zeros(NUM_AGES, np.int64)  # per age the first segment that has not reached it
+        self._judged = 0
+        self._patience_s = 300.0  # after which a chain counts as not used again: what 95 in 100 gaps are shorter than
+        self._gaps: list[float] = []
+        self._now_s = 0.0
+        self._requests = 0
+        self._tails: dict[int, int] = {}  # of segments
+        self._released: list[int] = []
+
+    @property
+    def order(self) -> Order:
+        """The order in force."""
+        return self._held.order
+
+    def grow(self, num_ids: int) -> None:
+        super().grow(num_ids)
+        self._segments.grow(num_ids)
+
+    # ------------------------------------------------------------------ what happened
+    def on_chain(self, chain: IntArray, held: BoolArray, request: Request = UNKNOWN) -> None:
+        segments, self._now_s = self._segments, request.now_s
+        self._by_density.now_s = request.now_s
+        runs = segments.runs_of(chain)
+        for index, shelf in enumerate((self._held, self._shadow)):
+            self._saved[index] += shelf.hit(runs)
+            shelf.leave(runs)
+        joint = segments.take_over(chain, runs, request.now_s)
+        turn, gap_s = 0, -1.0
+        if joint.parent != NOWHERE:
+            turn, gap_s = int(segments.turn[joint.parent]) + 1, request.now_s - float(segments.time_s[joint.parent])
+            self._note_use(joint.parent)
+        for number in range(joint.first_new, segments.count):  # a common beginning has come to be
+            self._place(number, len(segments.chain[number]))
+        if joint.start < len(chain):
+            self._open(chain, joint.start, turn, gap_s, request)
+        self._shadow.trim()
+        self._requests += 1
+        if not self._requests % _SWEEP_EVERY:
+            self._sweep()
+
+    def _open(self, chain: IntArray, start: int, turn: int, gap_s: float, request: Request) -> None:
+        segments = self._segments
+        number = segments.open(chain, start, request.now_s)
+        features = _features(turn, gap_s, request)
+        segments.turn[number] = turn
+        segments.kind[number] = self._kind(turn, features)
+        segments.is_open[number] = True
+        self._features[number] = features
+        has_tail = request.has_partial_tail and len(chain) - start > 1
+        if has_tail:
+            self._tails[number] = int(chain[-1])
+        self._place(number, len(chain) - has_tail)
+
+    def _place(self, number: int, high: int) -> None:
+        self._held.add(number, high)
+        self._shadow.add(number, high)
+
+    def _kind(self, turn: int, features: tuple[object, ...]) -> int:
+        bucket = turn if turn < 4 else min(TURNS - 1, 2 + half_octave(turn) // 2)
+        risk = round((RISKS - 1) / 2 + 2 * math.log(self._risk.of(features)))
+        return bucket * RISKS + min(RISKS - 1, max(0, risk))
+
+    def _note_use(self, parent: int) -> None:
+        segments = self._segments
+        if segments.is_open[parent]:
+            age_s = self._now_s - float(segments.time_s[parent])
+            bin = age_bin(age_s)
+            self._table.note_use(int(segments.kind[parent]), bin)
+            segments.is_open[parent] = False
+            features = self._features.pop(parent, None)
+            if features is not None:
+                self._risk.learn(features, True, float(self._table.cumulative[bin]))
+            self._gaps.append(age_s)
+        segments.kind[parent] = LEFTOVER
+
+    def on_insert(self, blocks: IntArray, depth: IntArray) -> None:
+        raise NotImplementedError
+
+    def on_evict(self, blocks: IntArray) -> None:
+        """Nothing to do: `coldest` has taken them out, and what is known of a chain outlives its blocks."""
+
+    def on_release(self, blocks: IntArray) -> None:
+        segments = self._segments
+        for number in np.unique(segments.of_block[blocks]).tolist():
+            if number == NOWHERE:
+                continue
+            low = int(segments.low[number])
+            cut = low + int(np.isin(segments.chain[number][low:], blocks).argmax())
+            high = int(self._held.high[number])
+            self._released += segments.chain[number][cut:high][::-1].tolist()
+            for shelf in (self._held, self._shadow):
+                if shelf.high[number] > cut:
+                    shelf.cut(number, cut)
+            tail = self._tails.pop(number, NOWHERE)
+            if tail != NOWHERE and segments.of_block[tail] == number:
+                self._released.append(tail)
+
+    # ------------------------------------------------------------------ who should leave
+    def coldest(self, n: int) -> IntArray:
+        first = np.array(self._first_to_leave(n), np.int64)
+        given = self._held.give_up(n - len(first))
+        parts = [first, *(self._segments.chain[number][cut:high][::-1] for number, cut, high in given)]
+        return np.concatenate(parts)
+
+    def _first_to_leave(self, n: int) -> list[int]:
+        """Released blocks, then ends of prompts."""
+        leaving, self._released = self._released[:n], self._released[n:]
+        while len(leaving) < n and self._tails:
+            number = next(iter(self._tails))
+            tail = self._tails.pop(number)
+            if self._segments.of_block[tail] == number:
+                leaving.append(tail)
+        return leaving
+
+    def rank(self, blocks: IntArray) -> FloatArray:
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ learning
+    def _sweep(self) -> None:
+        """Count the chains that grew older without being used, and learn from those that are past hope."""
+        segments = self._segments
+        starts_s = segments.start_s[: segments.count]
+        stops = np.searchsorted(starts_s, self._now_s - AGE_ENDS_S, side="right")
+        for age in np.flatnonzero(stops > self._swept).tolist():
+            passed = slice(int(self._swept[age]), int(stops[age]))
+            self._table.note_alive(segments.kind[passed][segments.is_open[passed]], age)
+        self._swept = np.maximum(stops, self._swept)
+        past_hope = int(np.searchsorted(starts_s, self._now_s - self._patience_s, side="right"))
+        hazard = float(self._table.cumulative[age_bin(self._patience_s)])
+        for number in range(self._judged, past_hope):
+            features = self._features.pop(number, None)
+            if features is not None:
+                self._risk.learn(features, False, hazard)
+        self._judged = max(self._judged, past_hope)
+        if not self._requests % _UPDATE_EVERY:
+            self._table.update()
+            self._choose_order()
+            self._gaps = self._gaps[-2000:]
+            if self._gaps:
+                self._patience_s = float(np.percentile(self._gaps, 95))
+
+    def _choose_order(self) -> None:
+        held, shadow = self._saved
+        if shadow > _CLEARLY * held:
+            order = self._held.order
+            self._held, self._shadow = self._held.copy(self._shadow.order), self._held.copy(order)
+            self._saved = [shadow, held]
+        self._saved = [_WEIGHT_FADE * saved for saved in self._saved]
+
+
+def _features(turn: int, gap_s: float, request: Request) -> tuple[object, ...]:
+    """What a chain is judged by, besides its turn: lengths, by early turns and later ones, and think time, by powers of 2."""
+    early = min(turn, 2)
+    return (
+        (early, half_octave(request.input_tokens) // 2),
+        (early, half_octave(request.output_tokens) // 2),
+        half_octave(gap_s) // 2,
+        request.input_tokens >> 5 if turn == 0 and request.input_tokens < 4096 else -1,  # prompts from one template
+    )
