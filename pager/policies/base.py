@@ -12,6 +12,7 @@ useful without its end and never the other way round. A request counts once (`on
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ from ..states import NOWHERE, IntArray
 BoolArray = npt.NDArray[np.bool_]
 FloatArray = npt.NDArray[np.float64]
 _FIRST_SIZE = 1024
+_Scalar = TypeVar("_Scalar", bound=np.generic)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ class Policy:
         self.on_evict(blocks)
 
     # ------------------------------------------------------------------ who should leave
-    def rank(self, blocks: IntArray) -> npt.NDArray[np.generic]:
+    def rank(self, blocks: IntArray) -> npt.NDArray[Any]:
         raise NotImplementedError
 
     def victims(self, n: int, candidates: IntArray) -> IntArray:
@@ -98,7 +100,7 @@ class Policy:
             self.depth = resized(self.depth, max(num_ids, 2 * len(self.depth)), 0)
 
 
-def lowest(n: int, candidates: IntArray, rank: npt.NDArray[np.generic]) -> IntArray:
+def lowest(n: int, candidates: IntArray, rank: npt.NDArray[Any]) -> IntArray:
     """The n candidates of lowest rank, in order of rank."""
     if n < len(candidates):
         chosen = np.argpartition(rank, n - 1)[:n]
@@ -107,7 +109,7 @@ def lowest(n: int, candidates: IntArray, rank: npt.NDArray[np.generic]) -> IntAr
     return candidates[chosen[np.argsort(rank[chosen], kind="stable")]]
 
 
-def resized(array: npt.NDArray[np.generic], size: int, fill: float) -> npt.NDArray[np.generic]:
+def resized(array: npt.NDArray[_Scalar], size: int, fill: float) -> npt.NDArray[_Scalar]:
     grown = np.full(size, fill, array.dtype)
     grown[: len(array)] = array
     return grown

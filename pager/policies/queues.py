@@ -8,9 +8,13 @@ ranks before everything in a higher one.
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Iterable
+from typing import Any
 
-from .base import _FIRST_SIZE, NOWHERE, BoolArray, IntArray, Policy, resized
+import numpy as np
+import numpy.typing as npt
+
+from .base import _FIRST_SIZE, NOWHERE, IntArray, Policy, resized
 
 _SHIFT = 44  # a place is queue << 44 | index in its log
 RELEASED = 0
@@ -25,6 +29,7 @@ class Queues:
         self._index = np.arange(_FIRST_SIZE)
         self._head, self._end = [0] * count, [0] * count
         self.size = [0] * count
+        self.mark = [0] * count  # a hand in each log, kept at its block when the log is compacted
 
     def grow(self, num_ids: int) -> None:
         if num_ids > len(self.place):
@@ -43,10 +48,6 @@ class Queues:
         if not are_new:
             self._leave(blocks)
         self.size[queue] += len(blocks)
-        self._append(queue, blocks)
-
-    def renew(self, queue: int, blocks: IntArray) -> None:
-        """Append blocks that all stand in this queue already."""
         self._append(queue, blocks)
 
     def _append(self, queue: int, blocks: IntArray) -> None:
@@ -74,16 +75,31 @@ class Queues:
             at = stop
         return (found[0] if len(found) == 1 else np.concatenate(found))[:n] if found else log[:0]
 
-    def scan(self, queue: int, start: int, n: int) -> tuple[IntArray, int]:
-        """The blocks among the next n entries from index `start` of the log, and the index behind them."""
-        log, start = self._log[queue], max(start, self._head[queue])
-        stop = min(self._end[queue], start + n)
-        some = log[start:stop]
-        return some[self.place[some] == self._index[start:stop] + (queue << _SHIFT)], stop
+    def drop_oldest(self, queue: int, most: int) -> None:
+        """Keep the youngest `most`."""
+        if self.size[queue] > most:
+            self.remove(self.oldest(queue, self.size[queue] - most))
 
-    def index_of(self, block: int) -> int:
-        """Where in its log a block stands."""
-        return int(self.place[block]) & ((1 << _SHIFT) - 1)
+    def scan(self, queue: int, n: int) -> IntArray:
+        """The blocks from the mark on, up to n of them; none at the young end. The mark skips stale entries only."""
+        log, end = self._log[queue], self._end[queue]
+        while (start := max(self.mark[queue], self._head[queue])) < end:
+            stop = min(end, start + n)
+            some = log[start:stop]
+            current = some[self.place[some] == self._index[start:stop] + (queue << _SHIFT)]
+            if len(current):
+                return current
+            self.mark[queue] = stop
+        return log[:0]
+
+    def mark_place(self, queue: int) -> int:
+        """What places are compared with to see whether they are before the mark."""
+        return (queue << _SHIFT) + self.mark[queue]
+
+    def behind(self, queue: int, block: int) -> int:
+        """The mark just behind a block; behind the youngest one it is back at the old end."""
+        after = (int(self.place[block]) & ((1 << _SHIFT) - 1)) + 1
+        return after if after < self._end[queue] else 0
 
     def _leave(self, blocks: IntArray) -> None:
         if len(self.size) == 1:
@@ -97,18 +113,16 @@ class Queues:
         """Copy the current entries to the front of a log with room for as many again. Returns where it ends."""
         head, end = self._head[queue], self._end[queue]
         some = self._log[queue][head:end]
-        current = some[self.place[some] == self._index[head:end] + (queue << _SHIFT)]
+        is_current = self.place[some] == self._index[head:end] + (queue << _SHIFT)
+        self.mark[queue] = int(np.count_nonzero(is_current[: max(0, self.mark[queue] - head)]))
+        current = some[is_current]
         log = np.empty(max(_FIRST_SIZE, 3 * len(current) + 8 * room), np.int64)
         if len(log) > len(self._index):
             self._index = np.arange(len(log))
         log[: len(current)] = current
         self.place[current] = self._index[: len(current)] + (queue << _SHIFT)
         self._log[queue], self._head[queue], self._end[queue] = log, 0, len(current)
-        self.on_compact(queue, head)
         return len(current)
-
-    def on_compact(self, queue: int, head: int) -> None:
-        """Indices of this queue have changed."""
 
 
 class QueuePolicy(Policy):
@@ -131,23 +145,29 @@ class QueuePolicy(Policy):
     def on_evict(self, blocks: IntArray) -> None:
         self.queues.remove(blocks)
 
-    def rank(self, blocks: IntArray) -> IntArray:
+    def rank(self, blocks: IntArray) -> npt.NDArray[Any]:
         return self.queues.place[blocks]
 
-    def coldest(self, n: int) -> IntArray:
-        return self.coldest_of(n, range(1 + self.num_queues))
+    def renew(self, blocks: IntArray, queues: tuple[int, ...]) -> None:
+        """Those that stand in these queues become the youngest there."""
+        standing = self.queues.queue_of(blocks)
+        for queue in queues:
+            self.queues.push(queue, blocks[standing == queue][::-1])
 
-    def coldest_of(self, n: int, order: range | list[int]) -> IntArray:
-        """From the first of these queues that hold something."""
+    def coldest(self, n: int) -> IntArray:
+        return self.coldest_of(n, range(1, 1 + self.num_queues))
+
+    def coldest_of(self, n: int, order: Iterable[int | tuple[int, int]]) -> IntArray:
+        """Released blocks, then from these queues in turn; of a pair, so many at most from that queue."""
         taken: list[IntArray] = []
-        for queue in order:
-            if n > 0 and self.queues.size[queue]:
-                taken.append(self.queues.oldest(queue, n))
+        named: dict[int, int] = {}  # of a queue that stands in the order twice
+        for entry in (RELEASED, *order):
+            queue, most = entry if isinstance(entry, tuple) else (entry, n)
+            already = named.get(queue, 0)
+            if min(n, most) > 0 and self.queues.size[queue] > already:
+                taken.append(self.queues.oldest(queue, already + min(n, most))[already:])
+                named[queue] = already + len(taken[-1])
                 n -= len(taken[-1])
         if len(taken) == 1:
             return taken[0]
         return np.concatenate(taken) if taken else np.empty(0, np.int64)
-
-    def is_held(self, blocks: IntArray) -> BoolArray:
-        held: BoolArray = self.queues.place[blocks] >= 0
-        return held
