@@ -29,6 +29,7 @@ class Queues:
         self._index = np.arange(_FIRST_SIZE)
         self._head, self._end = [0] * count, [0] * count
         self.size = [0] * count
+        self._stale_seen = [0] * count  # entries skipped since the log was compacted
         self.mark = [0] * count  # a hand in each log, kept at its block when the log is compacted
 
     def grow(self, num_ids: int) -> None:
@@ -62,6 +63,8 @@ class Queues:
 
     def oldest(self, queue: int, n: int) -> IntArray:
         """Up to n blocks from the old end, which keep their places."""
+        if self._stale_seen[queue] > self._end[queue] - self._head[queue]:
+            self._compact(queue, 0)  # old blocks that stay, and stale entries behind them that were read often enough
         log, end, found, count = self._log[queue], self._end[queue], [], 0
         at = self._head[queue]
         while at < end and count < n:
@@ -70,6 +73,8 @@ class Queues:
             current = some[self.place[some] == self._index[at:stop] + (queue << _SHIFT)]
             if not count and not len(current):
                 self._head[queue] = stop  # nothing but stale entries: never read again
+            elif count:
+                self._stale_seen[queue] += len(some) - len(current)
             found.append(current)
             count += len(current)
             at = stop
@@ -122,6 +127,7 @@ class Queues:
         log[: len(current)] = current
         self.place[current] = self._index[: len(current)] + (queue << _SHIFT)
         self._log[queue], self._head[queue], self._end[queue] = log, 0, len(current)
+        self._stale_seen[queue] = 0
         return len(current)
 
 
