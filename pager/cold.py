@@ -175,7 +175,12 @@ class ColdSide:
             self.tier.free(self.index, move.target[bad])
             d.nvme_slot[move.blocks[bad]] = NOWHERE
         self._note_writes(written)
-        stale = move.blocks[~current]
+        self._drop_stale(move)
+
+    def _drop_stale(self, move: Move) -> None:
+        """Blocks that were appended to while their older copy was read: it could not go then, it goes now."""
+        group, d = self.group, self.group.directory
+        stale = move.blocks[d.version[move.blocks] != move.versions]
         for block in stale[d.in_host(stale)].tolist():
             if group.host.holds[d.host_slot[block]] == 0:
                 group.leave_host(np.array([block]))
@@ -215,6 +220,7 @@ class ColdSide:
             d.nvme_holds[move.blocks] -= 1
             d.nvme_slot[move.blocks] = NOWHERE
             self.tier.free(self.index, move.target)
+            self._drop_stale(move)
 
     def _note_writes(self, written: npt.NDArray[np.bool_]) -> None:
         """Several calls in a row of which nothing went down: leave the disk alone for a while, and say so."""

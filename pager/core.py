@@ -179,13 +179,13 @@ class Core:
         """Start copies of up to n dirty, idle blocks to the host tier. Returns how many started."""
         if n <= 0 or not len(group.host):
             return 0
-        dirty = group.pages.block[(group.pages.state == PageState.DIRTY) & group.pages.idle()]
+        dirty = group.may_demote(group.pages.block[(group.pages.state == PageState.DIRTY) & group.pages.idle()])
         return self.write_back_blocks(group, group.policy.victims(n, dirty), reason, keep_clean=True)
 
     def write_back_blocks(self, group: BlockGroup, blocks: IntArray, reason: str, *, keep_clean: bool = False) -> int:
         """Demote these dirty, idle blocks as far as host slots can be had now."""
         started = 0
-        for batch in group.batches(blocks):
+        for batch in group.batches(group.may_demote(blocks)):
             batch = batch[: group.host_room(keep_clean=keep_clean)]
             slots = group.take_host_slots(len(batch), keep_clean=keep_clean) if len(batch) else None
             if slots is None:

@@ -17,14 +17,25 @@ from ..tiers.device import DevicePool
 from ..tiers.errors import InvariantError
 from ..tiers.host import HostMemory, HostSlab
 from ..tiers.layout import KVLayout
-from ..tiers.streams import Backend, Event
+from ..tiers.streams import Backend, Event, Stream
 from .accounting import Counters, Ghost, Ghosts
 from .cold import ColdSide
 from .directory import Directory
 from .policy import LruPolicy
 from .quota import Quotas
 from .rules import Rule, Rules
-from .states import NOWHERE, HostSlots, IntArray, Pages, PageState, SlotState
+from .states import (
+    APPENDED,
+    COPY_IN,
+    COPY_OUT,
+    NOWHERE,
+    HostSlots,
+    IntArray,
+    Pages,
+    PageState,
+    PageUse,
+    SlotState,
+)
 
 if TYPE_CHECKING:
     from ..tiers.nvme.store import IoTicket, NvmeTier
@@ -107,9 +118,11 @@ class BlockGroup:
 
     def unref(self, blocks: IntArray, *, released: bool = False) -> None:
         """Drop one reference of each. Unnamed blocks without a reference go at once, named ones stay as cache."""
+        if not len(blocks):
+            return
         d = self.directory
         np.subtract.at(d.refs, blocks, 1)
-        if len(blocks) and int(d.refs[blocks].min()) < 0:
+        if int(d.refs[blocks].min()) < 0:
             raise InvariantError(f"group {self.index}: a block has fewer than zero references")
         alone = blocks[d.refs[blocks] == 0]
         if released:
@@ -119,7 +132,10 @@ class BlockGroup:
     def discard_dead(self, blocks: IntArray) -> None:
         """Remove blocks that nobody refers to and nothing names; those in flight or pinned follow when they settle."""
         d = self.directory
-        dead = np.unique(blocks[d.is_live[blocks] & (d.refs[blocks] == 0) & ~d.is_named[blocks]])
+        dead = blocks[d.is_live[blocks] & (d.refs[blocks] == 0) & ~d.is_named[blocks]]
+        if not len(dead):
+            return
+        dead = np.unique(dead)
         dead = dead[self._settled(dead)]
         if not len(dead):
             return
@@ -228,15 +244,16 @@ class BlockGroup:
         d = self.directory
         d.version[block] += 1
         page = np.array([int(d.page[block])])
-        if self.pages.state[page[0]] == PageState.WRITING_BACK:
+        state = PageState(self.pages.state[page[0]])
+        if state == PageState.WRITING_BACK:
             return  # finish() compares versions (rule 4)
         slot = int(d.host_slot[block])
         if slot >= 0 and self.host.holds[slot] == 0:
             self.leave_host(np.array([block]))
         if self.cold is not None and d.nvme_valid[block]:
             self.cold.leave(np.array([block]))
-        if self.pages.state[page[0]] == PageState.RESIDENT:
-            self.pages.step(page, PageState.DIRTY)
+        if APPENDED[state] != state:
+            self.pages.step(page, APPENDED[state])
 
     # ------------------------------------------------------------------ host slots and nvme slots
     def take_host_slots(self, n: int, *, keep_clean: bool = False) -> IntArray | None:
@@ -321,37 +338,40 @@ class BlockGroup:
         """Host -> device for blocks VALID in the host tier, into FREE pages."""
         d, stream = self.directory, self.backend.promote
         slots = d.host_slot[blocks]
-        self.pages.step(pages, PageState.FILLING)
+        self.pages.step(pages, COPY_IN.begins)
         self.pages.block[pages] = blocks
         d.page[blocks] = pages
         self.pages.copies[pages] += 1
         self.host.holds[slots] += 1  # rule 7
-        if self.rules.holds(Rule.COPY_IN_WAITS_READERS):
-            for event in (
-                *self.pages.pending(self.pages.last_read, pages),
-                *self.pages.pending(self.pages.last_write, pages),
-            ):
-                stream.wait(event)  # rule 2
+        self.order(stream, COPY_IN, pages)  # rule 2
         stream.copy_rows(self.pool.rows, pages, self.slab.rows, slots)
         self.submit("host_to_device", blocks, slots, pages, stream.record(), reason)
+
+    def may_demote(self, blocks: IntArray) -> IntArray:
+        """Those of these dirty blocks that have no older copy in a host slot, which somebody still reads from."""
+        return blocks[self.directory.host_slot[blocks] == NOWHERE]
 
     def demote(self, blocks: IntArray, slots: IntArray, reason: str) -> None:
         """Device -> host for DIRTY, idle blocks, into free host slots."""
         d, stream = self.directory, self.backend.demote
         pages = d.page[blocks]
-        self.pages.step(pages, PageState.WRITING_BACK)
+        self.pages.step(pages, COPY_OUT.begins)
         self.pages.copies[pages] += 1
         self.host.stage(slots, blocks)
         d.host_slot[blocks] = slots
-        if self.rules.holds(Rule.COPY_OUT_WAITS_WRITER):
-            for event in self.pages.pending(self.pages.last_write, pages):
-                stream.wait(event)  # rule 3
+        self.order(stream, COPY_OUT, pages)  # rule 3
         stream.copy_rows(self.slab.rows, slots, self.pool.rows, pages)
         event = stream.record()
         self.pages.note_event(self.pages.copy_out, pages, event)
         if not self.rules.holds(Rule.HOST_SLOT_HELD_WHILE_READ):
             self.host.publish(slots)  # a test took rule 7 out: valid before its copy-out event
         self.submit("device_to_host", blocks, pages, slots, event, reason)
+
+    def order(self, stream: Stream, use: PageUse, pages: IntArray) -> None:
+        """Make later work on a stream wait for what this use of these pages has to wait for (rules 2, 3, 4)."""
+        if self.rules.holds(use.rule):
+            for event in self.pages.awaited(use, pages):
+                stream.wait(event)
 
     def submit(
         self,
@@ -394,7 +414,7 @@ class BlockGroup:
     def _finish_promote(self, move: Move, failed: bool) -> None:
         self.pages.copies[move.target] -= 1
         self.host.holds[move.source] -= 1
-        self.pages.step(move.target, PageState.FREE if failed else PageState.RESIDENT)
+        self.pages.step(move.target, COPY_IN.fails if failed else COPY_IN.ends)
         if failed:
             self.directory.page[move.blocks] = NOWHERE  # rule 8: never published
             return
@@ -410,8 +430,8 @@ class BlockGroup:
             whole[:] = True
         if failed:
             whole[:] = False
-        self.pages.step(move.source[whole], PageState.RESIDENT)
-        self.pages.step(move.source[~whole], PageState.DIRTY)  # rule 4
+        self.pages.step(move.source[whole], COPY_OUT.ends)
+        self.pages.step(move.source[~whole], COPY_OUT.fails if failed else COPY_OUT.changed)  # rule 4
         staged = self.host.state[move.target] == SlotState.STAGING
         self.host.publish(move.target[whole & staged])
         self.host.drop(move.target[~whole])
@@ -438,11 +458,11 @@ class BlockGroup:
             if move.kind == "host_to_device":
                 self.pages.copies[move.target] -= 1
                 self.host.holds[move.source] -= 1
-                self.pages.step(move.target, PageState.FREE)
+                self.pages.step(move.target, COPY_IN.fails)
                 d.page[move.blocks] = NOWHERE
             elif move.kind == "device_to_host":
                 self.pages.copies[move.source] -= 1
-                self.pages.step(move.source, PageState.DIRTY)
+                self.pages.step(move.source, COPY_OUT.fails)
                 self.host.drop(move.target)
                 d.host_slot[move.blocks] = NOWHERE
             elif self.cold is not None:

@@ -18,7 +18,7 @@ from .lease import GroupLease, Lease, Span
 from .page_table import Sequence, num_blocks_of, visible_blocks
 from .prefix import lose
 from .rules import Rule
-from .states import IntArray, PageState
+from .states import APPEND, IntArray, PageState
 from .streaming import SliceStream
 
 _MAX_ROUND_WAIT_S = 0.05
@@ -110,9 +110,11 @@ class LeaseFiller:
         core = self._core
         with core.locked():
             needs = [self._need(group, span, lease.is_write_only) for span in lease.spans]
-            streamed = self._choose_streamed(group, needs, len(lease.spans) == 1 and allow_streaming)
-            resident = np.unique(np.concatenate([n.context_ids for n in needs]))
-            resident = np.setdiff1d(resident, streamed)
+            context = needs[0].context_ids  # of one sequence: each block once
+            if len(needs) > 1:
+                context = np.unique(np.concatenate([n.context_ids for n in needs]))
+            streamed = self._choose_streamed(group, needs, context, len(lease.spans) == 1 and allow_streaming)
+            resident = np.setdiff1d(context, streamed) if len(streamed) else context
             for need in needs:
                 distance = (num_blocks_of(need.seq.num_computed, core.block_size) - 1 - need.context) * core.block_size
                 group.touch(need.context_ids, distance)
@@ -150,9 +152,9 @@ class LeaseFiller:
             count("read_blocks", len(need.context_ids) - num_device - num_host, tier="nvme")
 
     # ------------------------------------------------------------------ what fits
-    def _choose_streamed(self, group: BlockGroup, needs: list[_Need], may_stream: bool) -> IntArray:
+    def _choose_streamed(self, group: BlockGroup, needs: list[_Need], context: IntArray, may_stream: bool) -> IntArray:
         """Ids of context blocks that stay below and are streamed; empty when everything fits."""
-        pages, context = group.pages, np.unique(np.concatenate([n.context_ids for n in needs]))
+        pages = group.pages
         new = sum(n.num_new + self._copies_tail(group, n) for n in needs)
         foreign = int((pages.pins > 0).sum()) - int(
             (pages.pins[np.maximum(group.directory.page[context], 0)] > 0).sum()
@@ -318,11 +320,7 @@ class LeaseFiller:
 
     def _append_in_place(self, held: GroupLease, group: BlockGroup, block: int) -> None:
         page = group.directory.page[[block]]
-        if group.pages.state[page[0]] == PageState.WRITING_BACK and self._core.rules.holds(
-            Rule.WRITTEN_DURING_COPY_OUT_IS_DIRTY
-        ):
-            for event in group.pages.pending(group.pages.copy_out, page):
-                self._core.backend.compute.wait(event)  # rule 4: an append waits for the copy-out
+        group.order(self._core.backend.compute, APPEND, page)  # rule 4: an append waits for the copy-out
         group.mark_written(block)
         held.written.append(page)
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -39,6 +39,9 @@ from .sizing import plan_sizes, split_blocks
 from .states import NOWHERE, IntArray, PageState, SlotState
 from .status import StatusServer, pager_status
 from .streaming import CorruptSliceError, SliceStream, Staged
+
+if TYPE_CHECKING:
+    from ..tiers.nvme.files import SystemCalls
 
 NVME_DISK_SHARE = 0.8  # of the free disk, when nvme_bytes is not given
 _IDLE_LOOK_S = 0.5  # the background thread looks this often even when nothing signals progress
@@ -69,11 +72,13 @@ class Pager:
         about: Mapping[str, Any] | None = None,
         backend: Backend | None = None,
         clock: Callable[[], float] = time.monotonic,
+        calls: SystemCalls | None = None,
         rules: Rules = ALL_RULES,
     ) -> Pager:
         """Open an embedded pager over one layout, or one per layer group.
 
         `about` describes the model (RoPE, say) in the Zarr attributes of a new store, for whoever opens it without kvtier.
+        `backend`, `clock`, `calls` (of the store to the kernel) and `rules` are for tests and measurements.
         Raises: ConfigError when a setting is refused, a tier is too small, or the store cannot be used
         (StoreMismatchError: another model, layout or format; StoreLockedError: another process has it).
         """
@@ -94,15 +99,15 @@ class Pager:
         try:
             if config.require_pinned and not backend.pinned:
                 raise ConfigError("require_pinned=True, but this backend cannot pin host memory; see `kvtier doctor`")
-            nvme = _open_nvme(layouts, config, backend, model_fingerprint, about or {})
+            nvme = _open_nvme(layouts, config, backend, model_fingerprint, about or {}, calls)
             pager = cls(Core(layouts, config, sizes, backend, nvme, model_fingerprint, rules, clock))
-        except BaseException:  # no memory for a tier, say: leave no lock, no thread
+            pager._parking.recover()
+        except BaseException:  # no memory for a tier, say, or a session of another format: leave no lock, no thread
             if nvme is not None:
                 nvme.close()
             if owned:
                 backend.close(5.0)
             raise
-        pager._parking.recover()
         pager._start()
         return pager
 
@@ -379,6 +384,8 @@ class Pager:
         core, size = self._core, self.block_size
         seq = core.sequences[span.seq]
         first, end = span.start // size, span.end // size
+        if first == end:
+            return  # most decode steps: hashing would begin with a copy of all token ids
         seq.chain.extend(seq.keys, seq.token_ids[: end * size])
         for group, table in zip(core.groups, seq.tables, strict=True):
             for i in range(first, end):  # one or two per decode step, a chunk's worth per prefill step
@@ -414,6 +421,8 @@ class Pager:
                     if event is not None:
                         group.pages.note_event(group.pages.last_read, pages, event)
                 if not committed:
+                    for pages in held.written:  # a copy on write stays, and kernels may have been queued
+                        group.pages.note_event(group.pages.last_write, pages, event)
                     self._undo_new_blocks(group, held.new_blocks)
                 blocks = np.concatenate([group.pages.block[p] for p in held.pinned] or [np.empty(0, np.int64)])
                 blocks = blocks[blocks >= 0]
@@ -422,8 +431,7 @@ class Pager:
                 for span in lease.spans:
                     core.sequences[span.seq].num_leases -= 1
                 self._rewind_if_lost(lease, committed)
-            core.advance()
-        self._wake.set()
+            core.advance()  # here and not in the background: waking a thread at every step makes it wait for the GIL
 
     def _undo_new_blocks(self, group: Any, new_blocks: list[tuple[int, int, IntArray]]) -> None:
         for seq_id, first, _ in new_blocks:
@@ -672,7 +680,12 @@ def _size(value: int | str) -> int:
 
 
 def _open_nvme(
-    layouts: tuple[KVLayout, ...], config: PagerConfig, backend: Backend, fingerprint: str, about: Mapping[str, Any]
+    layouts: tuple[KVLayout, ...],
+    config: PagerConfig,
+    backend: Backend,
+    fingerprint: str,
+    about: Mapping[str, Any],
+    calls: SystemCalls | None,
 ) -> Any:
     if config.nvme_path is None:
         return None
@@ -699,6 +712,7 @@ def _open_nvme(
         segment_bytes=config.segment_size,
         codecs=codecs,
         about=about,
+        calls=calls,
     )
 
 

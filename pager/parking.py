@@ -17,7 +17,7 @@ from ..tiers.errors import Busy, ConfigError, TierFullError, TierUnavailableErro
 from .core import Core
 from .group import BlockGroup
 from .page_table import BlockTable, Sequence
-from .prefix import adopt, residency, take_tail
+from .prefix import adopt, residency, seal_key, take_back
 from .sessions import ParkedSession, SessionEntry, check_session_id
 from .states import IntArray, PageState
 
@@ -70,7 +70,7 @@ class Parking:
         self.seal(seq)
         self._write_down(seq, timeout_s, f"session {session_id!r}")
         entry = SessionEntry(session_id, seq.namespace, list(seq.token_ids), seq.num_computed, extra)
-        entry.summary = _summary(seq)
+        entry.summary, entry.tail_keys = _summary(seq), self._tail_keys(seq)
         if core.nvme is not None:
             core.nvme.put_session(session_id, entry.to_record())
             core.nvme.flush(timeout_s)
@@ -140,8 +140,7 @@ class Parking:
         if not rest:
             return
         seq.chain.extend(seq.keys, seq.token_ids[: full * size])
-        parent = seq.keys[full - 1] if full else None
-        key = seq.chain.seal(parent, seq.token_ids[full * size : seq.num_computed])
+        parent, key = seq.keys[full - 1] if full else None, seal_key(self._core, seq, seq.num_computed)
         for group, table in zip(core.groups, seq.tables, strict=True):
             block = int(table.ids[full])
             if group.directory.key[block] is None and not group.directory.bind(block, key, parent, rest):
@@ -150,6 +149,15 @@ class Parking:
                     group.ref(np.array([twin]))
                     table.ids[full] = twin
                     group.unref(np.array([block]))
+
+    def _tail_keys(self, seq: Sequence) -> list[bytes]:
+        """The keys of tail blocks that had names already and so could not be sealed: more tokens than ours made them."""
+        full, rest = divmod(seq.num_computed, self._core.block_size)
+        if not rest:
+            return []
+        sealed = seal_key(self._core, seq, seq.num_computed)
+        keys = [g.directory.key[int(t.ids[full])] for g, t in zip(self._core.groups, seq.tables, strict=True)]
+        return [] if all(key == sealed for key in keys) else [key or b"" for key in keys]
 
     def _widen_windows(self, seq: Sequence) -> None:
         """Take back, by key, the block before each window: then every point in the last block can be resumed at."""
@@ -211,14 +219,12 @@ class Parking:
     # ------------------------------------------------------------------ holding and letting go
     def _hold(self, entry: SessionEntry) -> None:
         """Build the tables of a session from its token ids; a missing block ends what can be used."""
-        core, size = self._core, self._core.block_size
+        core = self._core
         probe = core.begin(entry.namespace)
         try:
             probe.token_ids = list(entry.token_ids)
-            adopt(core, probe, entry.num_computed, count=False)
-            full, rest = divmod(entry.num_computed, size)
-            if rest and probe.num_computed == full * size:
-                take_tail(core, probe, rest)
+            if not take_back(core, probe, entry.num_computed, entry.tail_keys):
+                adopt(core, probe, entry.num_computed, count=False)
             entry.tables, probe.tables = probe.tables, [BlockTable() for _ in core.groups]
         finally:
             del core.sequences[probe.id]

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from ..tiers.errors import BlockMissError
 from .core import Core
-from .page_table import Sequence, lowest_visible, num_blocks_of
+from .page_table import Sequence, lowest_visible, num_blocks_of, visible_blocks
 from .states import NOWHERE, IntArray
 
 HOST_RATE, NVME_RATE = 5e9, 1e9  # bytes per second, until copies have been measured
@@ -130,13 +130,45 @@ def adopt_tail(core: Core, seq: Sequence, limit_tokens: int, *, count: bool = Tr
     return Match(0)
 
 
+def take_back(core: Core, seq: Sequence, num_tokens: int, tail_keys: list[bytes]) -> bool:
+    """Give an empty sequence all that its token at num_tokens sees, found by key. False where a block of it is missing.
+
+    `tail_keys`: names of the partial tail block in each group, where they are not of what it holds.
+    Unlike `adopt`, asks a windowed group only for what is seen from the end of the tail, not from its start.
+    """
+    full, rest = divmod(num_tokens, core.block_size)
+    seq.chain.extend(seq.keys, seq.token_ids[: full * core.block_size])
+    if rest and len(tail_keys) != len(core.groups):
+        tail_keys = [seal_key(core, seq, num_tokens)] * len(core.groups)
+    found = []
+    for group, tail in zip(core.groups, tail_keys if rest else [b""] * len(core.groups), strict=True):
+        ids = group.directory.find([*seq.keys[:full], *([tail] if rest else [])])
+        seen = visible_blocks(group.layout, num_tokens, num_tokens)
+        if not group.directory.is_valid(ids[seen]).all():
+            return False
+        found.append((group, ids, seen))
+    for (group, ids, seen), table in zip(found, seq.tables, strict=True):
+        table.extend(np.where(np.isin(np.arange(len(ids)), seen), ids, NOWHERE))
+        group.ref(ids[seen])
+        group.touch_chain(ids[seen], seen)
+    seq.num_computed = num_tokens
+    return True
+
+
+def seal_key(core: Core, seq: Sequence, num_tokens: int) -> bytes:
+    """The key of the partial block that ends at num_tokens, named by what it holds."""
+    full = num_tokens // core.block_size
+    tail = seq.token_ids[full * core.block_size : num_tokens]
+    return seq.chain.seal(seq.keys[full - 1] if full else None, tail)
+
+
 def take_tail(core: Core, seq: Sequence, num_tokens: int) -> bool:
     """Extend a sequence of whole blocks by the sealed tail of exactly so many tokens. False where none is held.
 
     What a window sees from the end of the tail is part of what it sees from its start, so nothing else is checked.
     """
     start, full = seq.num_computed, seq.num_computed // core.block_size
-    key = seq.chain.seal(seq.keys[full - 1] if full else None, seq.token_ids[start : start + num_tokens])
+    key = seal_key(core, seq, start + num_tokens)
     found = [group.directory.find([key]) for group in core.groups]
     if not all(group.directory.is_valid(block).all() for group, block in zip(core.groups, found, strict=True)):
         return False
@@ -178,6 +210,9 @@ def rewind(core: Core, seq: Sequence, num_tokens: int) -> None:
         low = lowest_visible(group.layout, now) // size
         window = np.arange(low, len(table))
         gone = window[table.ids[window] == NOWHERE]
+        if len(gone) and int(gone[-1]) == now // size:  # what ends in the middle of a block has no key to find it by
+            rewind(core, seq, now // size * size)
+            return
         if len(gone):
             seq.chain.extend(seq.keys, seq.token_ids[: now // size * size])
             blocks = group.directory.find([seq.keys[i] for i in gone.tolist()])

@@ -1,7 +1,9 @@
 """Parked sessions: what is remembered of a conversation while it is in no sequence.
 
 A record holds token ids, not text and not keys: the keys follow from the ids and the namespace's secret, so a record in
-the wrong hands names no block. While a session is parked its tables hold references, so no tier drops its last copy.
+the wrong hands names no block. The one exception is a tail that is the beginning of a block whose other tokens were
+taken back: nothing else says how that block is named. While a session is parked its tables hold references, so no tier
+drops its last copy.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ class SessionEntry:
     tables: list[BlockTable] | None = None
     active_seq: int | None = None
     is_durable: bool = False
+    tail_keys: list[bytes] = field(default_factory=list)  # per group; none where the tail is named by what it holds
     summary: dict[str, Any] = field(default_factory=dict)  # for whoever opens the store without kvtier; JSON values
 
     def to_record(self) -> dict[str, Any]:
@@ -49,6 +52,7 @@ class SessionEntry:
             "token_ids": np.asarray(self.token_ids, "<u4").tobytes(),
             "num_computed": self.num_computed,
             "extra": self.extra,
+            "tail_keys": self.tail_keys,
             "summary": self.summary,
         }
 
@@ -66,6 +70,7 @@ class SessionEntry:
             int(record["num_computed"]),
             record["extra"],
             is_durable=True,
+            tail_keys=list(record.get("tail_keys", [])),
             summary=record.get("summary", {}),
         )
 

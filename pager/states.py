@@ -1,18 +1,23 @@
-"""States of pages and host slots: the only legal steps, as array code.
+"""States of pages and host slots: the tables of legal steps and of what each use of a page waits for, and array code on
+them.
 
 Pure bookkeeping: no bytes, no clock, no streams. `Pages` guards rules 5 and 6 (nothing with a copy in flight or a pin
 becomes FREE), `HostSlots` guards rule 7 (a slot is VALID only by way of STAGING, and never dropped while it is held).
+The pager and the model checker (tests/model) read the same tables, so what is proven of them is true of the code.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
+from itertools import product
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..tiers.errors import InvariantError
+from .rules import Rule
 
 IntArray = npt.NDArray[np.int64]
 NOWHERE = -1
@@ -47,10 +52,67 @@ SLOT_STEPS: dict[SlotState, frozenset[SlotState]] = {
     SlotState.VALID: frozenset({SlotState.NONE}),
 }
 
-_LEGAL_PAGE = np.zeros((len(PageState), len(PageState)), bool)
-for _source, _targets in PAGE_STEPS.items():
-    for _target in _targets:
-        _LEGAL_PAGE[_source, _target] = True
+NEEDS_IDLE = frozenset({PageState.FREE, PageState.EVICTING})  # no pin, no copy in flight: rules 5 and 6
+NEEDS_NO_HOLD = frozenset({SlotState.NONE})  # rule 7
+APPENDED: dict[PageState, PageState] = {  # what a page becomes when the engine writes more tokens into it
+    PageState.RESIDENT: PageState.DIRTY,
+    PageState.DIRTY: PageState.DIRTY,
+    PageState.WRITING_BACK: PageState.WRITING_BACK,  # its copy-out ends as changed (rule 4)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PageUse:
+    """Work on a page that has to wait for events of that page (columns of `Pages`), and the rule that says so."""
+
+    waits_for: tuple[str, ...]
+    rule: Rule
+
+
+@dataclass(frozen=True, slots=True)
+class PageCopy(PageUse):
+    """A copy: the states that it takes a page through. `changed`: the block was written after the copy began."""
+
+    begins: PageState
+    ends: PageState
+    changed: PageState
+    fails: PageState
+
+
+COPY_IN = PageCopy(
+    ("last_read", "last_write"),
+    Rule.COPY_IN_WAITS_READERS,
+    begins=PageState.FILLING,
+    ends=PageState.RESIDENT,
+    changed=PageState.RESIDENT,  # nobody writes to a page that is not readable yet
+    fails=PageState.FREE,
+)
+COPY_OUT = PageCopy(
+    ("last_write",),
+    Rule.COPY_OUT_WAITS_WRITER,
+    begins=PageState.WRITING_BACK,
+    ends=PageState.RESIDENT,
+    changed=PageState.DIRTY,
+    fails=PageState.DIRTY,
+)
+APPEND = PageUse(("copy_out",), Rule.WRITTEN_DURING_COPY_OUT_IS_DIRTY)
+
+
+def page_may_step(source: PageState, to: PageState, *, is_idle: bool) -> bool:
+    """Whether a page may go from one state to another; idle is who has no pin and no copy in flight."""
+    return to in PAGE_STEPS[source] and (is_idle or to not in NEEDS_IDLE)
+
+
+def slot_may_step(source: SlotState, to: SlotState, *, is_held: bool) -> bool:
+    return to in SLOT_STEPS[source] and not (is_held and to in NEEDS_NO_HOLD)
+
+
+_LEGAL_PAGE = np.zeros((2, len(PageState), len(PageState)), bool)  # is idle, source, target
+for _idle, _source, _to in product((False, True), PageState, PageState):
+    _LEGAL_PAGE[int(_idle), _source, _to] = page_may_step(_source, _to, is_idle=_idle)
+_LEGAL_SLOT = np.zeros((2, len(SlotState), len(SlotState)), bool)  # is held, source, target
+for _held, _from, _into in product((False, True), SlotState, SlotState):
+    _LEGAL_SLOT[int(_held), _from, _into] = slot_may_step(_from, _into, is_held=_held)
 READABLE = np.zeros(len(PageState), bool)
 READABLE[[PageState.RESIDENT, PageState.DIRTY, PageState.WRITING_BACK]] = True
 
@@ -76,11 +138,8 @@ class Pages:
         """Move pages to a state. Raises InvariantError on an illegal step; the first bad page is named."""
         if not len(pages):
             return
-        legal = _LEGAL_PAGE[self.state[pages], to]
-        if to == PageState.FREE:
-            legal &= (self.copies[pages] == 0) & (self.pins[pages] == 0)  # rule 5
-        if to == PageState.EVICTING:
-            legal &= (self.copies[pages] == 0) & (self.pins[pages] == 0)  # rule 6
+        is_idle = (self.copies[pages] == 0) & (self.pins[pages] == 0)
+        legal = _LEGAL_PAGE[is_idle.astype(np.int8), self.state[pages], to]
         if not legal.all():
             bad = int(pages[np.flatnonzero(~legal)[0]])
             raise InvariantError(
@@ -108,6 +167,10 @@ class Pages:
         """Remember the event that later copies must wait for; a finished one needs no remembering."""
         column[pages] = None if event.is_done() else event
 
+    def awaited(self, use: PageUse, pages: IntArray) -> list[Any]:
+        """The unfinished events that this use of these pages has to wait for."""
+        return [event for name in use.waits_for for event in self.pending(getattr(self, name), pages)]
+
     @staticmethod
     def pending(column: npt.NDArray[Any], pages: IntArray) -> list[Any]:
         """The distinct unfinished events of these pages."""
@@ -133,33 +196,28 @@ class HostSlots:
         return np.flatnonzero(self.state == SlotState.NONE)[:n]
 
     def stage(self, slots: IntArray, blocks: IntArray) -> None:
-        self._require(slots, SlotState.NONE, SlotState.STAGING)
-        self.state[slots] = SlotState.STAGING
+        self._step(slots, SlotState.STAGING)
         self.block[slots] = blocks
         self.num_free -= len(slots)
         self.peak_used = max(self.peak_used, len(self) - self.num_free)
 
     def publish(self, slots: IntArray) -> None:
-        self._require(slots, SlotState.STAGING, SlotState.VALID)
-        self.state[slots] = SlotState.VALID
+        self._step(slots, SlotState.VALID)
 
     def drop(self, slots: IntArray) -> None:
         """Leave VALID or STAGING. Raises InvariantError for a held slot (rule 7)."""
         if not len(slots):
             return
-        held = self.holds[slots] > 0
-        if held.any():
-            bad = int(slots[np.flatnonzero(held)[0]])
-            raise InvariantError(f"host slot {bad}: dropped while {self.holds[bad]} copies read it (rule 7)")
-        if (self.state[slots] == SlotState.NONE).any():
-            raise InvariantError("host slot: NONE -> NONE")
-        self.state[slots] = SlotState.NONE
+        self._step(slots, SlotState.NONE)
         self.block[slots] = NOWHERE
         self.generation[slots] += np.uint64(1)
         self.num_free += len(slots)
 
-    def _require(self, slots: IntArray, source: SlotState, target: SlotState) -> None:
-        wrong = self.state[slots] != source
-        if wrong.any():
-            bad = int(slots[np.flatnonzero(wrong)[0]])
-            raise InvariantError(f"host slot {bad}: {SlotState(self.state[bad]).name} -> {target.name}")
+    def _step(self, slots: IntArray, to: SlotState) -> None:
+        legal = _LEGAL_SLOT[(self.holds[slots] > 0).astype(np.int8), self.state[slots], to]
+        if not legal.all():
+            bad = int(slots[np.flatnonzero(~legal)[0]])
+            raise InvariantError(
+                f"host slot {bad}: {SlotState(self.state[bad]).name} -> {to.name} while {self.holds[bad]} copies read it"
+            )
+        self.state[slots] = to

@@ -1,8 +1,9 @@
 """Simulated backend: one thread, a seeded scheduler, asynchronous streams, every copy in two steps (poison, bytes).
 
 Whoever waits makes the scheduler run operations, picked by the seed among all that may run: the heads of the streams
-whose waits are over, and any queued disk call. Same seed, same order. A disk call that fails or a copy that is made to
-fail shows in its event; what a stand-in kernel on the compute stream raises is a test's own mistake and is raised.
+whose waits are over, and any queued disk call. Same seed, same order; `on_step` hears of every step by the name of its
+stream or queue. A disk call that fails or a copy that is made to fail shows in its event; what a stand-in kernel on the
+compute stream raises is a test's own mistake and is raised.
 """
 
 from __future__ import annotations
@@ -147,6 +148,7 @@ class SimulatedBackend:
         self.seed = seed
         self._random = random.Random(seed)
         self.on_progress: Callable[[], object] | None = None
+        self.on_step: Callable[[str], object] | None = None
         self.compute = SimulatedStream("compute", self)
         self.promote = SimulatedStream("promote", self)
         self.demote = SimulatedStream("demote", self)
@@ -167,10 +169,12 @@ class SimulatedBackend:
             return False
         pick = self._random.randrange(choices)
         if pick < len(streams):
+            self._tell(streams[pick].name)
             streams[pick].step()
             return True
         pick -= len(streams)
         io = self.read_io if pick < len(self.read_io.calls) else self.write_io
+        self._tell(io.name)
         io.run(pick if io is self.read_io else pick - len(self.read_io.calls))
         return True
 
@@ -187,3 +191,7 @@ class SimulatedBackend:
     def close(self, timeout_s: float) -> None:
         while self.run_one():
             pass
+
+    def _tell(self, name: str) -> None:
+        if self.on_step is not None:
+            self.on_step(name)

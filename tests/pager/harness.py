@@ -50,6 +50,7 @@ class Rig:
         backend=None,
         staging: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        calls=None,
         **config,
     ) -> None:
         self.layouts = layouts or [LAYOUT]
@@ -69,6 +70,7 @@ class Rig:
             backend=self.backend,
             rules=rules,
             clock=clock,
+            calls=calls,
         )
         self._counted: list[list[str]] = []  # mismatches of each step that was committed; kernels may still add to them
         self._found: list[str] = []  # those of the step being computed

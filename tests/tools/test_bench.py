@@ -16,7 +16,7 @@ from kvtier.tools.bench import harness, lmcache
 from kvtier.tools.bench.harness import Row, interleave
 
 SMALL = {
-    "decode": ["--contexts", "64,100", "--rounds", "2"],
+    "decode": ["--contexts", "64,100", "--rounds", "2", "--resume", "300"],
     "host": ["--blocks", "4", "--rounds", "2"],
     "nvme": ["--blocks", "16", "--rounds", "1"],
     "prefix": ["--tokens", "64", "--documents", "1", "--rounds", "1"],
@@ -65,6 +65,7 @@ def test_a_benchmark_prints_one_object_and_keeps_it(name, capsys, tmp_path):
     [
         (["decode", "--contexts", "many"], "--contexts 'many'"),
         (["decode", "--contexts", "0"], "--contexts '0'"),
+        (["decode", "--resume", "-1"], "--resume -1"),
         (["metadata", "--context", "3"], "--context 3"),
         (["metadata", "--block-size", "24"], "block_size=24"),
         (["nvme", "--blocks", "1", "--lmcache", "/no/such/python"], "'/no/such/python' is not a program"),

@@ -152,7 +152,10 @@ class DurableListing:
             pass  # counted in failed_syncs; what is in doubt is no longer listed
 
     def recover(self) -> None:
-        """After a crash, index pages may lag behind the journal: write those anew that changed since the last commit."""
+        """After a crash, index pages may lag behind the journal: write those anew that changed since the last commit.
+
+        The journal is synced whatever it says: who was killed may have written it and not got so far.
+        """
         for group, slots in self._manifest.listing.uncommitted:
             if group < len(self._books) and len(slots):
                 self._stale_index |= self._segments(group, slots)
@@ -161,6 +164,8 @@ class DurableListing:
             self._table.write(table)
         if self._stale_index:
             self.commit_quietly()
+        elif self._durability != "none":
+            self._sync_journal_quietly()
 
     def shrink_journal(self) -> None:
         """Rewrite the journal without history, whatever its size."""
@@ -179,6 +184,12 @@ class DurableListing:
                 yield
         except OSError as error:
             raise TierUnavailableError(f"store {self._path}: the journal takes no more: {error.strerror}") from error
+
+    def _sync_journal_quietly(self) -> None:
+        try:
+            self._manifest.sync()
+        except OSError:
+            self.failed_syncs += 1
 
     def _segments(self, group: int, slots: IntArray) -> set[Segment]:
         return {(group, number) for number in segments_of(self._books[group].geometry, slots)}

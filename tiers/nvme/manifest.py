@@ -3,6 +3,8 @@
 A frame is u32 length, u32 crc32c, body; block records hold arrays, so that a million of them replay in a fraction of a
 second. Replay stops at the first frame that is not whole and the file is cut there: what a crash tore off was never
 acknowledged. When half of a large journal is history it is rewritten as a snapshot (temporary file, fsync, rename).
+Guards what was acknowledged: a journal whose sync was refused is never trusted because a later sync succeeds, it is
+written anew; and nothing is appended behind a frame that a failed write left in part.
 """
 
 from __future__ import annotations
@@ -113,6 +115,8 @@ class Manifest:
 
     def __init__(self, path: Path, fd: int, listing: Listing, size: int, calls: SystemCalls) -> None:
         self._path, self._fd, self.listing, self._size, self._calls = path, fd, listing, size, calls
+        self._is_doubtful = False  # a sync was refused: what lies on the disk nobody knows
+        self._is_torn = False  # part of a frame lies behind `_size`
 
     @classmethod
     def open(cls, path: Path, calls: SystemCalls | None = None) -> Manifest:
@@ -155,8 +159,15 @@ class Manifest:
         self._append({"op": "commit"})
 
     def sync(self) -> None:
-        """What was recorded survives a power loss once this returns."""
-        self._calls.fdatasync(self._fd)
+        """What was recorded survives a power loss once this returns. Raises OSError."""
+        if self._is_doubtful:
+            self.shrink(always=True)
+            return
+        try:
+            self._calls.fdatasync(self._fd)
+        except OSError:
+            self._is_doubtful = True
+            raise
 
     def shrink(self, *, always: bool = False) -> bool:
         """Rewrite the journal as a snapshot where at least half of a large one is history. True when it did."""
@@ -171,11 +182,16 @@ class Manifest:
             os.fsync(file.fileno())
             size = file.tell()
         temporary.chmod(0o600)
-        temporary.replace(self._path)
-        sync_directory(self._path.parent)
-        fd = self._calls.open(self._path, os.O_WRONLY | os.O_APPEND)
+        fd = self._calls.open(temporary, os.O_WRONLY | os.O_APPEND)  # before the old one is gone: this can fail
+        try:
+            temporary.replace(self._path)
+        except OSError:
+            self._calls.close(fd)
+            raise
         self._calls.close(self._fd)
-        self._fd, self._size = fd, size
+        self._fd, self._size, self._is_torn = fd, size, False
+        sync_directory(self._path.parent)
+        self._is_doubtful = False
         return True
 
     def close(self) -> None:
@@ -185,14 +201,21 @@ class Manifest:
         """Write one frame whole, or cut the file back to where it was. Raises OSError; nothing is listed then."""
         frame = _frame(record)
         left = memoryview(frame)
+        if self._is_torn:
+            self._cut()
         try:
             while left:
                 left = left[self._calls.append(self._fd, left) :]
         except OSError:
-            os.ftruncate(self._fd, self._size)
+            self._is_torn = True
+            self._cut()
             raise
         self._size += len(frame)
         self.listing.apply(record)
+
+    def _cut(self) -> None:
+        self._calls.set_size(self._fd, self._size)
+        self._is_torn = False
 
 
 def replay(path: Path) -> Listing:

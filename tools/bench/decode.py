@@ -18,6 +18,7 @@ from ...tiers.errors import ConfigError
 from .harness import Row, medians
 
 LAYERS, HIDDEN, HEADS, KV_HEADS, VOCAB = 8, 512, 8, 4, 4096
+TOKEN_BYTES = 2 * LAYERS * KV_HEADS * (HIDDEN // HEADS) * 4
 DTYPES = ("float32", "bfloat16")
 WARMUP = 4  # steps not counted
 
@@ -27,7 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="float32", choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=41, metavar="N")
     parser.add_argument(
-        "--batch", type=int, default=4, metavar="N", help="answers at once, for the last row; 0 leaves it out"
+        "--batch", type=int, default=4, metavar="N", help="answers at once, for one more row; 0 leaves it out"
+    )
+    parser.add_argument(
+        "--resume",
+        type=int,
+        default=32768,
+        metavar="N",
+        help="tokens of a parked session to resume from disk, against its prefill; 0 leaves it out",
     )
 
 
@@ -39,22 +47,33 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         contexts = [0]
     if min(contexts) < 1 or arguments.rounds < 1:
         raise ConfigError(f"--contexts {arguments.contexts!r}, --rounds {arguments.rounds}: need positive numbers")
-    if arguments.batch < 0:
-        raise ConfigError(f"--batch {arguments.batch}: need 0 or more")
+    if arguments.batch < 0 or arguments.resume < 0:
+        raise ConfigError(f"--batch {arguments.batch}, --resume {arguments.resume}: need 0 or more")
     rows = [row for context in contexts for row in _rows(context, arguments.dtype, arguments.rounds)]
     if arguments.batch:
         rows.append(_batched(arguments.batch, contexts[0]))
+    if arguments.resume:
+        rows.append(_resumed(arguments.resume))
     return rows
 
 
 def _batched(batch: int, context: int) -> Row:
+    from .batched import batched_row
+
+    return batched_row(_float32_model, batch, context, VOCAB, TOKEN_BYTES)
+
+
+def _resumed(context: int) -> Row:
+    from .resume import resume_row
+
+    return resume_row(_float32_model, context, VOCAB, TOKEN_BYTES, rounds=3)
+
+
+def _float32_model() -> Any:
     import torch
     import transformers
 
-    from .batched import batched_row
-
-    token_bytes = 2 * LAYERS * KV_HEADS * (HIDDEN // HEADS) * 4
-    return batched_row(lambda: _model(torch, transformers, torch.float32), batch, context, VOCAB, token_bytes)
+    return _model(torch, transformers, torch.float32)
 
 
 def _rows(context: int, dtype: str, rounds: int) -> list[Row]:
