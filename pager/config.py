@@ -19,6 +19,7 @@ from ..tiers.layout import format_bytes, parse_bytes
 from ..tiers.numa import check_numa
 from ..tiers.nvme.codecs import NONE, check_codec
 from ..tiers.nvme.layout import SEGMENT_BYTES
+from .policies.registry import check_live_policy
 
 Size = int | str
 _ENV_PREFIX = "KVTIER_"
@@ -142,10 +143,7 @@ class PagerConfig:
                 f"low_watermark={self.low_watermark}, high_watermark={self.high_watermark}: "
                 "need 0 <= low_watermark <= high_watermark < 1"
             )
-        if self.policy not in ("lru", "sliding_window"):
-            raise ConfigError(f"policy={self.policy!r} is unknown; choose lru or sliding_window")
-        if self.policy == "sliding_window" and (self.window is None or self.window < 1):
-            raise ConfigError(f"window={self.window}: policy='sliding_window' needs a window of at least 1 token")
+        check_live_policy(self.policy, self.window)
         if self.sinks < 0:
             raise ConfigError(f"sinks={self.sinks}: the number of sink tokens must not be negative")
         if self.backend not in ("auto", "cpu", "cuda"):

@@ -23,7 +23,7 @@ from .config import PagerConfig, check_namespace
 from .group import BlockGroup
 from .keys import KeyChain, unsalted
 from .page_table import BlockTable, Sequence, num_blocks_of
-from .policy import make_policy
+from .policies.registry import Setting, make_policy
 from .quota import Quotas
 from .reclaim import Reclaimer
 from .rules import Rules
@@ -72,7 +72,10 @@ class Core:
                 num_host_slots=sizes.host_slots[i],
                 nvme=nvme,
                 quotas=quotas,
-                policy=make_policy(config.policy, window=config.window, sinks=config.sinks, block_size=self.block_size),
+                policy=make_policy(
+                    config.policy,
+                    Setting(sizes.pages[i] + sizes.host_slots[i], self.block_size, config.window, config.sinks),
+                ),
                 counters=self.counters,
                 ghosts=self.ghosts,
                 rules=rules,

@@ -21,7 +21,7 @@ from ..tiers.streams import Backend, Event, Stream
 from .accounting import Counters, Ghost, Ghosts
 from .cold import ColdSide
 from .directory import Directory
-from .policy import LruPolicy
+from .policies.base import Policy
 from .quota import Quotas
 from .rules import Rule, Rules
 from .states import (
@@ -74,7 +74,7 @@ class BlockGroup:
         num_host_slots: int,
         nvme: NvmeTier | None,
         quotas: Quotas,
-        policy: LruPolicy,
+        policy: Policy,
         counters: Counters,
         ghosts: Ghosts,
         rules: Rules,
@@ -91,7 +91,6 @@ class BlockGroup:
             IntArray
         ] = []  # what leases wait for: read from nvme on its way up, it makes room for nobody
         self.epoch = 0
-        self.tick = 1
         self._finish: dict[MoveKind, Callable[[Move, bool], None]] = {
             "host_to_device": self._finish_promote,
             "device_to_host": self._finish_demote,
@@ -104,14 +103,17 @@ class BlockGroup:
 
     # ------------------------------------------------------------------ references and recency
     def touch(self, blocks: IntArray, distance_tokens: IntArray | None = None) -> None:
-        self.tick += 1
-        self.policy.on_access(blocks, self.tick, distance_tokens)
+        self.policy.on_access(blocks, distance_tokens)
 
     def touch_chain(self, blocks: IntArray, depth: IntArray) -> None:
         """Blocks found again by key: used now, at this depth of their chain."""
-        self.tick += 1
         self.directory.depth[blocks] = depth
-        self.policy.on_insert(blocks, self.tick, depth)
+        self.policy.depth[blocks] = depth
+        self.policy.on_hit(blocks)
+
+    def note_new(self, blocks: IntArray) -> None:
+        self.policy.grow(len(self.directory.depth))
+        self.policy.on_insert(blocks, self.directory.depth[blocks])
 
     def ref(self, blocks: IntArray) -> None:
         np.add.at(self.directory.refs, blocks, 1)
@@ -144,6 +146,7 @@ class BlockGroup:
         if self.cold is not None:
             self.cold.leave(dead)
         d.forget(dead)
+        self.policy.on_forget(dead)
 
     def _settled(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
         """Whether no copy of these blocks is in flight or pinned."""
@@ -236,8 +239,7 @@ class BlockGroup:
         self.pages.step(pages, PageState.DIRTY)
         self.pages.block[pages] = blocks
         self.directory.page[blocks] = pages
-        self.tick += 1
-        self.policy.on_insert(blocks, self.tick, self.directory.depth[blocks])
+        self.note_new(blocks)
 
     def mark_written(self, block: int) -> None:
         """The engine is about to append to a private block: whatever lies below is stale from now on."""
@@ -484,7 +486,6 @@ class BlockGroup:
             self.ghosts.remember(key, Ghost(tier, self.clock(), reason))
 
     def count_eviction(self, tier: str, blocks: IntArray, reason: str) -> None:
-        self.policy.on_evict(blocks)
         self.counters.add("evicted_blocks", len(blocks), tier=tier, reason=reason)
 
     def batches(self, blocks: IntArray) -> list[IntArray]:

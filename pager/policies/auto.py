@@ -13,6 +13,7 @@ blocks, and ends of prompts that fill no block (only the same prompt again could
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 import numpy as np
 
@@ -88,7 +89,7 @@ class Auto(Policy):
         self._now_s = 0.0
         self._requests = 0
         self._tails: dict[int, int] = {}  # of segments
-        self._released: list[int] = []
+        self._released: dict[int, None] = {}  # blocks, in order
 
     @property
     def order(self) -> Order:
@@ -103,6 +104,8 @@ class Auto(Policy):
     def on_chain(self, chain: IntArray, held: BoolArray, request: Request = UNKNOWN) -> None:
         segments, self._now_s = self._segments, request.now_s
         self._by_density.now_s = request.now_s
+        for block in chain.tolist() if self._released else ():
+            self._released.pop(block, None)  # used after all
         runs = segments.runs_of(chain)
         for index, shelf in enumerate((self._held, self._shadow)):
             self._saved[index] += shelf.hit(runs)
@@ -170,13 +173,13 @@ class Auto(Policy):
             low = int(segments.low[number])
             cut = low + int(np.isin(segments.chain[number][low:], blocks).argmax())
             high = int(self._held.high[number])
-            self._released += segments.chain[number][cut:high][::-1].tolist()
+            self._released |= dict.fromkeys(segments.chain[number][cut:high][::-1].tolist())
             for shelf in (self._held, self._shadow):
                 if shelf.high[number] > cut:
                     shelf.cut(number, cut)
             tail = self._tails.pop(number, NOWHERE)
             if tail != NOWHERE and segments.of_block[tail] == number:
-                self._released.append(tail)
+                self._released[tail] = None
 
     # ------------------------------------------------------------------ who should leave
     def coldest(self, n: int) -> IntArray:
@@ -187,7 +190,9 @@ class Auto(Policy):
 
     def _first_to_leave(self, n: int) -> list[int]:
         """Released blocks, then ends of prompts."""
-        leaving, self._released = self._released[:n], self._released[n:]
+        leaving = list(islice(self._released, n))
+        for block in leaving:
+            del self._released[block]
         while len(leaving) < n and self._tails:
             number = next(iter(self._tails))
             tail = self._tails.pop(number)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from .base import _FIRST_SIZE, FloatArray, IntArray, resized
-from .queues import RELEASED, QueuePolicy
+from .queues import QueuePolicy
 
 
 class Costed(QueuePolicy):
@@ -49,6 +49,9 @@ class Costed(QueuePolicy):
         some = [queues.oldest(number, n) for number in range(1 + self.num_queues) if queues.size[number]]
         candidates = np.concatenate(some) if some else np.empty(0, np.int64)
         left = candidates[np.argsort(self._worth[candidates], kind="stable")[:n]]
-        if len(left) and queues.size[RELEASED] < len(left):
-            self._age = max(self._age, float(self._worth[left[-1]]))
         return left
+
+    def on_evict(self, blocks: IntArray) -> None:
+        if len(blocks):
+            self._age = max(self._age, float(self._worth[blocks].max()))
+        super().on_evict(blocks)

@@ -6,7 +6,7 @@ Source: the oldest rule there is; Belady, "A study of replacement algorithms" (I
 from __future__ import annotations
 
 from .base import IntArray
-from .queues import QueuePolicy
+from .queues import RELEASED, QueuePolicy
 
 _ALL = 1
 
@@ -18,4 +18,4 @@ class Fifo(QueuePolicy):
         self.queues.push(_ALL, blocks[::-1])
 
     def on_hit(self, blocks: IntArray) -> None:
-        pass
+        self.queues.push(_ALL, blocks[self.queues.queue_of(blocks) == RELEASED])

@@ -144,6 +144,12 @@ class QueuePolicy(Policy):
         super().grow(num_ids)
         self.queues.grow(num_ids)
 
+    def on_access(self, blocks: IntArray, distance_tokens: IntArray | None = None) -> None:
+        """Recency means nothing here; but who is used again after all need not go first."""
+        released = blocks[self.queues.queue_of(blocks) == RELEASED]
+        if len(released):
+            self.on_hit(released)
+
     def on_release(self, blocks: IntArray) -> None:
         held = blocks[self.queues.place[blocks] >= 0]
         self.queues.push(RELEASED, held[::-1])
@@ -155,8 +161,9 @@ class QueuePolicy(Policy):
         return self.queues.place[blocks]
 
     def renew(self, blocks: IntArray, queues: tuple[int, ...]) -> None:
-        """Those that stand in these queues become the youngest there."""
+        """Those that stand in these queues become the youngest there; released ones, of the first of them."""
         standing = self.queues.queue_of(blocks)
+        standing[standing == RELEASED] = queues[0]
         for queue in queues:
             self.queues.push(queue, blocks[standing == queue][::-1])
 

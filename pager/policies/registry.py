@@ -50,12 +50,23 @@ _MAKERS: dict[str, Callable[[Setting], Policy]] = {
     "prefix": lambda s: PrefixAware(s.capacity, s.block_size),
 }
 NAMES = tuple(_MAKERS)
+# The others need what a pager does not tell its policies yet: ghosts beyond a block's id, whole chains, attention mass.
+LIVE_NAMES = ("lru", "sliding_window", "fifo", "lfu", "slru")
 
 
 def make_policy(name: str, setting: Setting) -> Policy:
     """Raises: ConfigError naming the known ones."""
     check_policy(name, setting.window)
     return _MAKERS[name](setting)
+
+
+def check_live_policy(name: str, window: int | None) -> None:
+    """For a pager at work. Raises: ConfigError."""
+    if name in NAMES and name not in LIVE_NAMES:
+        raise ConfigError(f"policy={name!r} is for kvtier replay only so far; choose one of {', '.join(LIVE_NAMES)}")
+    if name not in NAMES:
+        raise ConfigError(f"policy={name!r} is unknown; choose one of {', '.join(LIVE_NAMES)}")
+    check_policy(name, window)
 
 
 def check_policy(name: str, window: int | None) -> None:

@@ -39,6 +39,7 @@ class S3Fifo(QueuePolicy):
         self.queues.push(_MAIN, blocks[known][::-1])
 
     def on_hit(self, blocks: IntArray) -> None:
+        self.queues.push(_MAIN, blocks[self.queues.queue_of(blocks) == RELEASED])
         self._uses[blocks] = np.minimum(self._uses[blocks] + 1, _MOST_USES)
 
     def on_evict(self, blocks: IntArray) -> None:

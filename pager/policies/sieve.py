@@ -30,6 +30,7 @@ class Sieve(QueuePolicy):
         self.queues.push(_ALL, blocks[::-1])
 
     def on_hit(self, blocks: IntArray) -> None:
+        self.queues.push(_ALL, blocks[self.queues.queue_of(blocks) == RELEASED])
         self._is_visited[blocks] = True
 
     def rank(self, blocks: IntArray) -> IntArray:

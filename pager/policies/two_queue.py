@@ -34,7 +34,7 @@ class TwoQueue(QueuePolicy):
         self.queues.push(_MAIN, blocks[known][::-1])
 
     def on_hit(self, blocks: IntArray) -> None:
-        self.renew(blocks, (_MAIN,))
+        self.queues.push(_MAIN, blocks[self.queues.queue_of(blocks) != _IN][::-1])
 
     def on_evict(self, blocks: IntArray) -> None:
         self._ghosts.push(0, blocks[self.queues.queue_of(blocks) == _IN])

@@ -10,7 +10,7 @@ import numpy as np
 
 from ...tiers.errors import ConfigError
 from .base import UNKNOWN, BoolArray, IntArray, Request
-from .queues import RELEASED, QueuePolicy
+from .queues import QueuePolicy
 
 _OUTSIDE, _INSIDE, _SINK = 1, 2, 3
 
@@ -36,22 +36,16 @@ class SlidingWindow(QueuePolicy):
         self._put(blocks, np.zeros(len(blocks), np.int64))
 
     def on_hit(self, blocks: IntArray) -> None:
-        self._renew(blocks)
+        self._put(blocks, np.zeros(len(blocks), np.int64))
 
     def on_access(self, blocks: IntArray, distance_tokens: IntArray | None = None) -> None:
         if distance_tokens is None:
-            self._renew(blocks)
+            self.renew(blocks, (_INSIDE, _OUTSIDE, _SINK))
         else:
             self._put(blocks, distance_tokens)
 
     def _put(self, blocks: IntArray, distance_tokens: IntArray) -> None:
         queue = np.where(distance_tokens < self._window, _INSIDE, _OUTSIDE)
         queue[self.depth[blocks] < self._sink_blocks] = _SINK
-        for number in (_OUTSIDE, _INSIDE, _SINK):
-            self.queues.push(number, blocks[queue == number][::-1])
-
-    def _renew(self, blocks: IntArray) -> None:
-        queue = self.queues.queue_of(blocks)
-        queue[queue == RELEASED] = _OUTSIDE
         for number in (_OUTSIDE, _INSIDE, _SINK):
             self.queues.push(number, blocks[queue == number][::-1])

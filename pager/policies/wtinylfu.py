@@ -55,6 +55,7 @@ class WTinyLfu(QueuePolicy):
 
     def coldest(self, n: int) -> IntArray:
         queues, left = self.queues, [self.queues.oldest(RELEASED, n)]
+        queues.remove(left[0])
         n -= len(left[0])
         room = self._main - queues.size[_PROBATION] - queues.size[_PROTECTED]
         if room > 0 and queues.size[_WINDOW] > self._window:
