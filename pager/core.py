@@ -73,8 +73,9 @@ class Core:
                 nvme=nvme,
                 quotas=quotas,
                 policy=make_policy(
-                    config.policy,
-                    Setting(sizes.pages[i] + sizes.host_slots[i], self.block_size, config.window, config.sinks),
+                    # of a windowed group a step reads no whole chains, and what it does not read is soon dropped
+                    "lru" if config.policy == "auto" and layout.window is not None else config.policy,
+                    Setting(sizes.pages[i] + sizes.host_slots[i], self.block_size, config.window, config.sinks, clock),
                 ),
                 counters=self.counters,
                 ghosts=self.ghosts,

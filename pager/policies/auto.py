@@ -13,17 +13,20 @@ blocks, and ends of prompts that fill no block (only the same prompt again could
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import islice
 
 import numpy as np
 
-from .base import NOWHERE, UNKNOWN, BoolArray, FloatArray, IntArray, Policy, Request
+from .base import _FIRST_SIZE, NOWHERE, UNKNOWN, BoolArray, FloatArray, IntArray, Policy, Request, resized
 from .reuse import AGE_ENDS_S, LEFTOVER, NUM_AGES, RISKS, TURNS, LifeTable, Risk, age_bin, age_bins, half_octave
 from .segments import Segments
 from .shelf import Order, Shelf
 
 _SWEEP_EVERY, _UPDATE_EVERY = 64, 256  # requests
 _WEIGHT_FADE = 0.9  # of the tokens that each order saved, per update
+_STEP_S = 5.0  # steps of one request follow each other sooner, turns of a session later
+_SPARE_SEGMENTS = 4096  # without blocks, before they are dropped
 _CLEARLY = 1.02  # times as many tokens saved: then the other order comes into force
 
 
@@ -72,10 +75,20 @@ class ByDensity:
 
 
 class Auto(Policy):
+    """In a replay whole requests are told (`on_chain`), with the trace's times, and `coldest` is what is held.
+
+    A pager at work gives a `clock`. It tells prefixes that were found (`on_hit`), steps with all blocks that they read
+    (`on_access`) and new blocks; requests are worked out from them. It asks `victims` among blocks of its own choosing,
+    so here both shelves are shadows.
+    """
+
     name = "auto"
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, clock: Callable[[], float] | None = None, block_size: int = 1) -> None:
         super().__init__(capacity)
+        self._clock, self._block_size = clock, block_size
+        self._is_released = np.zeros(_FIRST_SIZE, bool)  # only with a clock
+        self._most_segments = _SPARE_SEGMENTS
         self._segments, self._table, self._risk = Segments(), LifeTable(), Risk(4)
         self._by_density = ByDensity(self._segments, self._table)
         self._held = Shelf(self._segments, ByRecency(self._segments), self.capacity)
@@ -99,6 +112,8 @@ class Auto(Policy):
     def grow(self, num_ids: int) -> None:
         super().grow(num_ids)
         self._segments.grow(num_ids)
+        if num_ids > len(self._is_released):
+            self._is_released = resized(self._is_released, len(self.depth), 0)
 
     # ------------------------------------------------------------------ what happened
     def on_chain(self, chain: IntArray, held: BoolArray, request: Request = UNKNOWN) -> None:
@@ -120,6 +135,8 @@ class Auto(Policy):
         if joint.start < len(chain):
             self._open(chain, joint.start, turn, gap_s, request)
         self._shadow.trim()
+        if self._clock is not None:
+            self._held.trim()
         self._requests += 1
         if not self._requests % _SWEEP_EVERY:
             self._sweep()
@@ -160,13 +177,50 @@ class Auto(Policy):
         segments.kind[parent] = LEFTOVER
 
     def on_insert(self, blocks: IntArray, depth: IntArray) -> None:
-        raise NotImplementedError
+        """Just written: the next access tells whose they are."""
+        self.depth[blocks] = depth
+        self._is_released[blocks] = False
+
+    def on_hit(self, blocks: IntArray) -> None:
+        if len(blocks) and self._clock is not None and not self.depth[blocks[0]]:  # a chain from its root
+            self._is_released[blocks] = False
+            self._request(blocks)
+
+    def on_access(self, blocks: IntArray, distance_tokens: IntArray | None = None) -> None:
+        if not len(blocks) or self._clock is None:
+            return
+        segments, now_s = self._segments, self._clock()
+        self._is_released[blocks] = False
+        runs = segments.runs_of(blocks)
+        last = runs[-1][0] if runs else NOWHERE
+        if last == NOWHERE or segments.is_common[last] or now_s - segments.time_s[last] > _STEP_S:
+            self._request(blocks)
+            return
+        for segment, _, _ in runs:
+            segments.time_s[segment] = now_s
+        known = runs[-1][2]
+        if known < len(blocks) and segments.size[last] == known:
+            segments.extend(last, blocks, known)
+            for shelf in (self._held, self._shadow):
+                shelf.extend(last, len(blocks) - known)
+
+    def _request(self, chain: IntArray) -> None:
+        assert self._clock is not None
+        request = Request(self._clock(), len(chain) * self._block_size, 0)
+        self.on_chain(chain.copy(), np.ones(len(chain), bool), request)
+
+    def on_forget(self, blocks: IntArray) -> None:
+        self._segments.forget(blocks)
+        self._is_released[blocks] = False
 
     def on_evict(self, blocks: IntArray) -> None:
         """Nothing to do: `coldest` has taken them out, and what is known of a chain outlives its blocks."""
 
     def on_release(self, blocks: IntArray) -> None:
         segments = self._segments
+        if self._clock is not None:
+            self._is_released[blocks] = True
+            return
         for number in np.unique(segments.of_block[blocks]).tolist():
             if number == NOWHERE:
                 continue
@@ -201,7 +255,17 @@ class Auto(Policy):
         return leaving
 
     def rank(self, blocks: IntArray) -> FloatArray:
-        raise NotImplementedError
+        """Of blocks of one segment the deepest leaves first; `victims` sees to it."""
+        self._by_density.now_s = self._clock() if self._clock is not None else self._now_s
+        owners = self._segments.of_block[blocks]
+        rank = np.where(owners >= 0, self.order.scores(np.maximum(owners, 0)), np.inf)  # unknown ones are just written
+        rank[self._is_released[blocks]] = -1.0
+        return rank
+
+    def victims(self, n: int, candidates: IntArray) -> IntArray:
+        if n <= 0 or not len(candidates):
+            return candidates[:0]
+        return candidates[np.lexsort((-self.depth[candidates], self.rank(candidates)))[:n]]
 
     # ------------------------------------------------------------------ learning
     def _sweep(self) -> None:
@@ -223,9 +287,27 @@ class Auto(Policy):
         if not self._requests % _UPDATE_EVERY:
             self._table.update()
             self._choose_order()
+            if self._clock is not None and self._segments.count > self._most_segments:
+                self._drop_dead()
             self._gaps = self._gaps[-2000:]
             if self._gaps:
                 self._patience_s = float(np.percentile(self._gaps, 95))
+
+    def _drop_dead(self) -> None:
+        """Forget segments that have no block any more, once they were counted as not used again."""
+        segments = self._segments
+        is_kept = segments.is_open[: segments.count] & (
+            segments.start_s[: segments.count] > self._now_s - self._patience_s
+        )
+        is_kept[segments.of_block[segments.of_block >= 0]] = True
+        kept = np.flatnonzero(is_kept)
+        self._swept = np.searchsorted(kept, self._swept)
+        self._judged = int(np.searchsorted(kept, self._judged))
+        self._features = {new: self._features[old] for new, old in enumerate(kept.tolist()) if old in self._features}
+        segments.keep(kept)
+        for shelf in (self._held, self._shadow):
+            shelf.keep(kept)
+        self._most_segments = 2 * len(kept) + _SPARE_SEGMENTS
 
     def _choose_order(self) -> None:
         held, shadow = self._saved

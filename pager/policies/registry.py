@@ -31,10 +31,11 @@ class Setting:
     block_size: int
     window: int | None = None
     sinks: int = 4
+    clock: Callable[[], float] | None = None  # of a pager at work
 
 
 _MAKERS: dict[str, Callable[[Setting], Policy]] = {
-    "auto": lambda s: Auto(s.capacity),
+    "auto": lambda s: Auto(s.capacity, s.clock, s.block_size),
     "lru": lambda s: Lru(s.capacity),
     "sliding_window": lambda s: SlidingWindow(s.capacity, s.window or 0, s.sinks, s.block_size),
     "fifo": lambda s: Fifo(s.capacity),
@@ -51,7 +52,7 @@ _MAKERS: dict[str, Callable[[Setting], Policy]] = {
 }
 NAMES = tuple(_MAKERS)
 # The others need what a pager does not tell its policies yet: ghosts beyond a block's id, whole chains, attention mass.
-LIVE_NAMES = ("lru", "sliding_window", "fifo", "lfu", "slru")
+LIVE_NAMES = ("auto", "lru", "sliding_window", "fifo", "lfu", "slru")
 
 
 def make_policy(name: str, setting: Setting) -> Policy:

@@ -105,6 +105,29 @@ class Segments:
         self.gap_s[common] = now_s - self.time_s[parent]
         return Joint(NOWHERE, known, known, common)
 
+    def extend(self, segment: int, chain: IntArray, known: int) -> None:
+        """A running request's own segment gets the blocks that it has computed since."""
+        self.of_block[chain[known:]] = segment
+        self.chain[segment] = chain
+        self.size[segment] = len(chain)
+
+    def forget(self, blocks: IntArray) -> None:
+        self.of_block[blocks] = NOWHERE
+        self._partings[blocks] = 0
+
+    def keep(self, kept: IntArray) -> None:
+        """Number these segments anew, from 0, and drop the others."""
+        new = np.full(self.count, NOWHERE)
+        new[kept] = np.arange(len(kept))
+        known = self.of_block >= 0
+        self.of_block[known] = new[self.of_block[known]]
+        for name in _COLUMNS:
+            column = getattr(self, name)
+            column[: len(kept)] = column[kept]
+            column[len(kept) :] = 0
+        self.chain = [self.chain[segment] for segment in kept.tolist()]
+        self.count = len(kept)
+
     def _use_common(self, segment: int, now_s: float) -> None:
         self.gap_s[segment] += 0.25 * (now_s - self.time_s[segment] - self.gap_s[segment])
         self.time_s[segment] = now_s

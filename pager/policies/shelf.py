@@ -73,6 +73,20 @@ class Shelf:
         self.used += high - int(self._segments.low[segment])
         self._set(segment, high)
 
+    def extend(self, segment: int, added: int) -> None:
+        """A segment got more blocks at its end; they are here if what lies before them is."""
+        if self.high[segment] == self._segments.size[segment] - added:
+            self.used += added
+            self._set(segment, int(self._segments.size[segment]))
+
+    def keep(self, kept: IntArray) -> None:
+        """As `Segments.keep`, after it."""
+        high = np.zeros(max(_FIRST_SIZE, len(self._segments.start_s)), np.int64)
+        high[: len(kept)] = self.high[kept]
+        self.high = high
+        self.used = int(np.maximum(high[: len(kept)] - self._segments.low[: len(kept)], 0).sum())
+        self._score_all()
+
     def _set(self, segment: int, high: int) -> None:
         self.high[segment] = high
         heapq.heappush(self._heap, (self.order.score(segment), segment))

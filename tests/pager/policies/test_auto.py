@@ -170,3 +170,94 @@ def test_ends_of_prompts_leave_before_whole_blocks():
     auto.on_chain(np.arange(5), np.zeros(5, bool), Request(0.0, 18, 0, has_partial_tail=True))
     auto.on_chain(np.arange(20, 25), np.zeros(5, bool), Request(10.0, 20, 0))
     assert auto.coldest(2).tolist() == [4, 3]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def at_work(capacity: int = 100) -> tuple[Auto, Clock]:
+    clock = Clock()
+    auto = Auto(capacity, clock, block_size=16)
+    auto.grow(100_000)
+    return auto, clock
+
+
+def decode(auto: Auto, clock: Clock, chain: np.ndarray, steps: int) -> None:
+    for _ in range(steps):
+        clock.now_s += 0.1
+        auto.on_access(chain)
+
+
+def test_steps_of_a_request_are_no_turns_and_its_new_blocks_join_it():
+    auto, clock = at_work()
+    auto.on_insert(np.arange(4), np.arange(4))
+    decode(auto, clock, np.arange(4), 30)
+    auto.on_insert(ids(4), ids(4))
+    decode(auto, clock, np.arange(5), 30)
+    segments = auto._segments
+    assert segments.count == 1 and set(segments.of_block[:5].tolist()) == {0}
+    clock.now_s += 60
+    decode(auto, clock, np.arange(5), 3)  # the user has thought and asks again
+    assert segments.count == 2 and segments.turn[1] == 1
+    assert (auto._held.used, auto._shadow.used) == (5, 5)
+
+
+def test_at_work_the_longest_unused_chain_is_named_first_from_its_end_and_the_newest_blocks_last():
+    auto, clock = at_work()
+    for chain in (np.arange(3), np.arange(10, 13)):
+        auto.on_insert(chain, np.arange(3))
+        decode(auto, clock, chain, 2)
+        clock.now_s += 60
+    auto.on_insert(ids(20), ids(0))
+    everything = ids(20, 11, 12, 10, 2, 0, 1)
+    assert auto.victims(7, everything).tolist() == [2, 1, 0, 12, 11, 10, 20]
+    auto.on_release(ids(12))
+    assert auto.victims(1, everything).tolist() == [12]
+    decode(auto, clock, ids(10, 11, 12), 1)
+    assert auto.victims(1, everything).tolist() == [2]
+
+
+def test_an_id_that_names_another_block_now_has_no_past():
+    auto, clock = at_work()
+    auto.on_insert(np.arange(3), np.arange(3))
+    decode(auto, clock, np.arange(3), 2)
+    auto.on_release(np.arange(3))
+    auto.on_forget(np.arange(3))
+    clock.now_s += 60
+    auto.on_insert(np.arange(3), np.arange(3))
+    decode(auto, clock, np.arange(3), 2)
+    assert auto._segments.turn[: auto._segments.count].tolist() == [0, 0]
+    assert auto.rank(ids(0))[0] >= 0
+
+
+def test_at_work_it_learns_as_in_a_replay_and_its_memory_stays_bounded(monkeypatch):
+    monkeypatch.setattr("kvtier.pager.policies.auto._SPARE_SEGMENTS", 200)
+    auto, clock = at_work(120)
+    auto._most_segments = 200
+    free = list(range(99_999, -1, -1))
+    of_id: dict[int, int] = {}
+    for at_s, names, _ in two_kinds_of_chats(7):
+        clock.now_s = max(clock.now_s, at_s)
+        new = [name for name in names if name not in of_id]
+        for name in new:
+            of_id[name] = free.pop()
+        chain = np.array([of_id[name] for name in names])
+        depth = np.arange(len(names))
+        auto.on_insert(chain[len(names) - len(new) :], depth[len(names) - len(new) :])
+        auto.on_access(chain)
+        if len(of_id) > 6000:  # the pager forgets what left all tiers
+            gone = list(of_id)[:500]
+            auto.on_forget(np.array([of_id[name] for name in gone]))
+            free += [of_id.pop(name) for name in gone]
+    assert auto.order.name == "density"
+    segments = auto._segments
+    assert segments.count < 2500 and len(segments.chain) == segments.count
+    assert set(np.unique(segments.of_block).tolist()) <= set(range(-1, segments.count))
+    for shelf in (auto._held, auto._shadow):
+        held = np.maximum(shelf.high[: segments.count] - segments.low[: segments.count], 0)
+        assert shelf.used == held.sum() <= 120
