@@ -43,7 +43,7 @@ class PagerConfig:
     nvme_queue_depth: int = IO_DEPTH  # requests in flight on the disk, each way; `kvtier doctor` measures which is best
     nvme_segment_bytes: Size = SEGMENT_BYTES  # of the files of a new store
     nvme_codec: str | Sequence[str] | Mapping[str, str] | None = None
-    policy: str = "lru"
+    policy: str = "auto"
     window: int | None = None  # tokens, for policy "sliding_window"
     sinks: int = 4  # tokens, for policy "sliding_window"
     backend: str = "auto"  # auto | cpu | cuda

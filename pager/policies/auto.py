@@ -191,6 +191,10 @@ class Auto(Policy):
             return
         segments, now_s = self._segments, self._clock()
         self._is_released[blocks] = False
+        if self.depth[blocks[0]]:  # not a chain from its root: nothing to learn, only used now
+            owners = segments.of_block[blocks]
+            segments.time_s[owners[owners >= 0]] = now_s
+            return
         runs = segments.runs_of(blocks)
         last = runs[-1][0] if runs else NOWHERE
         if last == NOWHERE or segments.is_common[last] or now_s - segments.time_s[last] > _STEP_S:
@@ -265,7 +269,11 @@ class Auto(Policy):
     def victims(self, n: int, candidates: IntArray) -> IntArray:
         if n <= 0 or not len(candidates):
             return candidates[:0]
-        return candidates[np.lexsort((-self.depth[candidates], self.rank(candidates)))[:n]]
+        rank = self.rank(candidates)
+        if n < len(candidates):  # of one segment all rank alike: those at the edge come along, and depth decides
+            near = np.flatnonzero(rank <= np.partition(rank, n - 1)[n - 1])
+            candidates, rank = candidates[near], rank[near]
+        return candidates[np.lexsort((-self.depth[candidates], rank))[:n]]
 
     # ------------------------------------------------------------------ learning
     def _sweep(self) -> None:

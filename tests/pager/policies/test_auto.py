@@ -261,3 +261,14 @@ def test_at_work_it_learns_as_in_a_replay_and_its_memory_stays_bounded(monkeypat
     for shelf in (auto._held, auto._shadow):
         held = np.maximum(shelf.high[: segments.count] - segments.low[: segments.count], 0)
         assert shelf.used == held.sum() <= 120
+
+
+def test_a_step_that_reads_only_the_end_of_a_chain_is_a_use_and_nothing_to_learn_from():
+    auto, clock = at_work()
+    for chain in (np.arange(4), np.arange(10, 14)):
+        auto.on_insert(chain, np.arange(4))
+        decode(auto, clock, chain, 1)
+        clock.now_s += 60
+    auto.on_access(ids(3))
+    assert auto._segments.count == 2
+    assert auto.victims(1, np.arange(14)[[0, 1, 2, 3, 10, 11, 12, 13]]).tolist() == [13]
