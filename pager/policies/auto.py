@@ -4,7 +4,7 @@ than recency, who was used longest ago.
 It learns online, from what a pager sees: how often a chain was continued, how long its prompts and answers are, how much
 they grew, how long its user thought, where chains part. `reuse` holds what is learned, `segments` what chains there are,
 `shelf` what an order keeps of them: one shelf is what is held, the other a shadow of what the other order would hold. The
-order whose shelf saves more tokens is in force; recency is until the other one has proven itself.
+order whose shelf saves more is in force; recency is until the other one has proven itself.
 
 State is per segment of a chain, so the work per request does not grow with its blocks. Before either order come released
 blocks, and ends of prompts that fill no block (only the same prompt again could use one).
@@ -24,10 +24,10 @@ from .segments import Segments
 from .shelf import Order, Shelf
 
 _SWEEP_EVERY, _UPDATE_EVERY = 64, 256  # requests
-_WEIGHT_FADE = 0.9  # of the tokens that each order saved, per update
+_WEIGHT_FADE = 0.9  # of what each order saved, per update
 _STEP_S = 5.0  # steps of one request follow each other sooner, turns of a session later
 _SPARE_SEGMENTS = 4096  # without blocks, before they are dropped
-_CLEARLY = 1.02  # times as many tokens saved: then the other order comes into force
+_CLEARLY = 1.02  # times as much saved: then the other order comes into force
 
 
 class ByRecency:
@@ -93,7 +93,7 @@ class Auto(Policy):
         self._by_density = ByDensity(self._segments, self._table)
         self._held = Shelf(self._segments, ByRecency(self._segments), self.capacity)
         self._shadow = Shelf(self._segments, self._by_density, self.capacity)
-        self._saved = [0.0, 0.0]  # tokens, by the held shelf and by its shadow
+        self._saved = [0.0, 0.0]  # blocks, by the held shelf and by its shadow
         self._features: dict[int, tuple[object, ...]] = {}  # of open segments
         self._swept = np.zeros(NUM_AGES, np.int64)  # per age the first segment that has not reached it
         self._judged = 0
