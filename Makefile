@@ -27,7 +27,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 bench: setup
-	for name in metadata policy decode recovery host nvme codecs prefix endless sessions serve; do \
+	for name in metadata policy inspect decode recovery host nvme codecs tenants daemon prefix endless sessions serve; do \
 		$(BIN)/kvtier bench $$name --out benchmarks/results/$$name-cpu.json || exit 1; done
 
 soak: setup

@@ -17,12 +17,14 @@ import numpy as np
 import torch
 
 from ..pager.pager import Pager
-from ..tiers.errors import ConfigError, StoreMismatchError
+from ..tiers.errors import ConfigError, KvTierError, StoreMismatchError, TierFullError
 from ..tiers.layout import KVLayout
 from .kv_copy import GroupKV, KVCopier
 
 FORMAT = 1
-CHUNK_TOKENS = 1024
+CHUNK_TOKENS, TOKENS_PER_CHUNK = 1024, 1 << 16
+MAX_VALUES = 1 << 36  # of one array
+MAX_TOKENS = 1 << 24
 READ_TIMEOUT_S = 120.0
 _RAW = {torch.bfloat16: torch.uint16, torch.float16: torch.uint16, torch.float32: torch.uint32}
 
@@ -56,7 +58,9 @@ def export_sequence(pager: Pager, seq: int, path: Path, about: dict[str, Any]) -
                 for index, group in enumerate(groups):
                     arrays |= {f"g{index}_{name}": _raw(kv) for name, kv in zip("kv", _stacked(group), strict=True)}
             for name, values in arrays.items():
-                chunks = (*values.shape[:-2], CHUNK_TOKENS, values.shape[-1]) if values.ndim > 2 else (1 << 16,)
+                chunks = (
+                    (*values.shape[:-2], CHUNK_TOKENS, values.shape[-1]) if values.ndim > 2 else (TOKENS_PER_CHUNK,)
+                )
                 codecs: Any = dict(serializer=BytesCodec(), compressors=[Crc32cCodec()], filters=None)
                 made = root.create_array(name, shape=values.shape, chunks=chunks, dtype=values.dtype, **codecs)
                 made[...] = values
@@ -83,12 +87,20 @@ def import_sequence(pager: Pager, path: Path, namespace: str) -> tuple[int, dict
             root = zarr.open_group(store, mode="r")
             about: dict[str, Any] = dict(root.attrs)
             _check(pager, path, about)
-            tokens = np.asarray(root["token_ids"][...]).tolist()  # type: ignore[index]
+            tokens = _whole(root, "token_ids", 1).tolist()
             computed, groups = int(about["computed_tokens"]), list[GroupKV]()
+            if not 0 <= computed <= len(tokens):
+                raise ValueError(f"{computed} computed tokens of {len(tokens)}")
+            if computed > pager.capacity_tokens():
+                raise TierFullError(
+                    f"{path} holds {computed} tokens, this pager {pager.capacity_tokens()}", retry_after_s=60.0
+                )
             if _travels(pager.layouts):
                 groups = [_group(root, index, layout, computed) for index, layout in enumerate(pager.layouts)]
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{path} is not a whole session archive: {error}") from error
+    except KvTierError:
+        raise
+    except Exception as error:  # zarr and zipfile raise what their own parts do for files that are made to hurt
+        raise ConfigError(f"{path} is not a whole session archive: {error!r:.200}") from error
     return _place(pager, namespace, tokens, computed, groups), about
 
 
@@ -134,8 +146,19 @@ def _raw(values: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 def _group(root: Any, index: int, layout: KVLayout, computed: int) -> GroupKV:
-    dtype = getattr(torch, layout.dtype)
-    k, v = (torch.from_numpy(np.asarray(root[f"g{index}_{name}"][...])).view(dtype) for name in "kv")
-    if k.shape[:3] != (layout.num_layers, layout.num_kv_heads, computed) or v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"K of shape {tuple(k.shape)} does not hold {computed} tokens of this model")
+    dtype, parts = getattr(torch, layout.dtype), []
+    for name, width in (("k", layout.head_dim), ("v", layout.v_dim)):
+        wanted = (layout.num_layers, layout.num_kv_heads, computed, width)
+        parts.append(torch.from_numpy(_whole(root, f"g{index}_{name}", 4, wanted)).view(dtype))
+    k, v = parts
     return GroupKV(list(zip(k, v, strict=True)), computed)
+
+
+def _whole(root: Any, name: str, dims: int, wanted: tuple[int, ...] | None = None) -> np.ndarray[Any, Any]:
+    """An array as we write them, read only when its metadata ask for no more memory than that. Raises ValueError."""
+    array = root[name]
+    chunks = (*array.shape[:-2], CHUNK_TOKENS, array.shape[-1]) if dims > 2 else (TOKENS_PER_CHUNK,)
+    is_ours = array.ndim == dims and array.chunks == chunks and array.size <= (MAX_VALUES if dims > 2 else MAX_TOKENS)
+    if not is_ours or (wanted is not None and array.shape != wanted):
+        raise ValueError(f"{name} of shape {array.shape} in chunks of {array.chunks} is not what this model takes")
+    return np.asarray(array[...])

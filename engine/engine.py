@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
+from ..pager.client.remote import block_size_at
 from ..pager.config import PagerConfig
 from ..pager.lease import Span
-from ..pager.pager import Pager, stored_block_size
+from ..pager.pager import Pager, open_pager, stored_block_size
 from ..tiers.errors import BlockMissError, ConfigError, TierFullError, TierUnavailableError
 from .beam import BeamGroup
 from .hf import ModelSpec, StreamingWindow, describe, discover, fingerprint
@@ -71,22 +73,28 @@ class Engine:
         limits: SchedulerLimits | None = None,
         draft: Engine | None = None,
         streaming: StreamingWindow | None = None,
+        pager: str | None = None,
     ) -> Engine:
         """Put a loaded Hugging Face decoder over a new pager.
 
-        `block_size` is that of the store at config.nvme_path where there is one, else chosen from device and size.
+        `pager` is the address of a daemon (unix:///run/kvtier/pagerd.sock) whose memory is shared with its other clients.
+
+        `block_size` is that of the store at config.nvme_path or of the daemon where there is one, else chosen from device and
+        size.
         `draft` is an engine of a smaller model with the same vocabulary, for SamplingParams(speculation="model").
         `streaming` gives full-attention layers a window and sinks, for texts without end.
         Raises: UnsupportedModelError, ConfigError; nothing is written before all checks have passed.
         """
         config.validate()
         spec = discover(model) if streaming is None else discover(model).streamed(streaming)
-        size = block_size or stored_block_size(config.nvme_path) or _default_block_size(model, spec, config)
-        pager = Pager.open(spec.layouts(size), config, model_fingerprint=fingerprint(model), about=describe(model))
+        named = fingerprint(model)
+        stored = stored_block_size(config.nvme_path) if pager is None else block_size_at(pager, named)
+        layouts = spec.layouts(block_size or stored or _default_block_size(model, spec, config))
+        opened = open_pager(pager, layouts, config, model_fingerprint=named, about=describe(model))
         try:
-            return cls(model, spec, pager, tokenizer, max_batch_tokens, limits, draft)
+            return cls(model, spec, opened, tokenizer, max_batch_tokens, limits, draft)
         except BaseException:
-            pager.close()
+            opened.close()
             raise
 
     @classmethod
@@ -259,6 +267,7 @@ class Engine:
 
     def _settle(self, request: Request) -> None:
         """After its last step: give back what it held, end the twins that never began, say so."""
+        self._remember(request)
         self._free(request)
         if request.beams is not None:
             request.beams.give_up(request)
@@ -267,6 +276,19 @@ class Engine:
                 twin.end(request.output.finish_reason, request.error)
         if request.on_end is not None:
             request.on_end(request)
+
+    def _remember(self, request: Request) -> None:
+        """Where its time to first token went, for whoever asks later."""
+        if request.seq >= 0:
+            self.pager.note_request(
+                request.seq,
+                name=request.name,
+                age_s=request.ledger.age_s,
+                outcome=request.output.finish_reason or "",
+                lines_s=request.ledger.to_dict(),
+                usage={name: float(value) for name, value in asdict(request.usage).items()}
+                | {"prefill_s_per_token": self.scheduler.prefill_s_per_token},
+            )
 
     def extend(self, seq: int, limit: int) -> list[int]:
         """Greedily continue a sequence by at most `limit` tokens, its uncomputed ones first. For drafting."""

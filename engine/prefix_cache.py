@@ -25,8 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..pager.client.remote import block_size_at
 from ..pager.config import PagerConfig, check_namespace
-from ..pager.pager import NVME_DISK_SHARE, Pager, stored_block_size
+from ..pager.pager import Pager, open_pager
+from ..pager.stores import NVME_DISK_SHARE, stored_block_size
 from ..tiers.errors import BlockMissError, ConfigError
 from ..tiers.layout import KVLayout
 from .kv_copy import GroupKV, KVCopier
@@ -62,7 +64,7 @@ class PrefixCache(AsyncTwins):
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str] | None,
+        path: str | os.PathLike[str] | None = None,
         model: Any = None,
         layout: KVLayout | Sequence[KVLayout] | None = None,
         *,
@@ -72,6 +74,7 @@ class PrefixCache(AsyncTwins):
         nvme_bytes: int | str | None = None,
         block_size: int | None = None,
         model_fingerprint: str = "",
+        pager: str | None = None,
         clock: Callable[[], float] = time.monotonic,
         **settings: Any,
     ) -> PrefixCache:
@@ -79,6 +82,7 @@ class PrefixCache(AsyncTwins):
 
         `model`: a Hugging Face decoder; what its K/V look like is found by running two tokens through it. Or `layout`:
         one KVLayout per layer group of your own model, and `model_fingerprint`, text that changes whenever its K/V do.
+        `pager`: instead of `path`, the address of a daemon (unix:///run/kvtier/pagerd.sock) that many processes share.
         `block_size`: tokens per block, for a new store (default 32). `settings` are further ones of PagerConfig.
         Units: device_bytes (CPU memory, or the model's GPU) is room to write through and for the most recent blocks;
         host_bytes is taken as it is used; nvme_bytes is 16 GiB, or most of a smaller disk, when not given.
@@ -91,8 +95,9 @@ class PrefixCache(AsyncTwins):
             from .past import discover_cache
 
             spec = discover_cache(model)
-            layouts = spec.layouts(block_size or stored_block_size(path) or BLOCK_SIZE)
             device, about, model_fingerprint = next(model.parameters()).device, describe(model), fingerprint(model)
+            stored = stored_block_size(path) if pager is None else block_size_at(pager, model_fingerprint)
+            layouts = spec.layouts(block_size or stored or BLOCK_SIZE)
         if unknown := settings.keys() - {f.name for f in fields(PagerConfig)}:
             raise ConfigError(f"unknown setting {sorted(unknown)[0]!r}; further settings are those of PagerConfig")
         settings = {"backend": "cpu" if device.type == "cpu" else "cuda", "staging_bytes": 0} | settings
@@ -104,11 +109,11 @@ class PrefixCache(AsyncTwins):
             **settings,
         )
         check_namespace(namespace)
-        pager = Pager.open(layouts, config, model_fingerprint=model_fingerprint, about=about, clock=clock)
+        opened = open_pager(pager, layouts, config, model_fingerprint=model_fingerprint, about=about, clock=clock)
         try:
-            return cls(pager, model, spec, namespace, device, clock)
+            return cls(opened, model, spec, namespace, device, clock)
         except BaseException:
-            pager.close()
+            opened.close()
             raise
 
     # ------------------------------------------------------------------ what it is

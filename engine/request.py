@@ -39,6 +39,7 @@ class Request:
     prompt_tokens: int
     known_tokens: int = 0  # the first so many had been computed before this request came
     namespace: str = "default"
+    name: str = ""  # as its client knows it
     priority: int = 0
     deadline_s: float | None = None
     waiting_since_s: float = 0.0

@@ -11,6 +11,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compressed import compressed_attention as compressed_attention
+    from .compressed import mixed_attention as mixed_attention
+    from .compressed import plan_pages as plan_pages
+    from .conversion import dequantize_blocks as dequantize_blocks
+    from .conversion import quantize_blocks as quantize_blocks
     from .dispatch import SlotPlan as SlotPlan
     from .dispatch import StepPlan as StepPlan
     from .dispatch import apply_sink_logits as apply_sink_logits
@@ -26,24 +31,49 @@ if TYPE_CHECKING:
     from .dispatch import plan_step as plan_step
     from .dispatch import scatter_rows as scatter_rows
     from .dispatch import write_kv as write_kv
+    from .formats import PageFormat as PageFormat
+    from .positions import turned_attention as turned_attention
+    from .rope import Turns as Turns
+    from .rope import plan_turns as plan_turns
+    from .rope import turn_table as turn_table
+    from .selection import Selection as Selection
+    from .selection import omitted_share as omitted_share
+    from .selection import score_pages as score_pages
+    from .selection import select_pages as select_pages
+    from .selection import summarize_blocks as summarize_blocks
     from .views import layer_views as layer_views
 
 _HOME = {
+    "PageFormat": "formats",
+    "Selection": "selection",
     "SlotPlan": "dispatch",
     "StepPlan": "dispatch",
+    "Turns": "rope",
     "apply_sink_logits": "dispatch",
     "block_attention": "dispatch",
+    "compressed_attention": "compressed",
     "copy_blocks": "dispatch",
+    "dequantize_blocks": "conversion",
     "gather_rows": "dispatch",
     "layer_views": "views",
     "merge_many": "dispatch",
     "merge_states": "dispatch",
+    "mixed_attention": "compressed",
+    "omitted_share": "selection",
     "paged_attention": "dispatch",
     "paged_decode": "dispatch",
     "paged_prefill": "dispatch",
+    "plan_pages": "compressed",
     "plan_slots": "dispatch",
     "plan_step": "dispatch",
+    "plan_turns": "rope",
+    "quantize_blocks": "conversion",
     "scatter_rows": "dispatch",
+    "score_pages": "selection",
+    "select_pages": "selection",
+    "summarize_blocks": "selection",
+    "turn_table": "rope",
+    "turned_attention": "positions",
     "write_kv": "dispatch",
 }
 __all__ = sorted(_HOME)

@@ -29,12 +29,25 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import triton_cache, triton_common, triton_decode, triton_merge, triton_prefill
+from . import aot_compressed, triton_cache, triton_common, triton_decode, triton_merge, triton_prefill
 
 ARCHS = (90, 80)
 _WORD = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
 _TYPE = re.compile(r"^\*?(bf16|fp16|fp32|i1|i8|u8|i16|i32|i64|u64)$")
-_UNALIGNED = ("table_row", "lse_row", "out_split", "lse_head", "group", "head_blocks", "heads", "count", "rows")
+_UNALIGNED = (
+    "table_row",
+    "lse_row",
+    "out_split",
+    "lse_head",
+    "group",
+    "head_blocks",
+    "heads",
+    "count",
+    "rows",
+    "step_row",
+    "step_head",
+    "step_turn",
+)
 
 
 @dataclass(frozen=True)
@@ -143,6 +156,7 @@ def cases(arch: int) -> list[Case]:
         prefill_case("prefill_fp32", arch, torch.float32),
         prefill_case("blocks", arch, CAUSAL=False),
         *_other_cases(),
+        *aot_compressed.cases(Case, arch),
     ]
 
 
@@ -188,7 +202,7 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
 
     return dict(
         registers=find("REG"), stack_bytes=find("STACK"), local_accesses=count(r"\b(?:LDL|STL)\b"),
-        HGMMA=count(r"\bHGMMA"), HMMA=count(r"\bHMMA"), FFMA=count(r"\bFFMA"),
+        HGMMA=count(r"\bHGMMA"), HMMA=count(r"\bHMMA"), IGMMA=count(r"\bIGMMA"), IMMA=count(r"\bIMMA"), FFMA=count(r"\bFFMA"),
         async_copies_16=count(r"\bLDGSTS\S*\.128"), loads_16=count(r"\bLDG\.E\.(?:\w+\.)*128"),
     )  # fmt: skip
 
@@ -201,7 +215,7 @@ def problems(row: dict[str, Any]) -> list[str]:
         return []
     found = [f"{row[key]} {key}" for key in ("local_accesses", "stack_bytes") if row[key]]
     is_matrix = row["case"].startswith(("decode", "prefill", "blocks")) and "fp32" not in row["case"]
-    if is_matrix and not row["HGMMA"] + row["HMMA"]:
+    if is_matrix and not sum(row[key] for key in ("HGMMA", "HMMA", "IGMMA", "IMMA")):
         found.append("no tensor-core instruction")
     return found
 

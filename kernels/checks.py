@@ -54,16 +54,33 @@ def check_window(window: int | None, sinks: int) -> None:
         raise ValueError(f"sinks must be >= 0, got {sinks}")
 
 
-def check_spans(num_tokens: int, kv_lens: np.ndarray, cu_q: np.ndarray) -> None:
-    """Check that the packed rows are cut into sequences, each no longer than its keys."""
+def check_rows_cut(num_tokens: int, kv_lens: np.ndarray, cu_q: np.ndarray) -> None:
+    """Check that the packed rows are cut into as many sequences as have lengths."""
     if cu_q.ndim != 1 or kv_lens.ndim != 1 or len(cu_q) != len(kv_lens) + 1:
         raise ValueError(f"cu_q needs one entry more than kv_lens, got {cu_q.shape} and {kv_lens.shape}")
-    q_lens = np.diff(cu_q)
-    if cu_q[0] != 0 or cu_q[-1] != num_tokens or (q_lens < 0).any():
+    if cu_q[0] != 0 or cu_q[-1] != num_tokens or (np.diff(cu_q) < 0).any():
         raise ValueError(f"cu_q must rise from 0 to the {num_tokens} rows of q, got {cu_q.tolist()[:8]}...")
+
+
+def check_spans(num_tokens: int, kv_lens: np.ndarray, cu_q: np.ndarray) -> None:
+    """Check that the packed rows are cut into sequences, each no longer than its keys."""
+    check_rows_cut(num_tokens, kv_lens, cu_q)
+    q_lens = np.diff(cu_q)
     if (kv_lens < q_lens).any():
         s = int(np.argmax(kv_lens < q_lens))
         raise ValueError(f"sequence {s} has {q_lens[s]} queries but kv_len {kv_lens[s]}; kv_len counts the new tokens")
+
+
+def check_whole_blocks(kv_lens: np.ndarray, ahead: np.ndarray, block: int) -> None:
+    """Check that compressed lengths are whole blocks and that rows lie behind them."""
+    if (bad := (kv_lens < 0) | (kv_lens % block != 0)).any():
+        s = int(np.argmax(bad))
+        raise ValueError(
+            f"kv_lens[{s}] = {kv_lens[s]} is not a multiple of the block of {block} tokens; only whole blocks are "
+            f"compressed, the tail stays in full precision"
+        )
+    if ahead.shape != kv_lens.shape or (ahead < 0).any():
+        raise ValueError(f"ahead must be [{len(kv_lens)}] numbers from 0 up, got {ahead.tolist()[:8]}")
 
 
 def check_table(table: np.ndarray, kv_lens: np.ndarray, block: int, num_pages: int) -> None:
@@ -78,6 +95,17 @@ def check_table(table: np.ndarray, kv_lens: np.ndarray, block: int, num_pages: i
     if bad.any():
         s, i = (int(x) for x in np.argwhere(bad)[0])
         raise ValueError(f"block_table[{s}, {i}] = {table[s, i]} is not a page of the pool (0..{num_pages - 1})")
+
+
+def check_turns(turn_ids: np.ndarray, kv_lens: np.ndarray, block: int, num_turns: int, shape: tuple[int, ...]) -> None:
+    """Check that every block read has a rotation."""
+    if turn_ids.shape != shape:
+        raise ValueError(f"turn_ids must be shaped as block_table {shape}, got {turn_ids.shape}")
+    is_read = np.arange(shape[1])[None, :] < (kv_lens // block)[:, None]
+    bad = is_read & ((turn_ids < 0) | (turn_ids >= num_turns))
+    if bad.any():
+        s, i = (int(x) for x in np.argwhere(bad)[0])
+        raise ValueError(f"turn_ids[{s}, {i}] = {turn_ids[s, i]} is not one of the {num_turns} turns")
 
 
 def check_slots(slots: np.ndarray, num_tokens: int, num_slots: int) -> None:

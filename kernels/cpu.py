@@ -140,13 +140,12 @@ def _attend_all(
 
 
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None, out_dtype: torch.dtype
+    q: Tensor, k: Tensor, v: Tensor, pages: np.ndarray, *, scale: float, softcap: float | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Attend every row to every token of whole blocks; arguments are checked by the caller."""
+    """Attend every row to every token of these pages; arguments are checked by the caller."""
     layer = PagedLayer(k, v, scale, softcap)
     out = torch.empty(q.shape[0], q.shape[1], v.shape[3], dtype=out_dtype)
     lse = torch.empty(q.shape[:2])
-    pages = np.arange(k.shape[0])
     for a in range(0, q.shape[0], MAX_QUERY_TILE):
         b = min(a + MAX_QUERY_TILE, q.shape[0])
         partial = Partial(k.shape[1], q.shape[1] // k.shape[1], b - a, v.shape[3])

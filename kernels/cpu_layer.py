@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from math import prod
 
 import numpy as np
 import torch
@@ -20,24 +21,29 @@ STAGING_BYTES = 16 << 20  # pieces of 512 tokens cost a 2,048-row prefill 15 %, 
 MANY_ROWS = 1024  # rows of one KV head that keep all threads busy, so that heads can be staged one at a time
 
 
-class _Scratch(threading.local):
+class Scratch(threading.local):
     """One buffer per thread, kept between calls: fresh large buffers cost page faults, not just bytes."""
 
     def __init__(self) -> None:
         self.memory: Tensor | None = None
 
     def take(self, rows: int, tokens: int, widths: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """Carve two tensors [rows, tokens, width] out of the buffer; the last pair taken is gone."""
-        sizes = [-(-rows * tokens * width // 64) * 64 * dtype.itemsize for width in widths]
+        """Carve two tensors [rows, tokens, width] out of the buffer; the last ones taken are gone."""
+        first, second = self.rooms([(rows, tokens, width) for width in widths], dtype)
+        return first, second
+
+    def rooms(self, shapes: list[tuple[int, ...]], dtype: torch.dtype) -> list[Tensor]:
+        """Carve tensors of these shapes out of the buffer; the last ones taken are gone."""
+        counts = [prod(shape) for shape in shapes]
+        sizes = [-(-count // 64) * 64 * dtype.itemsize for count in counts]
         if self.memory is None or self.memory.numel() < sum(sizes):
             with torch.inference_mode(False):  # an inference tensor could not be written outside inference mode
                 self.memory = torch.empty(max(sum(sizes), STAGING_BYTES), dtype=torch.uint8)
         parts = self.memory[: sum(sizes)].split(sizes)
-        first, second = (p.view(dtype)[: rows * tokens * w].view(rows, tokens, w) for p, w in zip(parts, widths))
-        return first, second
+        return [p.view(dtype)[:count].view(shape) for p, count, shape in zip(parts, counts, shapes)]
 
 
-_scratch = _Scratch()
+scratch = Scratch()
 
 
 class Partial:
@@ -144,7 +150,7 @@ class PagedLayer:
     def _stage(self, ids: Tensor, heads: slice, start: int, end: int) -> tuple[Tensor, Tensor]:
         """Gather pages of some heads; return keys and values [heads, tokens, width] of token slots [start, end)."""
         count, widths = heads.stop - heads.start, (self.key_width, self.value_width)
-        keys, values = _scratch.take(count, len(ids) * self.block, widths, self.k.dtype)
+        keys, values = scratch.take(count, len(ids) * self.block, widths, self.k.dtype)
         for i in range(count):
             _gather(self.k[:, heads.start + i], ids, keys[i])
             _gather(self.v[:, heads.start + i], ids, values[i])

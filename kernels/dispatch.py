@@ -184,19 +184,23 @@ def block_attention(
     scale: float,
     softcap: float | None = None,
     out_dtype: torch.dtype | None = None,
+    pages: IntArray | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend every query row to every token of whole blocks: the staged blocks of a streamed context.
 
-    Shapes: q [T, Hq, D]; k [m, Hkv, block, D], v [m, Hkv, block, Dv], strided views; m may be 0, which gives zeros
-            and -inf; out [T, Hq, Dv] in out_dtype (default: q's); lse [T, Hq], float32, nats.
+    Shapes: q [T, Hq, D]; k [m, Hkv, block, D], v [m, Hkv, block, Dv], strided views; pages names those to read, each
+            once, all unless given; none gives zeros and -inf; out [T, Hq, Dv] in out_dtype (default: q's);
+            lse [T, Hq], float32, nats.
     """
     check_cache(q, k, v)
+    ids = np.arange(k.shape[0]) if pages is None else to_host(pages)
+    check_rows(k[:, 0, 0], ids, "pages")
     kind: dict[str, Any] = dict(scale=scale, softcap=softcap or None, out_dtype=out_dtype or q.dtype)
     if q.is_cuda:
         from . import triton_attention
 
-        return triton_attention.block_attention(q, k, v, **kind)
-    return cpu.block_attention(q, k, v, **kind)
+        return triton_attention.block_attention(q, k, v, ids, **kind)
+    return cpu.block_attention(q, k, v, ids, **kind)
 
 
 @torch.no_grad()

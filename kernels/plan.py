@@ -14,7 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .checks import IntArray, check_slots, check_spans, check_table, is_debug, to_host
+from .checks import (
+    IntArray,
+    check_rows_cut,
+    check_slots,
+    check_spans,
+    check_table,
+    check_turns,
+    check_whole_blocks,
+    is_debug,
+    to_host,
+)
 
 T = TypeVar("T")
 
@@ -43,7 +53,7 @@ class StepPlan(_Memory):
         self.block_size, self.num_pages = block_size, num_pages
         self.num_tokens = int(self.cu_q[-1]) if len(self.cu_q) else 0
         self._given_table = block_table
-        check_spans(self.num_tokens, self.kv_lens, self.cu_q)
+        self._check_lengths()
         is_remote = isinstance(block_table, Tensor) and block_table.is_cuda
         if is_remote and not is_debug():  # looking at its entries would wait for the device
             if tuple(block_table.shape[:1]) != (len(self.kv_lens),):  # type: ignore[union-attr]
@@ -51,6 +61,9 @@ class StepPlan(_Memory):
             return
         self.table = np.ascontiguousarray(to_host(block_table))
         check_table(self.table, self.kv_lens, block_size, num_pages)
+
+    def _check_lengths(self) -> None:
+        check_spans(self.num_tokens, self.kv_lens, self.cu_q)
 
     @property
     def q_lens(self) -> np.ndarray:
@@ -68,6 +81,36 @@ class StepPlan(_Memory):
         return self.remember(
             (device, name), lambda: torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32)).to(device)
         )
+
+
+class PagesPlan(StepPlan):
+    """A step's compressed blocks, all before its rows: row i of a sequence sits at kv_len + ahead + i.
+
+    turn_ids [n, max_blocks], where given, names for each block the rotation by which q meets its keys.
+    """
+
+    def __init__(
+        self,
+        block_table: IntArray,
+        kv_lens: IntArray,
+        cu_q: IntArray,
+        ahead: IntArray | None = None,
+        *,
+        turn_ids: IntArray | None = None,
+        num_turns: int = 0,
+        block_size: int,
+        num_pages: int,
+    ) -> None:
+        self.ahead = np.zeros(len(kv_lens), np.int64) if ahead is None else to_host(ahead)
+        super().__init__(block_table, kv_lens, cu_q, block_size=block_size, num_pages=num_pages)
+        self.turn_ids = None if turn_ids is None else np.ascontiguousarray(to_host(turn_ids))
+        if self.turn_ids is not None:
+            shape = tuple(block_table.shape) if isinstance(block_table, Tensor) else np.shape(block_table)
+            check_turns(self.turn_ids, self.kv_lens, block_size, num_turns, shape)
+
+    def _check_lengths(self) -> None:
+        check_rows_cut(self.num_tokens, self.kv_lens, self.cu_q)
+        check_whole_blocks(self.kv_lens, self.ahead, self.block_size)
 
 
 class SlotPlan(_Memory):

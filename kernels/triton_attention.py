@@ -40,14 +40,14 @@ def paged_prefill(
 
 
 def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, softcap: float | None, out_dtype: torch.dtype
+    q: Tensor, k: Tensor, v: Tensor, pages: np.ndarray, *, scale: float, softcap: float | None, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Attend every row to every token of whole blocks."""
+    """Attend every row to every token of these pages."""
     out, lse = _outputs(q, v, out_dtype)
-    tokens, blocks, block = q.shape[0], k.shape[0], k.shape[2]
+    tokens, blocks, block = q.shape[0], len(pages), k.shape[2]
     if tokens == 0 or blocks == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    table = torch.arange(blocks, dtype=torch.int32, device=q.device)[None]
+    table = torch.from_numpy(pages.astype(np.int32)).to(q.device)[None]
     if tokens <= FEW_ROWS:
         lengths = torch.full((tokens,), blocks * block, dtype=torch.int32, device=q.device)
         triton_decode.paged_decode(

@@ -57,6 +57,21 @@ def load_rows(
 
 
 @triton.jit
+def soften(scores, live, softcap, top, MASKED: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Turn a tile of scores in base 2 into weights against the new maximum; return them, the old sums' decay, the maximum.
+
+    With SOFTCAP the scores hold 2 * log2(e) * scale / softcap * q.k, so that what follows is softcap * tanh(x / softcap).
+    """
+    if SOFTCAP:
+        scores = (1.0 - 2.0 / (tl.exp2(scores) + 1.0)) * softcap
+    if MASKED:
+        scores = tl.where(live, scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row without a key yet: no inf - inf
+    return tl.exp2(scores - base[:, None]), tl.exp2(top - base), new_top
+
+
+@triton.jit
 def attend_tile(
     q_a, q_b, k, v, at_k, at_v, ok, live, scale_log2, softcap, top, total, acc,
     DK: tl.constexpr, A: tl.constexpr, B: tl.constexpr, DV: tl.constexpr, DVP: tl.constexpr,
@@ -94,25 +109,23 @@ def attend_tile(
         keys_b = tl.load(k + at_k[None, :] + in_b[:, None], mask=mask_b, other=0.0)
         scores = tl.dot(q_b, keys_b.to(COMPUTE), scores, input_precision="ieee")
     scores *= scale_log2
-    if SOFTCAP:  # scale_log2 holds 2 * log2(e) * scale / softcap here, so that this is softcap * tanh(x / softcap)
-        scores = (1.0 - 2.0 / (tl.exp2(scores) + 1.0)) * softcap
-    if MASKED:
-        scores = tl.where(live, scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, 1))
-    base = tl.where(new_top == float("-inf"), 0.0, new_top)  # a row without a key yet: no inf - inf
-    weights = tl.exp2(scores - base[:, None])
-    decay = tl.exp2(top - base)
+    weights, decay, new_top = soften(scores, live, softcap, top, MASKED, SOFTCAP)
     acc = tl.dot(weights.to(COMPUTE), values.to(COMPUTE), acc * decay[:, None], input_precision="ieee")
     return new_top, total * decay + tl.sum(weights, 1), acc
 
 
 @triton.jit
+def finish_lse(top, total):
+    """Return the LSE in nats of a running maximum and sum; a row without keys gives -inf, one that met NaN gives NaN."""
+    return tl.where(total == 0, float("-inf"), (top + tl.log2(tl.where(total == 0, 1.0, total))) * LN2)
+
+
+@triton.jit
 def finish(top, total, acc):
     """Return the normalised accumulator and the LSE in nats; a row without keys gives 0 and -inf."""
-    has_keys = total > 0
-    total = tl.where(has_keys, total, 1.0)
-    lse = tl.where(has_keys, (top + tl.log2(total)) * LN2, float("-inf"))
-    return tl.where(has_keys[:, None], acc / total[:, None], 0.0), lse
+    is_empty = total == 0
+    result = tl.where(is_empty[:, None], 0.0, acc / tl.where(is_empty, 1.0, total)[:, None])
+    return result, finish_lse(top, total)
 
 
 IS_INTERPRETED = not isinstance(round_bf16, triton.JITFunction)  # decided once, when triton.jit ran

@@ -7,6 +7,7 @@ the keys of evicted blocks: a later miss on one of them was thrashing, not a col
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,10 @@ class Ghosts:
 
     def get(self, key: bytes) -> Ghost | None:
         return self._by_key.get(key)
+
+    def recent(self) -> Iterator[tuple[bytes, Ghost]]:
+        """Every key and its ghost, the latest first."""
+        return reversed(self._by_key.items())
 
     def __len__(self) -> int:
         return len(self._by_key)

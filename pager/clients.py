@@ -49,9 +49,21 @@ class Clients:
         """Remember how to undo a hold of this client."""
         self._by_id[client_id].releases.append(release)
 
+    def pid(self, client_id: int) -> int:
+        """Of its process; -1 when it is gone."""
+        client = self._by_id.get(client_id)
+        return -1 if client is None else client.pid
+
+    def release(self, client_id: int) -> None:
+        """Undo its holds now: the process itself says that no copy of its runs any more."""
+        if client_id in self._by_id:
+            self._let_go(client_id)
+
     def disconnected(self, client_id: int) -> None:
         """Its socket closed. Its holds stay until the process is gone."""
-        client = self._by_id[client_id]
+        client = self._by_id.get(client_id)
+        if client is None:
+            return
         client.is_disconnected = True
         if not self._rules.holds(Rule.PINS_DIE_WITH_THE_PROCESS):
             self._let_go(client_id)  # a test took rule 10 out

@@ -7,7 +7,7 @@ disk that refuses everything is left alone for a while, said so, and tried again
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from .states import NOWHERE, IntArray
 
 if TYPE_CHECKING:
     from ..tiers.nvme.store import NvmeTier
+    from .below import LowerTier
     from .group import BlockGroup, Move
 
 MAX_WRITE_ERRORS = 3  # in a row; then the tier takes no writes for a while and the pager goes on without it
@@ -29,9 +30,10 @@ _LOG = logging.getLogger("kvtier.pager")
 class ColdSide:
     """Blocks of one group on nvme. The group's lock is held by whoever calls."""
 
-    def __init__(self, group: BlockGroup, tier: NvmeTier, quotas: Quotas) -> None:
+    def __init__(self, group: BlockGroup, tier: LowerTier, quotas: Quotas) -> None:
         self.group, self.tier, self.quotas = group, tier, quotas
         self.index = group.index
+        self.ring: NvmeTier | None = cast("NvmeTier", tier) if tier.is_ring else None  # with segments to keep clean
         self._errors_in_row = 0
         self._paused_until_s = float("-inf")
         self._left: list[tuple[int, int]] = []  # blocks and the slots that they were moved out of
@@ -39,11 +41,21 @@ class ColdSide:
     # ------------------------------------------------------------------ room
     @property
     def takes_writes(self) -> bool:
-        return self.group.clock() >= self._paused_until_s
+        return self.group.clock() >= self._paused_until_s and self.tier.takes_writes
 
-    def room(self) -> int:
-        """Slots that could be had now: free ones, and those of blocks that nobody refers to."""
-        return self.tier.free_slots(self.index) + len(self._victims(1 << 30))
+    @property
+    def block_bytes(self) -> int:
+        """Of disk, for one block."""
+        return self.ring.geometry(self.index).stride if self.ring is not None else self.group.layout.block_bytes
+
+    def room(self, asker: int | None = None) -> int:
+        """Slots that could be had now for that namespace: free ones, and those of blocks that nobody refers to."""
+        return self.tier.free_slots(self.index) + len(self._victims(1 << 30, asker))
+
+    def is_near(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether the copies below lie in memory, of whoever keeps them."""
+        d = self.group.directory
+        return d.nvme_valid[blocks] & self.tier.is_near(self.index, np.maximum(d.nvme_slot[blocks], 0))
 
     def may_sink(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
         """Whether each block's namespace still has room below."""
@@ -52,19 +64,21 @@ class ColdSide:
     def admit(self, blocks: IntArray) -> IntArray:
         """Those of these blocks that their namespaces' quotas let in, after evicting for them what the quotas say."""
         admitted, victims = self.quotas.admit(self.group, blocks)
+        if len(admitted) < len(blocks):
+            self.group.note("refused", "nvme", np.setdiff1d(blocks, admitted), "quota")
         if len(victims):
             self.drop_copies(victims, "quota")
         return admitted
 
-    def _victims(self, n: int) -> IntArray:
+    def _victims(self, n: int, asker: int | None) -> IntArray:
         d = self.group.directory
-        blocks = np.flatnonzero(d.nvme_valid & (d.refs == 0) & (d.nvme_holds == 0))
-        return self.group.policy.victims(n, self.group.unpinned_by_ttl(blocks))
+        blocks = self.group.unpinned_by_ttl(np.flatnonzero(d.nvme_valid & (d.refs == 0) & (d.nvme_holds == 0)))
+        return self.group.policy.victims(n, self.quotas.spare(self.group, "nvme", blocks, asker))
 
-    def _take_slots(self, n: int) -> IntArray | None:
+    def _take_slots(self, n: int, asker: int | None) -> IntArray | None:
         short = n - self.tier.free_slots(self.index)
         if short > 0:
-            victims = self._victims(short)
+            victims = self._victims(short, asker)
             if len(victims) < short:
                 return None
             self.drop_copies(victims, "pressure")
@@ -93,7 +107,9 @@ class ColdSide:
     def lose_copies(self, blocks: IntArray) -> None:
         """A checksum, key or generation did not match: the copy is gone, counted, and never served."""
         group, d = self.group, self.group.directory
-        group.counters.add("corrupt_blocks", len(blocks), tier="nvme")
+        group.counters.add(self.tier.loss_counter, len(blocks), tier="nvme")
+        is_corrupt = self.tier.loss_counter == "corrupt_blocks"
+        group.note("corrupt" if is_corrupt else "failed", "nvme", blocks, self.tier.loss_counter)
         self.tier.quarantine(self.index, d.nvme_slot[blocks])
         d.nvme_slot[blocks] = NOWHERE
         d.nvme_valid[blocks] = False
@@ -113,11 +129,15 @@ class ColdSide:
         group.submit("nvme_to_host", blocks, source, host_slots, ticket.event, reason, ticket)
 
     def write(self, blocks: IntArray, reason: str) -> int:
-        """Host -> nvme for blocks VALID in the host tier. Returns how many were submitted (0: no room below)."""
+        """Host -> nvme for blocks VALID in the host tier, of one namespace where there are quotas.
+
+        Returns how many were submitted (0: no room below).
+        """
         group, d = self.group, self.group.directory
-        targets = self._take_slots(len(blocks))
+        targets = self._take_slots(len(blocks), int(d.owner[blocks[0]]))
         if targets is None:
             return 0
+        self.quotas.wrote(group, blocks)
         slots = d.host_slot[blocks]
         group.host.holds[slots] += 1  # rule 7
         d.nvme_slot[blocks] = targets
@@ -133,7 +153,8 @@ class ColdSide:
         group, d = self.group, self.group.directory
         source = d.nvme_slot[blocks]
         d.nvme_holds[blocks] += 1
-        ticket = self.tier.relocate(self.index, source, targets)
+        assert self.ring is not None
+        ticket = self.ring.relocate(self.index, source, targets)
         group.submit("nvme_to_nvme", blocks, source, targets, ticket.event, "reclaim", ticket)
 
     def _stamps_for(self, blocks: IntArray) -> tuple[npt.NDArray[Any], list[bytes]]:

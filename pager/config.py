@@ -6,10 +6,8 @@ Every refusal names the setting, its value and what would be accepted. Nothing h
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..tiers.cpu import IO_DEPTH
@@ -17,12 +15,29 @@ from ..tiers.errors import ConfigError
 from ..tiers.host import check_huge_pages
 from ..tiers.layout import format_bytes, parse_bytes
 from ..tiers.numa import check_numa
-from ..tiers.nvme.codecs import NONE, check_codec
+from ..tiers.nvme.codecs import NONE, check_codec, check_mix
 from ..tiers.nvme.layout import SEGMENT_BYTES
+from ..tiers.nvme.sealing import MIN_SECRET_BYTES
+from ..tiers.owners import owner_tag
 from .policies.registry import check_live_policy
+from .quota import NamespaceQuota, Size, check_floors, parse_quota
+from .settings import read_settings
 
-Size = int | str
-_ENV_PREFIX = "KVTIER_"
+# of a file that pagerd reads too, see daemon/settings.py (a test compares)
+DAEMON_SETTINGS = (
+    *(
+        "socket",
+        "socket_mode",
+        "listen",
+        "tls_cert",
+        "tls_key",
+        "metrics",
+        "max_models",
+        "slab_uids",
+        "root_secret_file",
+    ),
+    *("log_format", "log_level", "limits", "namespaces"),
+)
 MAX_IO_DEPTH = 256
 MIN_SEGMENT_BYTES, MAX_SEGMENT_BYTES = 1 << 20, 1 << 30
 
@@ -43,7 +58,7 @@ class PagerConfig:
     nvme_queue_depth: int = IO_DEPTH  # requests in flight on the disk, each way; `kvtier doctor` measures which is best
     nvme_segment_bytes: Size = SEGMENT_BYTES  # of the files of a new store
     nvme_codec: str | Sequence[str] | Mapping[str, str] | None = None
-    policy: str = "auto"
+    policy: str = "lru"
     window: int | None = None  # tokens, for policy "sliding_window"
     sinks: int = 4  # tokens, for policy "sliding_window"
     backend: str = "auto"  # auto | cpu | cuda
@@ -58,7 +73,8 @@ class PagerConfig:
         None  # Unix socket for pager-inspect; None: <nvme_path>/status.sock when there is a store
     )
     namespace_secrets: Mapping[str, str] = field(default_factory=dict)  # namespace -> hex secret
-    namespace_quotas: Mapping[str, Size] = field(default_factory=dict)  # namespace -> bytes of nvme that it may hold
+    # namespace -> bytes of nvme that it may hold, or a table of what quota.NamespaceQuota names
+    namespace_quotas: Mapping[str, Size | Mapping[str, Size]] = field(default_factory=dict)
 
     @property
     def device_size(self) -> int:
@@ -86,12 +102,15 @@ class PagerConfig:
                         f"nvme_codec={self.nvme_codec!r}: there is no layer group {name!r}; this model has "
                         f"{', '.join(groups)}"
                     )
-            return [asked.get(name, NONE) for name in groups]
+            chosen = [asked.get(name, NONE) for name in groups]
+            check_mix(chosen, where="nvme_codec")
+            return chosen
         if len(asked) != len(groups):
             raise ConfigError(
                 f"nvme_codec={self.nvme_codec!r} names {len(asked)} codecs; this model has {len(groups)} layer groups "
                 f"({', '.join(groups)}): give one each, or one for all"
             )
+        check_mix(asked, where="nvme_codec")
         return list(asked)
 
     def _asked_codecs(self) -> str | Sequence[str] | Mapping[str, str] | None:
@@ -111,11 +130,25 @@ class PagerConfig:
             check_codec(name, where="nvme_codec")
         return asked
 
+    def check_sealable(self, namespace: str) -> None:
+        """Raises ConfigError for a namespace whose blocks could not be encrypted."""
+        if len(self.secret(namespace)) < MIN_SECRET_BYTES:
+            raise ConfigError(
+                f"the store is encrypted and namespace {namespace!r} has no secret of at least {MIN_SECRET_BYTES} bytes: give "
+                f"one in namespace_secrets[{namespace!r}]"
+            )
+
     def secret(self, namespace: str) -> bytes:
         return bytes.fromhex(self.namespace_secrets.get(namespace, ""))
 
-    def quota(self, namespace: str) -> int:
-        return parse_bytes(self.namespace_quotas[namespace], name=f"namespace_quotas[{namespace!r}]")
+    def secrets_by_owner(self) -> dict[int, bytes]:
+        return {owner_tag(name): self.secret(name) for name in self.namespace_secrets}
+
+    def quota(self, namespace: str) -> NamespaceQuota:
+        return parse_quota(self.namespace_quotas[namespace], name=f"namespace_quotas[{namespace!r}]")
+
+    def quotas(self) -> dict[str, NamespaceQuota]:
+        return {namespace: self.quota(namespace) for namespace in self.namespace_quotas}
 
     @property
     def segment_size(self) -> int:
@@ -127,8 +160,17 @@ class PagerConfig:
             raise ConfigError(
                 f"device_bytes={self.device_bytes!r}: the device tier needs room for at least a few blocks"
             )
+        self.check_tiers()
+        return self
+
+    def check_tiers(self) -> None:
+        """All but the device tier, which a daemon has not. Raises ConfigError."""
         if self.host_size < 0 or (self.nvme_size is not None and self.nvme_size < 0):
             raise ConfigError("host_bytes and nvme_bytes must not be negative")
+        if "\0" in f"{self.nvme_path}{self.status_socket}":
+            raise ConfigError(
+                f"nvme_path={self.nvme_path!r}, status_socket={self.status_socket!r}: a zero character in a path"
+            )
         if self.nvme_path is not None and self.host_size == 0:
             raise ConfigError(
                 f"nvme_path={str(self.nvme_path)!r} with host_bytes=0: blocks pass through the host tier on their way to "
@@ -164,94 +206,50 @@ class PagerConfig:
             raise ConfigError(f"host_prefault={self.host_prefault!r}: choose true or false")
         check_huge_pages(self.host_huge_pages)
         check_numa(self.host_numa)
-        if self.namespace_quotas and self.nvme_path is None:
-            raise ConfigError("namespace_quotas are of the nvme tier; say where it is with nvme_path")
         for name in self.namespace_quotas:
-            if self.quota(check_namespace(name)) < 0:
-                raise ConfigError(f"namespace_quotas[{name!r}] must not be negative")
+            if self.quota(check_namespace(name)).is_of_nvme and self.nvme_path is None:
+                raise ConfigError(f"namespace_quotas[{name!r}] is of the nvme tier; say where it is with nvme_path")
+        check_floors(self.quotas(), {"host": self.host_size, "nvme": self.nvme_size})
+        if len({owner_tag(check_namespace(name)) for name in self.namespace_secrets}) < len(self.namespace_secrets):
+            raise ConfigError("namespace_secrets: two names have one 32-bit tag; rename one of them")
         for name, secret in self.namespace_secrets.items():
             check_namespace(name)
             try:
                 too_long = len(bytes.fromhex(secret)) > 64
-            except ValueError:
+            except (TypeError, ValueError):
                 raise ConfigError(f"namespace_secrets[{name!r}] is not hexadecimal text") from None
             if too_long:
                 raise ConfigError(f"namespace_secrets[{name!r}] is longer than 64 bytes")
-        return self
 
 
 def check_namespace(name: str) -> str:
     """The name of a namespace, as it is. Raises: ConfigError."""
-    if not name or len(name) > 64 or not all(c.isalnum() or c in "_-" for c in name):
+    if not isinstance(name, str) or not name or len(name) > 64 or not all(c.isalnum() or c in "_-" for c in name):
         raise ConfigError(f"namespace={name!r}: use 1 to 64 letters, digits, '_' or '-'")
     return name
 
 
 def load_config(
-    path: str | os.PathLike[str] | None = None, *, env: Mapping[str, str] | None = None, **overrides: Any
+    path: str | os.PathLike[str] | None = None,
+    *,
+    env: Mapping[str, str] | None = None,
+    defaults: Mapping[str, Any] | None = None,
+    **overrides: Any,
 ) -> PagerConfig:
-    """Build a PagerConfig: override > environment (KVTIER_HOST_BYTES) > TOML file > default.
+    """Build a PagerConfig: override > environment (KVTIER_HOST_BYTES) > TOML file > `defaults` > default.
 
+    The file may be one that `pagerd` reads too: what is the daemon's alone is left to it.
     Raises: ConfigError for an unreadable file, an unknown key, a value of the wrong type, or a setting that is refused.
     """
-    values: dict[str, Any] = _read_file(Path(path)) if path is not None else {}
-    values |= _read_environment(os.environ if env is None else env)
-    values |= {name: value for name, value in overrides.items() if value is not None}
-    known = {f.name for f in fields(PagerConfig)}
-    for name in values:
-        if name not in known:
-            raise ConfigError(f"unknown setting {name!r}; known: {', '.join(sorted(known))}")
-    if "device_bytes" not in values:
+    values = {"device_bytes": "", **(defaults or {})}
+    config = read_settings(PagerConfig, path, env=env, overrides=overrides, also_known=DAEMON_SETTINGS, defaults=values)
+    if config.device_bytes == "":
         raise ConfigError(
             "device_bytes is missing: say how much memory the device tier may take, e.g. device_bytes='2GiB'"
         )
-    return PagerConfig(**values).validate()
+    return config.validate()
 
 
 def with_changes(config: PagerConfig, **changes: Any) -> PagerConfig:
     """A copy with some settings changed, checked again."""
     return replace(config, **changes).validate()
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise ConfigError(f"cannot read config file {path}: {error.strerror}") from error
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"config file {path} is not valid TOML: {error}") from error
-
-
-def _read_environment(env: Mapping[str, str]) -> dict[str, Any]:
-    kinds = {f.name: f.type for f in fields(PagerConfig)}
-    found: dict[str, Any] = {}
-    for name, text in env.items():
-        key = name.removeprefix(_ENV_PREFIX).lower().replace("__", "_")  # KVTIER_HOST__BYTES is KVTIER_HOST_BYTES
-        if not name.startswith(_ENV_PREFIX) or key not in kinds:
-            continue  # KVTIER_DEBUG and the like belong to others
-        found[key] = _parse(key, text, str(kinds[key]))
-    return found
-
-
-def _parse(key: str, text: str, kind: str) -> Any:
-    try:
-        if kind.startswith("float"):
-            return float(text)
-        if kind.startswith("bool"):
-            return {"1": True, "true": True, "0": False, "false": False}[text.lower()]
-        if kind.startswith("int |") or kind == "int":
-            return int(text)
-        if kind.startswith("Mapping"):  # a=1GiB,b=2GiB
-            return dict(_pair(part) for part in text.split(",") if part.strip())
-    except (ValueError, KeyError):
-        raise ConfigError(f"environment {_ENV_PREFIX}{key.upper()}={text!r} is not a {kind}") from None
-    return text
-
-
-def _pair(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(text)
-    return name.strip(), value.strip()

@@ -8,19 +8,22 @@ between looks. Guards the order of care: a demand copy is submitted before any w
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from ..tiers.errors import Busy, ConfigError, InvariantError
-from ..tiers.host import HostMemory
+from ..tiers.host import HostMemory, HostSlab
 from ..tiers.layout import KVLayout
 from ..tiers.streams import Backend
 from .accounting import Counters, Ghosts
+from .below import LowerTier, Slab
 from .config import PagerConfig, check_namespace
 from .group import BlockGroup
+from .inspection.observer import Observer
 from .keys import KeyChain, unsalted
 from .page_table import BlockTable, Sequence, num_blocks_of
 from .policies.registry import Setting, make_policy
@@ -32,11 +35,18 @@ from .sizing import Sizes
 from .states import NOWHERE, IntArray, PageState, SlotState
 from .streaming import StagingRing
 
-if TYPE_CHECKING:
-    from ..tiers.nvme.store import NvmeTier
-
 _MAX_CHAINS = 4096  # remembered; clients choose salts, and a chain is made again from its name
 _LOOK_S = 0.05  # longest wait between two looks at the completions
+
+
+class Holder(Protocol):
+    """Who refers to blocks, or has slots reserved, beside sequences and sessions."""
+
+    def references(self, group: int) -> Iterable[IntArray]:
+        """Block ids, once per reference."""
+
+    def reserved(self, group: int) -> IntArray:
+        """Host slots that are STAGING without a move of ours."""
 
 
 class Core:
@@ -48,11 +58,13 @@ class Core:
         config: PagerConfig,
         sizes: Sizes,
         backend: Backend,
-        nvme: NvmeTier | None,
+        nvme: LowerTier | None,
         model_fingerprint: str,
         rules: Rules,
         clock: Callable[[], float],
+        slabs: SequenceOf[Slab] | None = None,
     ) -> None:
+        """`slabs`: the host tier where it is not memory of ours."""
         self.layouts, self.config, self.backend, self.nvme = layouts, config, backend, nvme
         self.rules, self.clock = rules, clock
         self.block_size = layouts[0].block_size
@@ -60,16 +72,16 @@ class Core:
         self.fingerprint = "|".join([model_fingerprint, *(layout.fingerprint for layout in layouts)])
         self.counters, self.ghosts = Counters(), Ghosts()
         self.lock = threading.RLock()
-        quotas = self.quotas = Quotas({name: config.quota(name) for name in config.namespace_quotas})
+        self.observer = Observer(self.block_size, self.ghosts, clock)
+        quotas = self.quotas = Quotas(config.quotas(), clock)
         self.memory = HostMemory(backend, numa=config.host_numa, huge_pages=config.host_huge_pages)
         self.groups = [
             BlockGroup(
                 i,
                 layout,
                 backend,
-                self.memory,
+                slabs[i] if slabs is not None else HostSlab(layout, sizes.host_slots[i], self.memory),
                 num_pages=sizes.pages[i],
-                num_host_slots=sizes.host_slots[i],
                 nvme=nvme,
                 quotas=quotas,
                 policy=make_policy(
@@ -79,13 +91,14 @@ class Core:
                 ),
                 counters=self.counters,
                 ghosts=self.ghosts,
+                events=self.observer.events,
                 rules=rules,
                 clock=clock,
             )
             for i, layout in enumerate(layouts)
         ]
         quotas.watch(self.groups)
-        self._reclaimers = [Reclaimer(group.cold) for group in self.groups if group.cold is not None]
+        self._reclaimers = [Reclaimer(g.cold) for g in self.groups if g.cold is not None and g.cold.ring is not None]
         self.rings = [
             StagingRing(group, self.memory, sizes.staging_bytes[i], nvme is not None)
             if sizes.staging_bytes[i]
@@ -94,14 +107,19 @@ class Core:
         ]
         self.sequences: dict[int, Sequence] = {}
         self.sessions: dict[str, SessionEntry] = {}
+        self.holders: list[Holder] = []
         self.is_streaming = False
+        self.on_advance: Callable[[], None] = lambda: None
         self._next_seq = 1
         self._chains: dict[str, KeyChain] = {}
 
     # ------------------------------------------------------------------ sequences
     def chain(self, namespace: str) -> KeyChain:
         if namespace not in self._chains:
-            secret = self.config.secret(unsalted(check_namespace(namespace)))
+            owner = unsalted(check_namespace(namespace))
+            if self.nvme is not None and self.nvme.is_encrypted:
+                self.config.check_sealable(owner)
+            secret = self.config.secret(owner)
             if len(self._chains) >= _MAX_CHAINS:
                 self._chains.clear()
             self._chains[namespace] = KeyChain(self.fingerprint, namespace, secret, self.block_size)
@@ -146,26 +164,30 @@ class Core:
             self._balance_host(group)
         for reclaimer in self._reclaimers:
             reclaimer.keep_clean()
+        self.on_advance()
 
     def wait_until(self, ready: Callable[[], bool], timeout_s: float, *, may_wait_for_pins: bool = False) -> bool:
         """Advance until ready() or the timeout; lets go of the lock between looks. False on timeout.
 
-        Gives up early when no copy is in flight; with `may_wait_for_pins` only once nobody holds a page or slot either.
+        Gives up early when no copy is in flight and no namespace waits for its rate; with `may_wait_for_pins` only once
+        nobody holds a page or slot either.
         """
         deadline_s = self.clock() + timeout_s
         while True:
             with self.lock:
+                was_throttled = self.quotas.is_throttled()  # asked first: time alone may end it while ready() looks
                 self.advance()
                 if ready():
                     return True
-                stuck = not self.in_flight() and not (may_wait_for_pins and self._is_anything_held())
+                may_change = self.in_flight() or was_throttled
+                stuck = not may_change and not (may_wait_for_pins and self._is_anything_held())
             left_s = deadline_s - self.clock()
             if left_s <= 0 or stuck:
                 return False
             self.backend.wait_any(min(left_s, _LOOK_S))
 
     def in_flight(self) -> bool:
-        return any(group.moves for group in self.groups)
+        return any(group.moves or group.slab.is_asking for group in self.groups)
 
     def _is_anything_held(self) -> bool:
         return any((g.pages.pins > 0).any() or (g.host.holds > 0).any() for g in self.groups)
@@ -189,13 +211,18 @@ class Core:
     def write_back_blocks(self, group: BlockGroup, blocks: IntArray, reason: str, *, keep_clean: bool = False) -> int:
         """Demote these dirty, idle blocks as far as host slots can be had now."""
         started = 0
-        for batch in group.batches(group.may_demote(blocks)):
-            batch = batch[: group.host_room(keep_clean=keep_clean)]
-            slots = group.take_host_slots(len(batch), keep_clean=keep_clean) if len(batch) else None
-            if slots is None:
-                break
-            group.demote(batch, slots, reason)
-            started += len(batch)
+        for own in self.quotas.by_owner(group, group.may_demote(blocks)):
+            for batch in group.batches(own):
+                asker = int(group.directory.owner[batch[0]])
+                room = group.host_room(keep_clean=keep_clean, asker=asker)
+                if room < len(batch) and self.quotas.room(group, "host", asker) is not None:
+                    self.make_host_room(group, len(batch), asker)  # at its ceiling: its own go down first
+                batch = batch[: group.slab.room_to_write(min(len(batch), room))]
+                slots = group.take_host_slots(len(batch), keep_clean=keep_clean, asker=asker) if len(batch) else None
+                if slots is None:
+                    break
+                group.demote(batch, slots, reason)
+                started += len(batch)
         return started
 
     def _balance_host(self, group: BlockGroup) -> None:
@@ -211,11 +238,13 @@ class Core:
             return
         self.sink(group, max(1, int(len(host) * self.config.high_watermark)) - ready - underway, "writeback")
 
-    def sink(self, group: BlockGroup, n: int, reason: str) -> int:
-        """Start writes of up to n host-only blocks to nvme, coldest first. Returns how many started."""
+    def sink(self, group: BlockGroup, n: int, reason: str, of: int | None = None) -> int:
+        """Start writes of up to n host-only blocks (of one namespace) to nvme, coldest first. Returns how many started."""
         d, host = group.directory, group.host
         blocks = host.block[host.state == SlotState.VALID]
         blocks = blocks[d.nvme_slot[blocks] == NOWHERE]
+        if of is not None:
+            blocks = blocks[d.owner[blocks] == of]
         if group.cold is not None:
             blocks = blocks[group.cold.may_sink(blocks)]
         return self.sink_blocks(group, group.policy.victims(n, blocks), reason)
@@ -224,10 +253,11 @@ class Core:
         started = 0
         if group.cold is None or not group.cold.takes_writes:
             return 0
-        for batch in group.batches(blocks):
-            batch = group.cold.admit(batch[: group.nvme_room()])
-            if len(batch):
-                started += group.cold.write(batch, reason)
+        for own in self.quotas.by_owner(group, blocks):
+            for batch in group.batches(own):
+                batch = group.cold.admit(batch[: group.nvme_room(int(group.directory.owner[batch[0]]))])
+                if len(batch):
+                    started += group.cold.write(batch, reason)
         return started
 
     def make_room(self, group: BlockGroup, n: int) -> bool:
@@ -242,16 +272,19 @@ class Core:
                 group.drop_unreferenced_dirty(short)
         return n - group.pages.num_free - group.clean_pages() <= 0
 
-    def make_host_room(self, group: BlockGroup, n: int) -> bool:
-        """Whether n host slots can be taken now; if not, start writes to nvme that will make it so."""
-        short = n - group.host_room()
+    def make_host_room(self, group: BlockGroup, n: int, asker: int | None = None) -> bool:
+        """Whether n host slots can be taken now for that namespace; if not, start writes to nvme that will make it so."""
+        short = n - group.host_room(asker=asker)
         if short <= 0:
             return True
         d = group.directory
+        room = self.quotas.room(group, "host", asker)
+        of = asker if room is not None and room < n else None  # at its ceiling only its own blocks make room
         blocks = group.host.block[group.host.state == SlotState.VALID]
+        blocks = blocks if of is None else blocks[d.owner[blocks] == of]
         underway = int(((d.nvme_slot[blocks] >= 0) & ~d.nvme_valid[blocks]).sum())
         if group.can_write_nvme and short > underway:
-            self.sink(group, short - underway, "pressure")
+            self.sink(group, short - underway, "pressure", of)
         return False
 
     # ------------------------------------------------------------------ integrity
@@ -259,14 +292,18 @@ class Core:
         """Walk everything. Raises InvariantError at the first contradiction. Cost: O(blocks + pages + slots)."""
         with self.lock:
             for index, group in enumerate(self.groups):
-                _check_group(group, self._references(index))
+                reserved = [holder.reserved(index) for holder in self.holders]
+                _check_group(group, self.references(index), np.concatenate([np.empty(0, np.int64), *reserved]))
 
-    def _references(self, index: int) -> Iterator[IntArray]:
+    def references(self, index: int) -> Iterator[IntArray]:
+        """Block ids of one layer group, once per reference."""
         for seq in self.sequences.values():
             yield seq.tables[index].ids
         for entry in self.sessions.values():
             if entry.tables is not None:
                 yield entry.tables[index].ids
+        for holder in self.holders:
+            yield from holder.references(index)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -277,7 +314,7 @@ class Core:
             yield
 
 
-def _check_group(group: BlockGroup, tables: Iterator[IntArray]) -> None:
+def _check_group(group: BlockGroup, tables: Iterator[IntArray], reserved: IntArray) -> None:
     d, pages, host = group.directory, group.pages, group.host
     refs = np.zeros(len(d.refs), np.int64)
     for ids in tables:
@@ -300,7 +337,8 @@ def _check_group(group: BlockGroup, tables: Iterator[IntArray]) -> None:
     if not group.moves:
         moving = np.isin(pages.state, [PageState.FILLING, PageState.WRITING_BACK, PageState.EVICTING])
         _require(not moving.any(), group, "moving page without a move", f"{np.flatnonzero(moving)[:5]}")
-        _require(not pages.copies.any() and not (host.state == SlotState.STAGING).any(), group, "copies left over", "")
+        staging = np.flatnonzero(host.state == SlotState.STAGING)
+        _require(not pages.copies.any() and bool(np.isin(staging, reserved).all()), group, "copies left over", "")
 
 
 def _require(holds: bool, group: BlockGroup, what: str, detail: str) -> None:

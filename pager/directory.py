@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..tiers.errors import InvariantError
+from .inspection.events import tags_of
 from .states import NOWHERE, HostSlots, IntArray, Pages, SlotState
 
 _FIRST_SIZE = 1024
@@ -32,6 +33,8 @@ class Directory:
         self.owner = np.zeros(_FIRST_SIZE, np.uint32)  # tag of the namespace that it belongs to
         self.refs = np.zeros(_FIRST_SIZE, np.int32)
         self.version = np.zeros(_FIRST_SIZE, np.int64)
+        self.tag = np.zeros(_FIRST_SIZE, np.uint32)  # first bytes of the key; stays when the block is unnamed
+        self.used_s = np.zeros(_FIRST_SIZE, np.float64)
         self.tokens = np.zeros(_FIRST_SIZE, np.int32)
         self.depth = np.zeros(_FIRST_SIZE, np.int64)
         self.pinned_until = np.zeros(_FIRST_SIZE, np.float64)
@@ -55,6 +58,7 @@ class Directory:
         self.nvme_holds[blocks] = 0
         self.refs[blocks] = 0
         self.version[blocks] = 0
+        self.tag[blocks] = 0
         self.tokens[blocks] = 0
         self.pinned_until[blocks] = 0.0
         self.depth[blocks] = depth
@@ -71,6 +75,7 @@ class Directory:
         self.by_key[key] = block
         self.key[block] = key
         self.is_named[block] = True
+        self.tag[block] = int.from_bytes(key[:4], "big")
         self.parent[block] = parent
         self.tokens[block] = tokens
         return True
@@ -88,6 +93,7 @@ class Directory:
         self.tokens[blocks] = tokens
         for key, block in first.items():
             self.key[block] = key
+        self.tag[named] = tags_of(list(first))
         return blocks[~self.is_named[blocks]]
 
     def forget(self, blocks: IntArray) -> None:
@@ -146,6 +152,8 @@ class Directory:
             "nvme_valid",
             "nvme_holds",
             "nvme_hit",
+            "tag",
+            "used_s",
             "owner",
             "refs",
             "version",

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ..tiers.device import DevicePool
 from ..tiers.errors import InvariantError
-from ..tiers.host import HostMemory, HostSlab
 from ..tiers.layout import KVLayout
 from ..tiers.streams import Backend, Event, Stream
 from .accounting import Counters, Ghost, Ghosts
+from .below import LowerTier, Slab, Ticket
 from .cold import ColdSide
 from .directory import Directory
+from .inspection.events import KIND, OF_MOVE, TIER, EventRing
 from .policies.base import Policy
 from .quota import Quotas
 from .rules import Rule, Rules
@@ -36,9 +37,6 @@ from .states import (
     PageUse,
     SlotState,
 )
-
-if TYPE_CHECKING:
-    from ..tiers.nvme.store import IoTicket, NvmeTier
 
 MoveKind = Literal["host_to_device", "device_to_host", "nvme_to_host", "host_to_nvme", "nvme_to_nvme"]
 WINDOW_PAGES, PAGES_PER_VICTIM = (
@@ -61,7 +59,7 @@ class Move:
     reason: str
     epoch: int
     started_s: float
-    ticket: IoTicket | None = None
+    ticket: Ticket | None = None
 
 
 class BlockGroup:
@@ -72,24 +70,26 @@ class BlockGroup:
         index: int,
         layout: KVLayout,
         backend: Backend,
-        memory: HostMemory,
+        slab: Slab,
         *,
         num_pages: int,
-        num_host_slots: int,
-        nvme: NvmeTier | None,
+        nvme: LowerTier | None,
         quotas: Quotas,
         policy: Policy,
         counters: Counters,
         ghosts: Ghosts,
+        events: EventRing,
         rules: Rules,
         clock: Callable[[], float],
     ) -> None:
-        self.index, self.layout, self.backend = index, layout, backend
+        self.index, self.layout, self.backend, self.quotas = index, layout, backend, quotas
         self.pool = DevicePool(layout, num_pages, backend)
-        self.slab = HostSlab(layout, num_host_slots, memory)
-        self.pages, self.host = Pages(num_pages), HostSlots(num_host_slots)
+        self.slab = slab
+        self.pages, self.host = Pages(num_pages), HostSlots(slab.num_slots)
+        self.host.on_drop = slab.let_go
         self.directory = Directory(self.pages, self.host)
         self.policy, self.counters, self.ghosts, self.rules, self.clock = policy, counters, ghosts, rules, clock
+        self.events = events
         self.moves: list[Move] = []
         self.awaited: list[
             IntArray
@@ -108,11 +108,13 @@ class BlockGroup:
 
     # ------------------------------------------------------------------ references and recency
     def touch(self, blocks: IntArray, distance_tokens: IntArray | None = None) -> None:
+        self.directory.used_s[blocks] = self.clock()
         self.policy.on_access(blocks, distance_tokens)
 
     def touch_chain(self, blocks: IntArray, depth: IntArray) -> None:
         """Blocks found again by key: used now, at this depth of their chain."""
         self.directory.depth[blocks] = depth
+        self.directory.used_s[blocks] = self.clock()
         self.policy.depth[blocks] = depth
         self.policy.on_hit(blocks)
 
@@ -241,6 +243,7 @@ class BlockGroup:
         blocks = self.pages.block[(self.pages.state == PageState.DIRTY) & self.pages.idle()]
         blocks = self.unpinned_by_ttl(blocks[d.refs[blocks] == 0])
         victims = self.policy.victims(n, blocks)
+        self.note("dropped", "device", victims, "no_room_below", self.policy.name)
         for block in victims.tolist():
             self._remember_ghost(block, "device", "no_room_below")
             d.unbind(block)
@@ -253,7 +256,9 @@ class BlockGroup:
         self.pages.step(pages, PageState.DIRTY)
         self.pages.block[pages] = blocks
         self.directory.page[blocks] = pages
+        self.directory.used_s[blocks] = self.clock()
         self.note_new(blocks)
+        self.note("computed", "device", blocks, "")
 
     def mark_written(self, block: int) -> None:
         """The engine is about to append to a private block: whatever lies below is stale from now on."""
@@ -272,24 +277,38 @@ class BlockGroup:
             self.pages.step(page, APPENDED[state])
 
     # ------------------------------------------------------------------ host slots and nvme slots
-    def take_host_slots(self, n: int, *, keep_clean: bool = False) -> IntArray | None:
+    def take_host_slots(self, n: int, *, keep_clean: bool = False, asker: int | None = None) -> IntArray | None:
         """n free host slots, dropping copies that exist elsewhere, then unreferenced cache; None when short.
 
         `keep_clean`: not those that make a page clean which could be evicted; with them gone it would have to go down.
+        `asker`: the namespace (owner tag) that they are for; its quota holds, and those of others protect them from it.
         """
-        short = n - self.host.num_free
-        if short > 0:
-            victims = self._host_victims(short, keep_clean)
-            if len(victims) < short:
-                return None
-            self._drop_host_copies(victims)
+        room = self.quotas.room(self, "host", asker)
+        if room is not None and not self._drop_victims(n - room, keep_clean, asker, asker):
+            return None
+        if not self._drop_victims(n - self.host.num_free, keep_clean, asker):
+            return None
         return self.host.take_free(n)
 
-    def host_room(self, *, keep_clean: bool = False) -> int:
-        """Host slots that could be taken without any copy."""
-        return self.host.num_free + len(self._host_victims(len(self.host), keep_clean))
+    def _drop_victims(self, n: int, keep_clean: bool, asker: int | None, of: int | None = None) -> bool:
+        """Drop n host copies; False, and none dropped, where there are fewer that may go."""
+        victims = self._host_victims(n, keep_clean, asker, of) if n > 0 else np.empty(0, np.int64)
+        if len(victims) < n:
+            return False
+        if len(victims):
+            self._drop_host_copies(victims)
+        return True
 
-    def _host_victims(self, n: int, keep_clean: bool) -> IntArray:
+    def host_room(self, *, keep_clean: bool = False, asker: int | None = None) -> int:
+        """Host slots that could be taken without any copy, for that namespace."""
+        most = self.host.num_free + len(self._host_victims(len(self.host), keep_clean, asker))
+        room = self.quotas.room(self, "host", asker)
+        if room is None:
+            return most
+        return max(0, min(most, room + len(self._host_victims(len(self.host), keep_clean, asker, asker))))
+
+    def _host_victims(self, n: int, keep_clean: bool, asker: int | None, of: int | None = None) -> IntArray:
+        """Host copies that may go, first to leave first; `of`: that namespace's alone."""
         d = self.directory
         held = self.host.holds > 0
         if not self.rules.holds(Rule.HOST_SLOT_HELD_WHILE_READ):
@@ -297,6 +316,9 @@ class BlockGroup:
         blocks = self.unpinned_by_ttl(self.host.block[(self.host.state == SlotState.VALID) & ~held])
         if self.awaited:
             blocks = blocks[~np.isin(blocks, np.concatenate(self.awaited)) | d.in_device(blocks)]
+        if of is not None:
+            blocks = blocks[d.owner[blocks] == of]
+        blocks = self.quotas.spare(self, "host", blocks, asker)
         below, above = d.nvme_valid[blocks], d.in_device(blocks) & (d.page[blocks] >= 0)
         busy = above & (self.pages.state[np.maximum(d.page[blocks], 0)] == PageState.WRITING_BACK)
         cache_only = ~below & ~above & (d.refs[blocks] == 0)
@@ -313,7 +335,7 @@ class BlockGroup:
         return chosen
 
     def _nvme_takes_more(self) -> bool:
-        return self.can_write_nvme and (self.nvme_room() > 0)
+        return self.can_write_nvme and self.nvme_room() > 0
 
     def _drop_host_copies(self, blocks: IntArray) -> None:
         d = self.directory
@@ -338,10 +360,10 @@ class BlockGroup:
     @property
     def cold_bytes(self) -> int:
         """Of disk, for one block."""
-        return self.cold.tier.geometry(self.index).stride if self.cold is not None else self.layout.block_bytes
+        return self.cold.block_bytes if self.cold is not None else self.layout.block_bytes
 
-    def nvme_room(self) -> int:
-        return self.cold.room() if self.cold is not None else 0
+    def nvme_room(self, asker: int | None = None) -> int:
+        return self.cold.room(asker) if self.cold is not None else 0
 
     def dirty_if_alone(self, blocks: IntArray) -> None:
         d = self.directory
@@ -360,7 +382,7 @@ class BlockGroup:
         self.pages.copies[pages] += 1
         self.host.holds[slots] += 1  # rule 7
         self.order(stream, COPY_IN, pages)  # rule 2
-        stream.copy_rows(self.pool.rows, pages, self.slab.rows, slots)
+        stream.copy_rows(self.pool.rows, pages, self.slab.rows, self.slab.place(slots))
         self.submit("host_to_device", blocks, slots, pages, stream.record(), reason)
 
     def may_demote(self, blocks: IntArray) -> IntArray:
@@ -374,9 +396,10 @@ class BlockGroup:
         self.pages.step(pages, COPY_OUT.begins)
         self.pages.copies[pages] += 1
         self.host.stage(slots, blocks)
+        self.slab.begin_write(slots)
         d.host_slot[blocks] = slots
         self.order(stream, COPY_OUT, pages)  # rule 3
-        stream.copy_rows(self.slab.rows, slots, self.pool.rows, pages)
+        stream.copy_rows(self.slab.rows, self.slab.place(slots), self.pool.rows, pages)
         event = stream.record()
         self.pages.note_event(self.pages.copy_out, pages, event)
         if not self.rules.holds(Rule.HOST_SLOT_HELD_WHILE_READ):
@@ -397,7 +420,7 @@ class BlockGroup:
         target: IntArray,
         event: Event,
         reason: str,
-        ticket: IoTicket | None = None,
+        ticket: Ticket | None = None,
     ) -> None:
         versions = self.directory.version[blocks].copy()
         self.moves.append(Move(kind, blocks, source, target, versions, event, reason, self.epoch, self.clock(), ticket))
@@ -425,18 +448,43 @@ class BlockGroup:
         self.counters.add("moved_bytes", nbytes, direction=move.kind, reason=reason)
         self.counters.add("moved_blocks", len(move.blocks), direction=move.kind, reason=reason)
         self.counters.add("move_seconds", self.clock() - move.started_s, direction=move.kind, reason=reason)
+        kind, tier = OF_MOVE[move.kind]
+        self.events.note(
+            KIND["failed"] if failed else kind,
+            tier,
+            self.index,
+            self.directory,
+            move.blocks,
+            move.reason,
+            started_s=move.started_s,
+            nbytes=nbytes,
+        )
         self.discard_dead(move.blocks[self.directory.refs[move.blocks] == 0])
 
     def _finish_promote(self, move: Move, failed: bool) -> None:
         self.pages.copies[move.target] -= 1
         self.host.holds[move.source] -= 1
-        self.pages.step(move.target, COPY_IN.fails if failed else COPY_IN.ends)
-        if failed:
-            self.directory.page[move.blocks] = NOWHERE  # rule 8: never published
+        d, intact = self.directory, self.slab.intact(move.source)
+        if not self.rules.holds(Rule.READER_CHECKS_GENERATION):
+            intact[:] = True
+        good = intact & (not failed)
+        self.pages.step(move.target[good], COPY_IN.ends)
+        self.pages.step(move.target[~good], COPY_IN.fails)
+        d.page[move.blocks[~good]] = NOWHERE  # rule 8: never published
+        self._drop_changed(move.blocks[~intact])
+        blocks, pages = move.blocks[good], move.target[good]
+        stale = ~(d.in_host(blocks) | d.nvme_valid[blocks])
+        self.pages.step(pages[stale], PageState.DIRTY)
+
+    def _drop_changed(self, blocks: IntArray) -> None:
+        """Host slots of these blocks hold something else by now (rule 11): read again, or a miss."""
+        if not len(blocks):
             return
-        d = self.directory
-        stale = ~(d.in_host(move.blocks) | d.nvme_valid[move.blocks])
-        self.pages.step(move.target[stale], PageState.DIRTY)
+        self.counters.add("changed_slots", len(blocks))
+        slots = self.directory.host_slot[blocks]
+        self.leave_host(blocks[(slots >= 0) & (self.host.holds[np.maximum(slots, 0)] == 0)])
+        self.forget_lost(blocks, "host")
+        self.unname_lost(blocks)
 
     def _finish_demote(self, move: Move, failed: bool) -> None:
         d = self.directory
@@ -489,7 +537,9 @@ class BlockGroup:
     def forget_lost(self, blocks: IntArray, tier: str) -> None:
         """Cached blocks whose last copy left become ghosts."""
         d = self.directory
-        for block in blocks[(d.refs[blocks] == 0) & ~d.is_valid(blocks) & (d.page[blocks] < 0)].tolist():
+        lost = blocks[(d.refs[blocks] == 0) & ~d.is_valid(blocks) & (d.page[blocks] < 0)]
+        self.note("dropped", tier, lost, "no copy left", self.policy.name)
+        for block in lost.tolist():
             self._remember_ghost(block, tier, "pressure")
             d.unbind(block)
             self.discard_dead(np.array([block]))
@@ -500,7 +550,12 @@ class BlockGroup:
             self.ghosts.remember(key, Ghost(tier, self.clock(), reason))
 
     def count_eviction(self, tier: str, blocks: IntArray, reason: str) -> None:
+        self.note("evicted", tier, blocks, reason, self.policy.name)
         self.counters.add("evicted_blocks", len(blocks), tier=tier, reason=reason)
+
+    def note(self, what: str, tier: str, blocks: IntArray, reason: str, policy: str = "") -> None:
+        """A decision, for whoever asks later why a block is where it is."""
+        self.events.note(KIND[what], TIER[tier], self.index, self.directory, blocks, reason, policy=policy)
 
     def batches(self, blocks: IntArray) -> list[IntArray]:
         """Cut blocks into moves of at most MAX_MOVE_BYTES."""

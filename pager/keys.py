@@ -12,24 +12,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..tiers.owners import SALT_MARK, owner_of, owner_tag, unsalted
+
+__all__ = ["KEY_BYTES", "SALT_MARK", "KeyChain", "owner_tag", "salted", "unsalted"]
+
 KEY_BYTES = 32
 MAX_SECRET_BYTES = 64  # limit of keyed BLAKE2b
-SALT_MARK = "--"  # of a namespace name, what follows is a salt: other keys, the same secret and quota
-
-
-def owner_tag(namespace: str) -> int:
-    """A short name of a namespace, kept with each of its blocks: 1 to 2^32 - 1; 0 is nobody's."""
-    return int.from_bytes(hashlib.blake2b(namespace.encode(), digest_size=4).digest(), "little") or 1
 
 
 def salted(namespace: str, salt: str) -> str:
     """The namespace whose blocks only requests with this salt share."""
     return f"{namespace}{SALT_MARK}{hashlib.blake2b(salt.encode(), digest_size=8).hexdigest()}"
-
-
-def unsalted(namespace: str) -> str:
-    """Who a namespace belongs to: its name without a salt."""
-    return namespace.partition(SALT_MARK)[0] or namespace
 
 
 class KeyChain:
@@ -44,7 +37,7 @@ class KeyChain:
         self._secret = secret
         self._keyed = hashlib.blake2b(digest_size=KEY_BYTES, key=secret)
         self._block_size = block_size
-        self.owner = owner_tag(unsalted(namespace))
+        self.owner = owner_of(namespace)
         root = f"kvtier-key-1|{fingerprint}|{namespace}|{block_size}".encode()
         self.root = hashlib.blake2b(root, digest_size=KEY_BYTES, key=secret).digest()
 

@@ -248,19 +248,27 @@ class LeaseFiller:
                 group.promote(batch, pages, "demand")
                 started += len(batch)
         if group.cold is not None and len(from_nvme):
-            core.make_host_room(group, len(from_nvme))
-            room, ready = group.host_room(keep_clean=True), group.pages.num_free + group.clean_pages()
-            must_sink = max(0, len(still) - started - ready - int((group.pages.state == PageState.WRITING_BACK).sum()))
-            count = max(min(ready, room), room - must_sink, 0)
-            is_stuck = not count and not started and not core.in_flight()
-            if is_stuck:  # one page of two may get dirty again, and a block comes up in the other
-                count = min(group.host_room(), max(1, ready // 2))
-            for batch in group.batches(from_nvme[:count]):
-                slots = group.take_host_slots(len(batch), keep_clean=not is_stuck)
-                if slots is None:
-                    break
-                group.cold.read(batch, slots, "demand")
-                started += len(batch)
+            for own in core.quotas.by_owner(group, from_nvme):
+                started += self._start_reads(group, own, len(still) - started, is_first=not started)
+        return started
+
+    def _start_reads(self, group: BlockGroup, blocks: IntArray, num_waiting: int, *, is_first: bool) -> int:
+        """Start reads of these blocks, of one namespace where there are quotas, as far as there are host slots."""
+        core, asker, started = self._core, int(group.directory.owner[blocks[0]]), 0
+        core.make_host_room(group, len(blocks), asker)
+        room, ready = group.host_room(keep_clean=True, asker=asker), group.pages.num_free + group.clean_pages()
+        must_sink = max(0, num_waiting - ready - int((group.pages.state == PageState.WRITING_BACK).sum()))
+        count = max(min(ready, room), room - must_sink, 0)
+        is_stuck = not count and is_first and not core.in_flight()
+        if is_stuck:  # one page of two may get dirty again, and a block comes up in the other
+            count = min(group.host_room(asker=asker), max(1, ready // 2))
+        assert group.cold is not None
+        for batch in group.batches(blocks[:count]):
+            slots = group.take_host_slots(len(batch), keep_clean=not is_stuck, asker=asker)
+            if slots is None:
+                break
+            group.cold.read(batch, slots, "demand")
+            started += len(batch)
         return started
 
     def _require_progress(self, group: BlockGroup, started: int, deadline_s: float, waiting: int) -> None:

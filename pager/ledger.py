@@ -43,6 +43,11 @@ class RequestLedger:
     def ttft_s(self) -> float | None:
         return None if self._first_token_s is None else self._first_token_s - self._start_s
 
+    @property
+    def age_s(self) -> float:
+        """Since the request came."""
+        return self._clock() - self._start_s
+
     def to_dict(self) -> dict[str, float]:
         """Lines in seconds; `ttft_s` (or time so far) equals the sum of all other lines, `unexplained` included."""
         self._settle()

@@ -8,12 +8,9 @@ interface. A cache of ours may answer "miss" at any time; it never answers wrong
 
 from __future__ import annotations
 
-import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +23,8 @@ from ..tiers.streams import Backend
 from .accounting import Counters
 from .config import PagerConfig
 from .core import Core
+from .inspection import requests
+from .inspection.service import InspectionService
 from .lease import Lease, Span
 from .leasing import LeaseFiller
 from .page_table import dropped_from_window, num_blocks_of
@@ -35,23 +34,24 @@ from .prefix import Match, adopt, adopt_tail, bring_back_s, next_cached_block, p
 from .reading import BlockReader, HeldBlocks
 from .rules import ALL_RULES, Rules
 from .sessions import ParkedSession
-from .sizing import plan_sizes, split_blocks
+from .sizing import plan_sizes
 from .states import NOWHERE, IntArray, PageState, SlotState
-from .status import StatusServer, pager_status
+from .status import pager_status
+from .stores import open_nvme, stored_block_size
 from .streaming import CorruptSliceError, SliceStream, Staged
 
 if TYPE_CHECKING:
     from ..tiers.nvme.files import SystemCalls
+    from .client.remote import Remote
 
-NVME_DISK_SHARE = 0.8  # of the free disk, when nvme_bytes is not given
 _IDLE_LOOK_S = 0.5  # the background thread looks this often even when nothing signals progress
 
 
 class Pager:
     """Moves KV blocks between device, host and nvme; hands out leases on resident pages."""
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
+    def __init__(self, core: Core, remote: Remote | None = None) -> None:
+        self._core, self._remote = core, remote
         self._filler = LeaseFiller(core)
         self._parking = Parking(core)
         self._prefetcher = Prefetcher(core)
@@ -59,7 +59,7 @@ class Pager:
         self._wake = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._status_server: StatusServer | None = None
+        self._status_server: InspectionService | None = None
         self._is_closed = False
 
     @classmethod
@@ -82,9 +82,7 @@ class Pager:
         Raises: ConfigError when a setting is refused, a tier is too small, or the store cannot be used
         (StoreMismatchError: another model, layout or format; StoreLockedError: another process has it).
         """
-        layouts = (layout,) if isinstance(layout, KVLayout) else tuple(layout)
-        if not layouts or len({g.block_size for g in layouts}) != 1:
-            raise ConfigError(f"layout: need at least one layer group, all of one block_size; got {layouts}")
+        layouts = _layouts(layout)
         config.validate()
         sizes = plan_sizes(
             layouts,
@@ -99,7 +97,7 @@ class Pager:
         try:
             if config.require_pinned and not backend.pinned:
                 raise ConfigError("require_pinned=True, but this backend cannot pin host memory; see `kvtier doctor`")
-            nvme = _open_nvme(layouts, config, backend, model_fingerprint, about or {}, calls)
+            nvme = open_nvme(layouts, config, backend, model_fingerprint, about or {}, calls)
             pager = cls(Core(layouts, config, sizes, backend, nvme, model_fingerprint, rules, clock))
             pager._parking.recover()
         except BaseException:  # no memory for a tier, say, or a session of another format: leave no lock, no thread
@@ -109,6 +107,59 @@ class Pager:
                 backend.close(5.0)
             raise
         pager._start()
+        return pager
+
+    @classmethod
+    def connect(
+        cls,
+        address: str,
+        layout: KVLayout | Sequence[KVLayout],
+        config: PagerConfig,
+        *,
+        model_fingerprint: str = "",
+        about: Mapping[str, Any] | None = None,
+        token: str = "",
+        name: str = "",
+        share_memory: bool = True,
+        backend: Backend | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        rules: Rules = ALL_RULES,
+    ) -> Pager:
+        """A pager over the memory of a daemon at `address` (unix:///run/kvtier/pagerd.sock), shared with its other clients.
+
+        Of the configuration, device_bytes and how it is used count; host tier and store are the daemon's (host_bytes is
+        a private host tier where its memory is not mapped: another user, or share_memory=False). `name` is for its logs.
+        When the daemon goes, the pager goes on with what it has, and is attached again when one is there.
+        Raises: ConfigError, TierUnavailableError when no daemon answers, ProtocolError when it refuses us.
+        """
+        from .client.connection import Greeting
+        from .client.remote import Remote
+        from .wire.messages import BYTES, FEATURES
+
+        layouts = _layouts(layout)
+        config.validate()
+        greeting = Greeting(name, token, FEATURES if share_memory else (BYTES,))
+        owned = backend is None
+        backend = backend or get_backend(config.backend, io_depth=config.nvme_queue_depth)
+        try:
+            core, remote = Remote.connect(
+                address,
+                layouts,
+                config,
+                backend,
+                model_fingerprint=model_fingerprint,
+                about=about or {},
+                greeting=greeting,
+                rules=rules,
+                clock=clock,
+            )
+        except BaseException:
+            if owned:
+                backend.close(5.0)
+            raise
+        pager = cls(core, remote)
+        pager._start()
+        remote.start(pager._wake.set)
         return pager
 
     # ------------------------------------------------------------------ what it is
@@ -173,7 +224,9 @@ class Pager:
 
     # ------------------------------------------------------------------ sequences
     def begin(self, namespace: str = "default") -> int:
-        """A new, empty sequence."""
+        """A new, empty sequence. Raises ConfigError for a namespace that the daemon does not let us use."""
+        if self._remote is not None:
+            self._remote.check_owned(namespace)
         with self._core.lock:
             return self._core.begin(namespace).id
 
@@ -197,6 +250,8 @@ class Pager:
 
     def match(self, token_ids: Sequence[int], namespace: str = "default") -> Match:
         """The longest usable cached prefix of a prompt, by tier. Changes nothing, counts nothing."""
+        if self._remote is not None:
+            self._remote.find_prompt(namespace, token_ids, with_tail=False)
         with self._core.locked():
             return peek(self._core, namespace, list(token_ids))
 
@@ -211,6 +266,8 @@ class Pager:
         Afterwards the sequence's token ids are the matched prefix. Hits are counted for the tier that holds them now
         (unless `count` is False). `with_tail`: whole blocks, then a sealed tail that continues them, where there is one.
         """
+        if self._remote is not None:
+            self._remote.find_prompt(self.namespace(seq), token_ids, with_tail=with_tail)
         with self._core.locked():
             state = self._core.idle_sequence(seq, "attaching")
             if state.token_ids:
@@ -219,10 +276,12 @@ class Pager:
             match = adopt(self._core, state, len(state.token_ids), count=count)
             if with_tail:
                 match += adopt_tail(self._core, state, len(state.token_ids), count=count)
-            del state.token_ids[state.num_computed :]
             if count:
                 self._core.counters.add("miss_tokens", len(token_ids) - match.tokens)
                 self._core.counters.add("ghost_tokens", match.ghost_tokens)
+                self._core.observer.asked(state, len(token_ids), match)
+            del state.token_ids[state.num_computed :]
+            del state.keys[state.num_computed // self.block_size :]  # what is appended next may be something else
             return match
 
     def adopt(self, seq: int) -> Match:
@@ -230,11 +289,14 @@ class Pager:
 
         Hits are counted for the tier that holds them now.
         """
+        if self._remote is not None:
+            self._remote.find_prompt(self.namespace(seq), self.token_ids(seq), with_tail=False)
         with self._core.locked():
             state = self._core.idle_sequence(seq, "adopting")
             match = adopt(self._core, state, len(state.token_ids) - 1)
             self._core.counters.add("miss_tokens", len(state.token_ids) - 1 - state.num_computed)
             self._core.counters.add("ghost_tokens", match.ghost_tokens)
+            self._core.observer.asked(state, len(state.token_ids), match)
             return match
 
     def plan_prefill(self, seq: int, max_tokens: int) -> int:
@@ -243,6 +305,8 @@ class Pager:
         Never reaches into a block that is cached already (a sequence that lost one block computes only that one), and
         leaves the last token to compute, because its logits are stored nowhere.
         """
+        if self._remote is not None:
+            self._remote.find_next(self._core.sequence(seq), max_tokens)
         with self._core.locked():
             state = self._core.idle_sequence(seq, "planning")
             if state.num_computed % self.block_size == 0:
@@ -303,8 +367,11 @@ class Pager:
     def _end(self, seq: int, *, released: bool) -> None:
         with self._core.locked():
             state = self._core.idle_sequence(seq, "ending it")
+            self._core.observer.ended(state)
             self._core.drop_tables(state, released=released)
             del self._core.sequences[seq]
+        if self._remote is not None and state.session_id is not None:
+            self._remote.give_back_session(state.session_id, self._parking)
 
     # ------------------------------------------------------------------ leases
     def lease(
@@ -480,6 +547,7 @@ class Pager:
             until_s = self._core.clock() + ttl_s
             for group, table in zip(self._core.groups, self._core.sequence(seq).tables, strict=True):
                 held = table.ids[table.ids >= 0]
+                group.note("pinned", "device", held, "client")
                 group.directory.pinned_until[held] = np.maximum(group.directory.pinned_until[held], until_s)
 
     def prefetch(self, seq: int) -> int:
@@ -528,6 +596,8 @@ class Pager:
         """
         state = self._core.idle_sequence(seq, "parking")
         self._parking.park(session_id, state, extra or {}, timeout_s)
+        if self._remote is not None:
+            self._remote.give_back_session(session_id, self._parking)
 
     def checkpoint(
         self, session_id: str, seq: int, extra: dict[str, Any] | None = None, *, timeout_s: float = 120.0
@@ -541,6 +611,8 @@ class Pager:
 
     def resume(self, session_id: str, namespace: str = "default") -> tuple[int, ParkedSession]:
         """Bring a parked session back as a sequence; its blocks start to come up in the background."""
+        if self._remote is not None:
+            self._remote.take_session(session_id, namespace)
         state, parked = self._parking.resume(session_id, namespace)
         with self._core.locked():
             self._prefetcher.start(state)
@@ -548,12 +620,16 @@ class Pager:
 
     def forget(self, session_id: str) -> None:
         """Delete a parked session; its blocks become ordinary cache."""
-        self._parking.forget(session_id)
+        if self._remote is not None and session_id not in self._core.sessions:
+            self._remote.forget_session(session_id)
+        else:
+            self._parking.forget(session_id)
 
     def sessions(self) -> dict[str, dict[str, Any]]:
-        """Known sessions: tokens, whether active, whether durable."""
+        """Known sessions: tokens, whether active (here or in another client), whether durable."""
+        others = self._remote.sessions() if self._remote is not None else {}
         with self._core.lock:
-            return {
+            return others | {
                 session_id: {
                     "tokens": len(entry.token_ids),
                     "computed_tokens": entry.num_computed,
@@ -577,7 +653,9 @@ class Pager:
                 return None
             generation = held.host.generation[slot]
         copied: list[bytes] = []
-        self._core.backend.read_io.submit(lambda: copied.append(held.slab.rows[slot].tobytes())).wait(30.0)
+        self._core.backend.read_io.submit(
+            lambda: copied.append(held.slab.rows[held.slab.place(np.array([slot]))[0]].tobytes())
+        ).wait(30.0)
         with self._core.lock:
             same = held.host.generation[slot] == generation and held.host.state[slot] == SlotState.VALID
         if copied and (same or not self._core.rules.holds(Rule.READER_CHECKS_GENERATION)):
@@ -589,6 +667,10 @@ class Pager:
         """State and counters as plain JSON-able values; see status.py for the fields."""
         with self._core.locked():
             return pager_status(self._core)
+
+    def note_request(self, seq: int, **told: Any) -> None:
+        """Remember an answered request for inspectors, while its sequence is still open; see inspection/requests.py."""
+        requests.note(self._core, seq, **told)
 
     def poll(self) -> None:
         """Apply finished copies and keep the watermarks; the background thread does this by itself."""
@@ -627,7 +709,11 @@ class Pager:
         if self._thread is not None:
             self._thread.join(timeout_s)
         self._core.memory.close()
-        self.drain(timeout_s)
+        if self._remote is not None:
+            self._remote.close(timeout_s)
+        is_drained = self.drain(timeout_s)
+        if self._remote is not None:
+            self._remote.leave(is_drained=is_drained)
         if self._core.nvme is not None:
             self._core.nvme.close()
         self._core.backend.close(timeout_s)
@@ -653,7 +739,7 @@ class Pager:
         if path is None and self._core.config.nvme_path is not None:
             path = f"{self._core.config.nvme_path}/status.sock"
         if path is not None:
-            self._status_server = StatusServer.start(path, self.status)
+            self._status_server = InspectionService.start(path, self._core)
 
     def _run(self) -> None:
         while not self._stop.is_set():
@@ -663,14 +749,26 @@ class Pager:
                 self._core.advance()
 
 
-def stored_block_size(nvme_path: str | os.PathLike[str] | None) -> int | None:
-    """Tokens per block of the store at that path, or None where there is no store. Raises ConfigError when unreadable."""
-    from ..tiers.nvme.identity import STORE_FILE, read_identity
+def open_pager(
+    address: str | None,
+    layouts: Sequence[KVLayout],
+    config: PagerConfig,
+    *,
+    model_fingerprint: str,
+    about: Mapping[str, Any],
+    clock: Callable[[], float] = time.monotonic,
+) -> Pager:
+    """A pager of this process's own, or where an address is given one over a daemon's memory."""
+    if address is None:
+        return Pager.open(layouts, config, model_fingerprint=model_fingerprint, about=about, clock=clock)
+    return Pager.connect(address, layouts, config, model_fingerprint=model_fingerprint, about=about, clock=clock)
 
-    if nvme_path is None or not (Path(nvme_path) / STORE_FILE).exists():
-        return None
-    layouts = read_identity(Path(nvme_path)).get("layouts")
-    return KVLayout.from_dict(layouts[0]).block_size if layouts else None
+
+def _layouts(layout: KVLayout | Sequence[KVLayout]) -> tuple[KVLayout, ...]:
+    layouts = (layout,) if isinstance(layout, KVLayout) else tuple(layout)
+    if not layouts or len({g.block_size for g in layouts}) != 1:
+        raise ConfigError(f"layout: need at least one layer group, all of one block_size; got {layouts}")
+    return layouts
 
 
 def _size(value: int | str) -> int:
@@ -679,60 +777,4 @@ def _size(value: int | str) -> int:
     return parse_bytes(value, name="staging_bytes")
 
 
-def _open_nvme(
-    layouts: tuple[KVLayout, ...],
-    config: PagerConfig,
-    backend: Backend,
-    fingerprint: str,
-    about: Mapping[str, Any],
-    calls: SystemCalls | None,
-) -> Any:
-    if config.nvme_path is None:
-        return None
-    from ..tiers.nvme.codecs import NONE
-    from ..tiers.nvme.identity import overhead_of
-    from ..tiers.nvme.layout import bytes_on_disk
-    from ..tiers.nvme.store import NvmeTier, StoreIdentity
-
-    codecs = config.codecs([layout.name for layout in layouts])
-    used = _recorded_codecs(Path(config.nvme_path), len(layouts)) or codecs or [NONE] * len(layouts)
-    budget = config.nvme_size if config.nvme_size is not None else _free_disk(Path(config.nvme_path))
-    sizes = [bytes_on_disk(layout, overhead_of(codec, layout)) for layout, codec in zip(layouts, used, strict=True)]
-    slots = split_blocks(layouts, budget, sizes)
-    if min(slots) < 1 and config.nvme_size is not None:
-        raise ConfigError(
-            f"nvme_bytes={budget} holds no block; one of each layer group takes {sum(sizes)} bytes of disk"
-        )
-    return NvmeTier.open(
-        config.nvme_path,
-        StoreIdentity(fingerprint, layouts),
-        num_slots=slots,
-        backend=backend,
-        durability=config.durability,
-        segment_bytes=config.segment_size,
-        codecs=codecs,
-        about=about,
-        calls=calls,
-    )
-
-
-def _recorded_codecs(path: Path, num_groups: int) -> list[str] | None:
-    """Those of the store that is there, if it can be one of this model; opening it says what is wrong with it."""
-    from ..tiers.nvme.identity import STORE_FILE, stored_codecs
-
-    if not (path / STORE_FILE).exists():
-        return None
-    try:
-        codecs = stored_codecs(path)
-    except ConfigError:
-        return None
-    return codecs if len(codecs) == num_groups else None
-
-
-def _free_disk(path: Path) -> int:
-    """Most of what the disk has left: NVME_DISK_SHARE of the free bytes at that place."""
-    there = next(p for p in (path, *path.absolute().parents) if p.exists())
-    return int(shutil.disk_usage(there).free * NVME_DISK_SHARE)
-
-
-__all__ = ["Match", "Pager", "ParkedSession", "Span"]
+__all__ = ["Match", "Pager", "ParkedSession", "Span", "open_pager", "stored_block_size"]

@@ -17,9 +17,10 @@ from ..tiers.errors import Busy, ConfigError, TierFullError, TierUnavailableErro
 from .core import Core
 from .group import BlockGroup
 from .page_table import BlockTable, Sequence
-from .prefix import adopt, residency, seal_key, take_back
+from .prefix import Match, adopt, residency, seal_key, take_back
+from .records import SessionRecords
 from .sessions import ParkedSession, SessionEntry, check_session_id
-from .states import IntArray, PageState
+from .states import NOWHERE, IntArray, PageState
 
 
 class Parking:
@@ -27,19 +28,19 @@ class Parking:
 
     def __init__(self, core: Core) -> None:
         self._core = core
+        self._records = SessionRecords(core, core.nvme) if core.nvme is not None else None
 
     def recover(self) -> int:
         """Take over what the store remembers: blocks first, then the sessions that refer to them."""
         core = self._core
-        if core.nvme is None:
+        if core.nvme is None or self._records is None:
             return 0
         for group, (slots, stamps) in zip(core.groups, core.nvme.recovered(), strict=True):
             named = stamps["tokens"] > 0
             core.nvme.free(group.index, slots[~named])  # unnamed tails of a process that is gone
             _recover_blocks(group, slots[named], stamps[named])
-        for session_id, record in core.nvme.sessions().items():
-            entry = SessionEntry.from_record(session_id, record)
-            core.sessions[session_id] = entry
+        for entry in self._records.read():
+            core.sessions[entry.session_id] = entry
             self._hold(entry)
         return len(core.sessions)
 
@@ -47,6 +48,7 @@ class Parking:
         core = self._core
         entry = self._record(session_id, seq, extra, timeout_s)
         with core.locked():
+            core.observer.ended(seq)
             self._remember(entry)
             entry.tables = seq.tables
             del core.sequences[seq.id]
@@ -71,16 +73,16 @@ class Parking:
         self._write_down(seq, timeout_s, f"session {session_id!r}")
         entry = SessionEntry(session_id, seq.namespace, list(seq.token_ids), seq.num_computed, extra)
         entry.summary, entry.tail_keys = _summary(seq), self._tail_keys(seq)
-        if core.nvme is not None:
-            core.nvme.put_session(session_id, entry.to_record())
+        if core.nvme is not None and self._records is not None:
+            self._records.put(entry)
             core.nvme.flush(timeout_s)
-            entry.is_durable = True
+            entry.is_durable = core.nvme.is_durable
         return entry
 
     def _remember(self, entry: SessionEntry) -> None:
         previous = self._core.sessions.get(entry.session_id)
         if previous is not None:
-            self._let_go(previous)
+            self.let_go(previous)
         self._core.sessions[entry.session_id] = entry
 
     def resume(self, session_id: str, namespace: str) -> tuple[Sequence, ParkedSession]:
@@ -103,7 +105,7 @@ class Parking:
             entry.active_seq = seq.id
             if seq.num_computed == 0 and entry.num_computed >= core.block_size:
                 adopt(core, seq, entry.num_computed, count=False)
-            self._count_hits(seq)
+            core.observer.asked(seq, seq.num_computed, self._count_hits(seq))
             core.counters.add("resumed_sessions", 1)
             return seq, ParkedSession(session_id, list(seq.token_ids), seq.num_computed, dict(entry.extra))
 
@@ -129,9 +131,9 @@ class Parking:
             entry = core.sessions.pop(session_id, None)
             if entry is None:
                 raise UnknownSessionError(f"session {session_id!r} is unknown")
-            self._let_go(entry)
-            if core.nvme is not None and entry.is_durable:
-                core.nvme.drop_session(session_id)
+            self.let_go(entry)
+            if self._records is not None and core.nvme is not None and (entry.is_durable or not core.nvme.is_durable):
+                self._records.drop(entry)
 
     # ------------------------------------------------------------------ parking, step by step
     def _seal_tail(self, seq: Sequence) -> None:
@@ -177,13 +179,17 @@ class Parking:
         if core.nvme is None:
             return
 
-        def all_down() -> bool:
+        missing = 0
+
+        def is_over() -> bool:
+            """All down, or no use in trying: what takes no writes will not take these."""
+            nonlocal missing
             missing = 0
             for group, table in zip(core.groups, seq.tables, strict=True):
                 missing += self._push_down(group, table.ids[table.ids >= 0])
-            return missing == 0
+            return missing == 0 or not all(group.can_write_nvme for group in core.groups)
 
-        if core.wait_until(all_down, timeout_s, may_wait_for_pins=may_wait_for_pins):
+        if core.wait_until(is_over, timeout_s, may_wait_for_pins=may_wait_for_pins) and not missing:
             return
         if not all(group.can_write_nvme for group in core.groups):
             raise TierUnavailableError(f"nvme tier at {core.config.nvme_path} takes no writes; {what} is not stored")
@@ -199,15 +205,34 @@ class Parking:
     def _push_down(self, group: BlockGroup, blocks: IntArray) -> int:
         """Start what brings these blocks one tier lower; returns how many are not on nvme yet."""
         core, d = self._core, group.directory
+        num_misnamed = self._write_again_if_misnamed(group, blocks[-1:])
         todo = blocks[~d.nvme_valid[blocks]]
         in_host = todo[d.in_host(todo) & (d.nvme_slot[todo] < 0)]
         core.sink_blocks(group, in_host, "park")
         pages = np.maximum(d.page[todo], 0)
         dirty = todo[(d.page[todo] >= 0) & (group.pages.state[pages] == PageState.DIRTY) & group.pages.idle()[pages]]
         if len(dirty):
-            core.make_host_room(group, len(dirty))
+            core.make_host_room(group, len(dirty), int(d.owner[dirty[0]]))
             core.write_back_blocks(group, dirty, "park")
-        return len(todo)
+        return len(todo) + num_misnamed
+
+    def _write_again_if_misnamed(self, group: BlockGroup, tail: IntArray) -> int:
+        """A tail that went down before it was sealed lies there under a name that means nothing after a restart: that
+        copy goes where there is one above. Returns how many there are that have to come up first."""
+        d, cold = group.directory, group.cold
+        if cold is None or not len(tail) or not d.nvme_valid[tail].all() or not d.is_named[tail].all():
+            return 0
+        if cold.tier.stamps(group.index, d.nvme_slot[tail])["key"][0].tobytes() == d.key[int(tail[0])]:
+            return 0
+        if not d.nvme_holds[tail].any() and (d.in_device(tail) | d.in_host(tail)).all():
+            cold.leave(tail)
+            group.dirty_if_alone(tail)
+            return 0
+        if d.host_slot[tail[0]] == NOWHERE and self._core.make_host_room(group, 1):
+            slots = group.take_host_slots(1)
+            if slots is not None:
+                cold.read(tail, slots, "park")
+        return 1
 
     def _leave_device(self, group: BlockGroup, blocks: IntArray) -> None:
         """A parked session gives its pages back, except those that it shares with someone who runs."""
@@ -229,17 +254,18 @@ class Parking:
         finally:
             del core.sequences[probe.id]
 
-    def _let_go(self, entry: SessionEntry) -> None:
+    def let_go(self, entry: SessionEntry) -> None:
         if entry.tables is not None:
             for group, table in zip(self._core.groups, entry.tables, strict=True):
                 group.unref(table.trim(0))
             entry.tables = None
 
-    def _count_hits(self, seq: Sequence) -> None:
+    def _count_hits(self, seq: Sequence) -> Match:
         """A resumed token is a hit for the tier that holds it now."""
         now = residency(self._core, seq)
         for tier in ("device", "host", "nvme"):
             self._core.counters.add("hit_tokens", getattr(now, f"{tier}_tokens"), tier=tier)
+        return now
 
 
 def _summary(seq: Sequence) -> dict[str, Any]:

@@ -263,7 +263,7 @@ def bring_back_s(core: Core, seq: Sequence) -> float:
         blocks = table.ids[table.ids >= 0]
         d = group.directory
         not_hosted = int((~d.in_host(blocks)).sum())
-        from_nvme = max(0, not_hosted - group.host_room()) * group.layout.block_bytes
+        from_nvme = max(0, not_hosted - group.host_room(asker=seq.chain.owner)) * group.layout.block_bytes
         total_s += len(blocks) * group.layout.block_bytes / _rate(core, "host_to_device", HOST_RATE)
         total_s += from_nvme / _rate(core, "nvme_to_host", NVME_RATE)
     return total_s
@@ -285,7 +285,10 @@ def _tier_of_each(core: Core, found: list[IntArray]) -> IntArray:
     for group, blocks in zip(core.groups, found, strict=True):
         safe, held = np.maximum(blocks, 0), blocks >= 0
         d = group.directory
-        tier = np.where(d.in_device(safe), 0, np.where(d.in_host(safe), 1, 2))
+        in_memory = d.in_host(safe)
+        if group.cold is not None:
+            in_memory |= group.cold.is_near(safe)
+        tier = np.where(d.in_device(safe), 0, np.where(in_memory, 1, 2))
         slowest = np.where(held, np.maximum(slowest, tier), slowest)
     return slowest
 

@@ -20,6 +20,7 @@ VERSION = 1
 HEADER = struct.Struct("<IBBHQ")
 MAX_BODY_BYTES = 1 << 20
 STATUS_REQUEST, STATUS_REPLY, ERROR_REPLY = 1, 2, 3
+INSPECT_REQUEST, INSPECT_REPLY = 4, 5  # {"verb": ..., arguments}: see inspection/inspector.py
 STATUS_SOCKET = "status.sock"
 
 

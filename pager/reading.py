@@ -18,6 +18,7 @@ from .core import Core
 from .group import MAX_MOVE_BYTES, BlockGroup
 from .page_table import Sequence, visible_blocks
 from .prefix import lose
+from .rules import Rule
 from .states import IntArray
 
 READ_AHEAD_MOVES = 2  # reads from nvme on their way, each of at most MAX_MOVE_BYTES, while a piece is looked at
@@ -35,6 +36,7 @@ class HeldBlocks:
     rows: Any
     row_ids: IntArray
     logical: IntArray
+    slots: IntArray  # the pages or host slots that are held
 
 
 class BlockReader:
@@ -62,6 +64,7 @@ class BlockReader:
                     continue
                 try:
                     yield piece
+                    self._check_unchanged(group, seq, piece)
                 finally:
                     self._let_go(group, piece)
                 logical = np.setdiff1d(logical, piece.logical, assume_unique=True)
@@ -82,9 +85,10 @@ class BlockReader:
         cold = blocks[(d.host_slot[blocks] < 0) & ~d.in_device(blocks) & d.nvme_valid[blocks]][: max(limit, 0)]
         if group.cold is None or not len(cold):
             return
-        self._core.make_host_room(group, len(cold))
-        for batch in group.batches(cold[: group.host_room()]):
-            slots = group.take_host_slots(len(batch))
+        asker = seq.chain.owner
+        self._core.make_host_room(group, len(cold), asker)
+        for batch in group.batches(cold[: group.host_room(asker=asker)]):
+            slots = group.take_host_slots(len(batch), asker=asker)
             if slots is None:
                 break
             group.cold.read(batch, slots, "load")
@@ -106,21 +110,29 @@ class BlockReader:
             for event in group.pages.pending(group.pages.last_write, pages):
                 self._core.backend.compute.wait(event)
             group.pages.pins[pages] += 1
-            return HeldBlocks("device", group.pool.rows, pages, chosen)
+            return HeldBlocks("device", group.pool.rows, pages, chosen, pages)
         if (hosted := d.in_host(blocks)).any():
             chosen, ids = logical[hosted][:most], blocks[hosted][:most]
             slots = d.host_slot[ids]
             group.host.holds[slots] += 1  # rule 7
-            return HeldBlocks("host", group.slab.rows, slots, chosen)
+            return HeldBlocks("host", group.slab.rows, group.slab.place(slots), chosen, slots)
         return None
+
+    def _check_unchanged(self, group: BlockGroup, seq: Sequence, piece: HeldBlocks) -> None:
+        """Rule 11: the caller has copied; was it still that block? Raises BlockMissError."""
+        if piece.tier == "host" and self._core.rules.holds(Rule.READER_CHECKS_GENERATION):
+            intact = group.slab.intact(piece.slots)
+            if not intact.all():
+                with self._core.lock:
+                    lose(self._core, seq, int(piece.logical[np.argmin(intact)]))
 
     def _let_go(self, group: BlockGroup, piece: HeldBlocks) -> None:
         with self._core.lock:
             if piece.tier == "host":
-                group.host.holds[piece.row_ids] -= 1
+                group.host.holds[piece.slots] -= 1
                 return
-            group.pages.pins[piece.row_ids] -= 1
-            group.pages.note_event(group.pages.last_read, piece.row_ids, self._core.backend.compute.record())
+            group.pages.pins[piece.slots] -= 1
+            group.pages.note_event(group.pages.last_read, piece.slots, self._core.backend.compute.record())
 
     def _wait(self, group: BlockGroup, deadline_s: float, num_waiting: int) -> None:
         """For copies of ours, or for others to let go of host slots."""

@@ -28,7 +28,8 @@ class Reclaimer:
     """Of one layer group. The pager's lock is held by whoever calls."""
 
     def __init__(self, cold: ColdSide) -> None:
-        self._cold, self._group, self._tier, self._index = cold, cold.group, cold.tier, cold.index
+        assert cold.ring is not None
+        self._cold, self._group, self._tier, self._index = cold, cold.group, cold.ring, cold.index
         self._size = self._tier.geometry(self._index).slots_per_segment
         self._cap = max(1, int(self._size * MOVED_SHARE))
         self._rests_until_s = float("-inf")
@@ -58,7 +59,8 @@ class Reclaimer:
         blocks = np.flatnonzero((d.nvme_slot >= first) & (d.nvme_slot < first + self._size))
         if (d.nvme_holds[blocks] > 0).any() or not d.nvme_valid[blocks].all():
             return False
-        must = (d.refs[blocks] > 0) | (d.pinned_until[blocks] > group.clock())
+        spare = np.isin(blocks, self._cold.quotas.spare(group, "nvme", blocks, None))
+        must = (d.refs[blocks] > 0) | (d.pinned_until[blocks] > group.clock()) | ~spare
         if int(must.sum()) > self._cap:
             self._tier.retain(self._index, segment)
             group.counters.add("retained_segments", 1)

@@ -58,21 +58,44 @@ class SessionEntry:
 
     @classmethod
     def from_record(cls, session_id: str, record: dict[str, Any]) -> SessionEntry:
-        if record.get("version") != RECORD_VERSION:
+        """Raises ConfigError for a record of another version, or one that is not whole."""
+        if not isinstance(record, dict) or record.get("version") != RECORD_VERSION:
+            version = record.get("version") if isinstance(record, dict) else record
             raise ConfigError(
-                f"session {session_id!r} was stored in format {record.get('version')!r}; this version reads {RECORD_VERSION}"
+                f"session {session_id!r} was stored in format {version!r}; this version reads {RECORD_VERSION}"
             )
-        token_ids = np.frombuffer(record["token_ids"], "<u4").tolist()
+        for name, kind in _FIELDS.items():
+            if not isinstance(record.get(name, _OPTIONAL.get(name)), kind):
+                raise ConfigError(
+                    f"session {session_id!r}: its record has no {kind.__name__} {name!r}; delete the store"
+                )
+        token_ids, num_computed = record["token_ids"], record["num_computed"]
+        if len(token_ids) % 4 or not 0 <= num_computed <= len(token_ids) // 4:
+            raise ConfigError(
+                f"session {session_id!r}: its record counts {num_computed} computed tokens of {len(token_ids) / 4}; "
+                "delete the store"
+            )
         return cls(
             session_id,
             record["namespace"],
-            token_ids,
-            int(record["num_computed"]),
+            np.frombuffer(token_ids, "<u4").tolist(),
+            num_computed,
             record["extra"],
             is_durable=True,
-            tail_keys=list(record.get("tail_keys", [])),
+            tail_keys=[key for key in record.get("tail_keys", []) if isinstance(key, bytes)],
             summary=record.get("summary", {}),
         )
+
+
+_FIELDS = {
+    "namespace": str,
+    "token_ids": bytes,
+    "num_computed": int,
+    "extra": dict,
+    "tail_keys": list,
+    "summary": dict,
+}
+_OPTIONAL: dict[str, Any] = {"tail_keys": [], "summary": {}}
 
 
 def check_session_id(session_id: str) -> str:

@@ -8,6 +8,7 @@ The pager and the model checker (tests/model) read the same tables, so what is p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import product
@@ -188,6 +189,7 @@ class HostSlots:
         self.generation = np.zeros(num_slots, np.uint64)
         self.num_free = num_slots
         self.peak_used = 0
+        self.on_drop: Callable[[IntArray], None] = lambda slots: None
 
     def __len__(self) -> int:
         return len(self.state)
@@ -212,6 +214,7 @@ class HostSlots:
         self.block[slots] = NOWHERE
         self.generation[slots] += np.uint64(1)
         self.num_free += len(slots)
+        self.on_drop(slots)
 
     def _step(self, slots: IntArray, to: SlotState) -> None:
         legal = _LEGAL_SLOT[(self.holds[slots] > 0).astype(np.int8), self.state[slots], to]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..tiers.errors import ProtocolError
+from ..tiers.errors import KvTierError, ProtocolError
 from . import protocol
 from .states import PageState, SlotState
 
@@ -29,13 +29,14 @@ def pager_status(core: Core) -> dict[str, Any]:
     """Tiers, transfers, sessions and counters. Sizes in bytes."""
     tiers = {"device": _device(core), "host": _host(core)}
     if core.nvme is not None:
-        tiers["nvme"] = _nvme(core)
+        tiers[core.nvme.name] = _nvme(core) if core.nvme.is_ring else _daemon(core)
     for name, tier in tiers.items():
+        label = name if name in ("device", "host") else "nvme"
         tier |= {
-            "hit_tokens": int(core.counters.get("hit_tokens", tier=name)),
-            "evicted_blocks": int(core.counters.get("evicted_blocks", tier=name)),
-            "bytes_in": _moved(core, f"_to_{name}"),
-            "bytes_out": _moved(core, f"{name}_to_", prefix=True),
+            "hit_tokens": int(core.counters.get("hit_tokens", tier=label)),
+            "evicted_blocks": int(core.counters.get("evicted_blocks", tier=label)),
+            "bytes_in": _moved(core, f"_to_{label}"),
+            "bytes_out": _moved(core, f"{label}_to_", prefix=True),
         }
     return {
         "version": protocol.VERSION,
@@ -51,6 +52,8 @@ def pager_status(core: Core) -> dict[str, Any]:
         "transfers_in_flight": sum(len(group.moves) for group in core.groups),
         "sequences": len(core.sequences),
         "sessions": len(core.sessions),
+        "policy": core.config.policy,
+        "namespaces": core.quotas.to_dict(),
         "counters": core.counters.to_list(),
     }
 
@@ -112,6 +115,22 @@ def _nvme(core: Core) -> dict[str, Any]:
     return total
 
 
+def _daemon(core: Core) -> dict[str, Any]:
+    """What this client knows of the daemon's blocks; what the daemon holds altogether is its own status to say."""
+    total = dict.fromkeys(_LEVELS, 0)
+    assert core.nvme is not None
+    for group in core.groups:
+        size, d = group.layout.block_bytes, group.directory
+        valid = int(d.nvme_valid.sum())
+        total["capacity_bytes"] += core.nvme.num_slots(group.index) * size
+        total["used_bytes"] += valid * size
+        total["pinned_bytes"] += int((d.nvme_valid & (d.refs > 0)).sum()) * size
+        total["in_flight_bytes"] += int((d.nvme_holds > 0).sum()) * size
+        total["blocks"] += valid
+    missed = int(core.counters.get("missed_blocks", tier="nvme"))
+    return total | core.nvme.status() | {"missed_blocks": missed, "takes_writes": core.nvme.takes_writes}
+
+
 _LEVELS = (
     "capacity_bytes",
     "staging_bytes",
@@ -142,15 +161,26 @@ _COLD_ONLY = (
 
 
 class StatusServer:
-    """Answers status requests from a thread of its own."""
+    """Answers status requests, and an inspector's questions where `inspect` is given, from a thread of its own."""
 
-    def __init__(self, path: Path, listener: socket.socket, status: Callable[[], dict[str, Any]]) -> None:
-        self._path, self._listener, self._status = path, listener, status
+    def __init__(
+        self,
+        path: Path,
+        listener: socket.socket,
+        status: Callable[[], dict[str, Any]],
+        inspect: Callable[[Any], dict[str, Any]] | None,
+    ) -> None:
+        self._path, self._listener, self._status, self._inspect = path, listener, status, inspect
         self._thread = threading.Thread(target=self._serve, name="kvtier-status", daemon=True)
         self._thread.start()
 
     @classmethod
-    def start(cls, path: str, status: Callable[[], dict[str, Any]]) -> StatusServer | None:
+    def start(
+        cls,
+        path: str,
+        status: Callable[[], dict[str, Any]],
+        inspect: Callable[[Any], dict[str, Any]] | None = None,
+    ) -> StatusServer | None:
         """None, with a notice, where the socket cannot be made: being looked at is not worth failing for."""
         target = Path(path)
         if len(str(target).encode()) > _MAX_SOCKET_PATH:
@@ -166,7 +196,7 @@ class StatusServer:
             listener.close()
             _LOG.warning("event=no_status_socket reason=%s", error.strerror)
             return None
-        return cls(target, listener, status)
+        return cls(target, listener, status, inspect)
 
     def close(self) -> None:
         self._path.unlink(missing_ok=True)
@@ -186,9 +216,23 @@ class StatusServer:
             with connection:
                 connection.settimeout(2.0)
                 try:
-                    kind, request_id, _ = protocol.read_frame(connection)
-                    if kind != protocol.STATUS_REQUEST:
-                        raise ProtocolError(f"frame type {kind} is not a status request")
-                    connection.sendall(protocol.encode(protocol.STATUS_REPLY, request_id, self._status()))
+                    connection.sendall(self._reply(*protocol.read_frame(connection)))
                 except (OSError, EOFError, ProtocolError) as error:
                     _LOG.info("event=status_request_failed reason=%s", error)
+
+    def _reply(self, kind: int, request_id: int, body: Any) -> bytes:
+        """The frame that answers one request; what it cannot mean is an error that says so."""
+        if kind == protocol.STATUS_REQUEST:
+            return protocol.encode(protocol.STATUS_REPLY, request_id, self._status())
+        if kind == protocol.INSPECT_REQUEST and self._inspect is not None:
+            try:
+                return protocol.encode(protocol.INSPECT_REPLY, request_id, self._inspect(body))
+            except KvTierError as error:
+                return _refusal(request_id, error)
+        return _refusal(
+            request_id, ProtocolError(f"frame type {kind} is no question; this socket only answers questions")
+        )
+
+
+def _refusal(request_id: int, error: KvTierError) -> bytes:
+    return protocol.encode(protocol.ERROR_REPLY, request_id, {"code": error.code, "message": str(error)})

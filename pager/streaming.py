@@ -96,6 +96,9 @@ class SliceStream:
         """Wait for every copy that was computed on, and say whether one failed: then what was computed means nothing."""
         for event in self._unchecked:
             event.wait()
+        changed = ~self._group.slab.intact(self._host_slots[self._from_host])
+        if changed.any() and self._group.rules.holds(Rule.READER_CHECKS_GENERATION):
+            return True  # rule 11
         return any(event.error is not None for event in self._unchecked)
 
     def close(self) -> None:
@@ -156,9 +159,10 @@ class SliceStream:
         base = slot * self._ring.chunk_slices
         if in_host.any():
             low = layer * self._group.layout.layer_bytes
-            source = self._group.slab.rows[:, low : low + self._group.layout.layer_bytes]
+            slab, slots = self._group.slab, self._host_slots[part][in_host]
+            source = slab.rows[:, low : low + self._group.layout.layer_bytes]
             target_rows = base + np.flatnonzero(in_host)
-            self._backend.promote.copy_rows(self._ring.rows, target_rows, source, self._host_slots[part][in_host])
+            self._backend.promote.copy_rows(self._ring.rows, target_rows, source, slab.place(slots))
         if not in_host.all():
             chunk.on_nvme = np.flatnonzero(~in_host)
             filled = self._ring.filled[slot]

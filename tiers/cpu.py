@@ -236,6 +236,12 @@ class CpuBackend:
     def alloc_host(self, rows: int, row_bytes: int, *, huge_pages: str = "auto") -> npt.NDArray[np.uint8]:
         return aligned_rows(rows, row_bytes, huge_pages=huge_pages)
 
+    def pin(self, rows: Rows) -> bool:
+        return False
+
+    def unpin(self, rows: Rows) -> None:
+        pass
+
     def wait_any(self, timeout_s: float) -> None:
         self._progress.wait_any(timeout_s)
 

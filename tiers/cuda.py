@@ -290,6 +290,25 @@ class CudaBackend:
         """Faulted in by the driver, in pages that it chooses: `huge_pages` has no say here."""
         return pinned_rows(rows, row_bytes, self.device)
 
+    def pin(self, rows: Rows) -> bool:
+        """Costs as long as faulting the memory in. Without it copies are right and slower."""
+        import cupy
+
+        if not rows.nbytes:
+            return False
+        try:
+            with torch.cuda.device(self.device):
+                cupy.cuda.runtime.hostRegister(rows.ctypes.data, rows.nbytes, _PORTABLE)
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            warnings.warn(f"{rows.nbytes} bytes of shared memory are not page-locked: {error}", stacklevel=2)
+            return False
+        return True
+
+    def unpin(self, rows: Rows) -> None:
+        import cupy
+
+        cupy.cuda.runtime.hostUnregister(rows.ctypes.data)
+
     def wait_any(self, timeout_s: float) -> None:
         self._progress.wait_any(timeout_s)
 

@@ -18,7 +18,7 @@ from .machine import Machine
 from .memory import HUGE_PAGES
 from .numa import Placement
 from .prefault import Prefault
-from .streams import Backend
+from .streams import Backend, IntArray
 
 _LOG = logging.getLogger("kvtier.host")
 
@@ -121,6 +121,24 @@ class HostSlab:
     @property
     def nbytes(self) -> int:
         return self.num_slots * self.layout.block_bytes
+
+    # A slot of ours is a row, always there to write to, and changes only when we say so.
+    is_asking = False
+
+    def place(self, slots: IntArray) -> IntArray:
+        return slots
+
+    def room_to_write(self, wanted: int) -> int:
+        return wanted
+
+    def begin_write(self, slots: IntArray) -> None:
+        pass
+
+    def let_go(self, slots: IntArray) -> None:
+        pass
+
+    def intact(self, slots: IntArray) -> npt.NDArray[np.bool_]:
+        return np.ones(len(slots), bool)
 
 
 def check_huge_pages(name: str) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Iterable
 MADV_HUGEPAGE, MADV_NOHUGEPAGE, MADV_POPULATE_WRITE = 14, 15, 23
 MPOL_DEFAULT, MPOL_PREFERRED, MPOL_INTERLEAVE = 0, 1, 3
 MPOL_F_ADDR = 2
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of mallopt
 _MAX_NODES = 1024
 _WORD_BITS = 8 * ctypes.sizeof(ctypes.c_ulong)
 _Mask = ctypes.c_ulong * (_MAX_NODES // _WORD_BITS)
@@ -37,6 +38,19 @@ def populate(address: int, nbytes: int) -> None:
 def advise(address: int, nbytes: int, advice: int) -> None:
     """Raises OSError where the kernel does not know the advice."""
     _check(_libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), advice))
+
+
+def keep_heap_small() -> None:
+    """Ask the C library for few arenas and to give large blocks back at once; for a process with a bound on its memory.
+
+    Does nothing where the library has no such call. Threads that allocate at the same time may wait for each other.
+    """
+    try:
+        mallopt = _libc().mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_ARENA_MAX, 2)
+    mallopt(_M_MMAP_THRESHOLD, 256 << 10)
 
 
 def bind_memory(address: int, nbytes: int, policy: int, nodes: Iterable[int]) -> None:

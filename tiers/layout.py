@@ -20,6 +20,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 STORAGE_DTYPE = {"float32": "<f4", "bfloat16": "<u2", "float16": "<f2"}  # zarr-python has no bfloat16: bits as uint16
 MAX_BLOCK_SIZE = 4096
 ROW_ALIGNMENT = 16  # bytes; kernels spill registers without it
+MAX_SIZE = 1 << 63
 _UNITS = {
     "": 1,
     "b": 1,
@@ -142,17 +143,23 @@ def parse_bytes(size: int | str, *, name: str = "size", total: int | None = None
     if isinstance(size, int):
         if size < 0:
             raise ConfigError(f"{name}={size}: must not be negative")
-        return size
+        return _checked_size(size, size, name)
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z%]*)\s*", size)
     if match:
         number, unit = float(match[1]), match[2].lower()
         if unit == "%" and total is not None:
-            return int(total * number / 100)
+            return _checked_size(total * number / 100, size, name)
         if unit != "b":
             unit = unit.removesuffix("b")
         if unit in _UNITS:
-            return int(number * _UNITS[unit])
+            return _checked_size(number * _UNITS[unit], size, name)
     raise ConfigError(f"{name}={size!r} is not a size; write bytes or a number with KiB, MiB, GiB, TiB (or KB, MB, GB)")
+
+
+def _checked_size(nbytes: float, said: int | str, name: str) -> int:
+    if not nbytes < MAX_SIZE:
+        raise ConfigError(f"{name}={said!r}: more than there can be; give at most 8 EiB")
+    return int(nbytes)
 
 
 def format_bytes(n: float) -> str:

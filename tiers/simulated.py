@@ -178,6 +178,12 @@ class SimulatedBackend:
         io.run(pick if io is self.read_io else pick - len(self.read_io.calls))
         return True
 
+    def pin(self, rows: Rows) -> bool:
+        return False
+
+    def unpin(self, rows: Rows) -> None:
+        pass
+
     def wait_any(self, timeout_s: float) -> None:
         self.run_one()
 

@@ -98,6 +98,12 @@ class Backend(Protocol):
         """Zeroed host memory; pinned and faulted in where `pinned`, else fresh. `huge_pages` as in memory.py; a hint
         where the driver chooses the pages."""
 
+    def pin(self, rows: Rows) -> bool:
+        """Page-lock host rows that somebody else made, so that copies need no detour; False where that cannot be."""
+
+    def unpin(self, rows: Rows) -> None:
+        """Before they are unmapped, and after the last copy. For rows that `pin` took."""
+
     def wait_any(self, timeout_s: float) -> None:
         """Park until something may have completed since the caller last looked."""
 

@@ -36,7 +36,7 @@ def run_chat(arguments: argparse.Namespace) -> int:
     model, tokenizer = load_checkpoint(arguments.model, arguments.dtype)
     if tokenizer is None:
         raise ConfigError(f"--model {arguments.model!r} has no tokenizer; chat needs one saved beside the weights")
-    with Engine.from_model(model, config, tokenizer) as engine:
+    with Engine.from_model(model, config, tokenizer, pager=arguments.pager) as engine:
         end = tokenizer.eos_token_id
         _Chat(engine, arguments.session, SamplingParams(**params, stop_token_ids=() if end is None else (end,))).run()
     return 0

@@ -12,6 +12,9 @@ from pathlib import Path
 from ..tiers.errors import KvTierError
 
 BENCHES = {
+    "attention": "attention over pages, full and compressed, against torch on contiguous KV and the memory's speed",
+    "accuracy": "needles found, and by what margin, with KV in 8, 4 and 2 bits or from selected pages",
+    "kernels": "registers, shared memory and spills of every Triton kernel, without a GPU",
     "decode": "a decode step of an HF model over pages, against transformers' own caches",
     "nvme": "the Zarr store against the disk (fio) and against zarr-python",
     "recovery": "opening a store that lists a million blocks, and an empty one",
@@ -22,6 +25,9 @@ BENCHES = {
     "host": "moving scattered blocks between the memory tiers, against memcpy",
     "codecs": "how much smaller codecs make KV, how fast on one core, and what a store makes of it",
     "policy": "the default policy against every other one and Belady, on two real traces",
+    "tenants": "what encryption at rest costs, and whether a lookup tells what another tenant has",
+    "daemon": "pagerd: look-ups by one and eight clients against a call in-process, blocks through its slab against memcpy",
+    "inspect": "what looking costs: views at a million blocks, the ring of decisions, being watched",
     "metadata": "what the pager's books cost per block of a long prompt",
 }
 
@@ -63,6 +69,9 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--model", required=True, metavar="PATH")
     chat.add_argument("--session", default="chat", metavar="ID")
     chat.add_argument("--store", metavar="PATH", help="directory of the Zarr store (default: none, nothing survives)")
+    chat.add_argument(
+        "--pager", metavar="ADDRESS", help="unix:///... of a pagerd, which keeps the blocks and the session"
+    )
     chat.add_argument("--device-bytes", default="256MiB", metavar="SIZE")
     chat.add_argument("--host-bytes", default="1GiB", metavar="SIZE")
     chat.add_argument(

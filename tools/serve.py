@@ -10,6 +10,7 @@ from typing import Any
 
 from ..tiers.errors import ConfigError
 
+SIZES = {"device_bytes": "256MiB", "host_bytes": "1GiB"}  # where neither flag, environment nor file says another
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
 
@@ -25,8 +26,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="default 8000; 0 takes a free one and says which")
     parser.add_argument("--api-keys", metavar="FILE", help='TOML file of lines "KEY" = "namespace"')
     parser.add_argument("--store", metavar="PATH", help="directory of the Zarr store (default: none, nothing survives)")
-    parser.add_argument("--device-bytes", default="256MiB", metavar="SIZE")
-    parser.add_argument("--host-bytes", default="1GiB", metavar="SIZE")
+    parser.add_argument(
+        "--pager", metavar="ADDRESS", help="unix:///... of a pagerd to share blocks with others through"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="TOML file of the pager's settings, such as pagerd's; flags and KVTIER_... are stronger",
+    )
+    parser.add_argument("--device-bytes", metavar="SIZE", help=f"default {SIZES['device_bytes']}")
+    parser.add_argument("--host-bytes", metavar="SIZE", help=f"default {SIZES['host_bytes']}")
     parser.add_argument(
         "--nvme-bytes", metavar="SIZE", help="most that the store may take (default 80%% of the free disk)"
     )
@@ -57,10 +66,11 @@ def run_serve(arguments: argparse.Namespace) -> int:
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} is not installed; the server needs: pip install 'kvtier[serve]'")
-    from kvtier import Engine, PagerConfig
+    from kvtier import Engine
 
     from ..engine.server.run import run_server
     from ..engine.server.settings import ServerSettings, check_exposure, load_api_keys
+    from ..pager.config import load_config
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     name = arguments.served_model_name or ("needle" if arguments.needle else Path(arguments.model).resolve().name)
@@ -76,17 +86,18 @@ def run_serve(arguments: argparse.Namespace) -> int:
         api_keys={} if arguments.api_keys is None else load_api_keys(arguments.api_keys),
     )
     check_exposure(arguments.host, settings)
-    config = PagerConfig(
+    config = load_config(
+        arguments.config,
+        defaults=SIZES,
         device_bytes=arguments.device_bytes,
         host_bytes=arguments.host_bytes,
         nvme_path=arguments.store,
         nvme_bytes=arguments.nvme_bytes,
     )
-    config.validate()
     model, tokenizer = _load(arguments)
     if tokenizer is None:
         raise ConfigError(f"--model {arguments.model!r} has no tokenizer; a server needs one saved beside the weights")
-    with Engine.from_model(model, config, tokenizer, block_size=arguments.block_size) as engine:
+    with Engine.from_model(model, config, tokenizer, block_size=arguments.block_size, pager=arguments.pager) as engine:
         return run_server(engine, settings, arguments.host, arguments.port)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..tiers.layout import format_bytes
 from ..tiers.nvme import maintenance
-from ..tiers.nvme.codecs import CODECS
+from ..tiers.nvme.codecs import CODECS, ENCRYPTED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             one.add_argument("target", metavar="TARGET", help="directory of the other store")
         if verb == "export":
             one.add_argument(
-                "--codec", choices=list(CODECS), help="how a new store keeps blocks (default: as this one)"
+                "--codec", choices=[*CODECS, *ENCRYPTED], help="how a new store keeps blocks (default: as this one)"
+            )
+        if verb != "gc":
+            one.add_argument(
+                "--config", metavar="FILE", help="TOML file with the secrets of namespaces, for encrypted stores"
             )
         one.add_argument("--json", action="store_true")
         one.set_defaults(run=run_store, verb=verb)
@@ -39,21 +43,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run_store(arguments: argparse.Namespace) -> int:
     """Returns 1 when check found bad blocks. Raises ConfigError and its kinds for stores that cannot be used."""
     path = Path(arguments.path)
+    secrets = {} if arguments.verb == "gc" else _secrets(arguments.config)
     maintenance.stored_identity(path)
     with _progress(arguments.verb, enabled=not arguments.json) as show:
         if arguments.verb in ("check", "repair"):
-            report = maintenance.check(path, show, repair=arguments.verb == "repair")
+            report = maintenance.check(path, show, repair=arguments.verb == "repair", secrets=secrets)
         elif arguments.verb == "gc":
             report = maintenance.collect(path, show)
         elif arguments.verb == "export":
-            report = maintenance.copy(path, Path(arguments.target), show, codec=arguments.codec)
+            report = maintenance.copy(path, Path(arguments.target), show, codec=arguments.codec, secrets=secrets)
         else:
-            report = maintenance.copy(Path(arguments.target), path, show)
+            report = maintenance.copy(Path(arguments.target), path, show, secrets=secrets)
     if arguments.json:
         print(json.dumps(report.to_dict()))
     else:
         print(", ".join(_said(name, value) for name, value in report.to_dict().items() if value or name == "blocks"))
     return 1 if arguments.verb == "check" and report.bad_blocks else 0
+
+
+def _secrets(config: str | None) -> dict[int, bytes]:
+    """Of an engine's file or of pagerd's, and of the environment; by owner tag. Raises ConfigError."""
+    from ..pager.config import load_config
+    from ..pager.daemon.settings import load_daemon_config
+    from ..pager.settings import read_toml
+
+    if config is not None and "namespaces" in read_toml(Path(config)):
+        return load_daemon_config(config).secrets_by_owner()
+    return load_config(config, defaults={"device_bytes": 1}).secrets_by_owner()
 
 
 def _said(name: str, value: int) -> str:

@@ -7,6 +7,7 @@ import hmac
 import secrets
 import time
 from collections.abc import Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from .errors import ApiError
@@ -14,6 +15,7 @@ from .settings import DEFAULT_NAMESPACE, ServerSettings
 
 OPEN_PATHS = {"/health", "/ready"}  # for probes, which have no key
 _WHILE_DRAINING = OPEN_PATHS | {"/metrics"}
+REQUEST_ID: ContextVar[str] = ContextVar("request_id", default="")  # of the HTTP request being answered
 _LINGER_BYTES, _LINGER_S = 64 << 20, 5.0  # of a body that is too large, read so that the client sees the answer
 
 
@@ -60,6 +62,7 @@ class Guard:
         headers = dict(scope["headers"])
         request_id = f"req-{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
+        REQUEST_ID.set(request_id)
 
         async def answer(message: Any) -> None:
             if message["type"] == "http.response.start":

@@ -19,7 +19,7 @@ from ..sampling import SamplingParams
 from .answers import Answers, Ended
 from .bodies import ChatRequest, CompletionRequest, Sampling, unsupported
 from .errors import ApiError, bad
-from .gate import Gate
+from .gate import REQUEST_ID, Gate
 from .histories import Histories
 from .metrics import Metrics
 from .pins import Pin, Pins
@@ -45,6 +45,7 @@ class Asked:
     prompts: Sequence[Prompt]
     answers: Answers
     started_s: float = field(default_factory=time.monotonic)
+    name: str = field(default_factory=REQUEST_ID.get)
     history_key: str | None = None
     pins: list[Pin] = field(default_factory=list)
     reuse_break: ReuseBreakReply | None = None
@@ -179,6 +180,7 @@ class Service:
     def _start(self, asked: Asked, prompt: Prompt, first: int) -> Future[Submission]:
         def make(engine: Engine) -> Request:
             request = engine.request(prompt.token_ids, asked.params, asked.namespace)
+            request.name = asked.name
             if prompt.kept:
                 request.on_prompt = lambda done: self._keep(asked, prompt, done)
             return request

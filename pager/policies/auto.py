@@ -45,6 +45,9 @@ class ByRecency:
     def scores(self, segments: IntArray) -> FloatArray:
         return self._segments.time_s[segments]
 
+    def scores_of_times(self, used_s: FloatArray) -> FloatArray:
+        return used_s
+
 
 class ByDensity:
     """Who has the least chance of use per second held leaves first. A common beginning has its rate of use."""
@@ -73,6 +76,12 @@ class ByDensity:
             density = np.where(common, rate, density)
         return density
 
+    def scores_of_times(self, used_s: FloatArray) -> FloatArray:
+        density: FloatArray = self._table.density[
+            RISKS // 2, age_bins(self.now_s - used_s)
+        ]  # as of an average first turn
+        return density
+
 
 class Auto(Policy):
     """In a replay whole requests are told (`on_chain`), with the trace's times, and `coldest` is what is held.
@@ -88,6 +97,7 @@ class Auto(Policy):
         super().__init__(capacity)
         self._clock, self._block_size = clock, block_size
         self._is_released = np.zeros(_FIRST_SIZE, bool)  # only with a clock
+        self._used_s = np.zeros(_FIRST_SIZE)  # of blocks whose chain was not told; only with a clock
         self._most_segments = _SPARE_SEGMENTS
         self._segments, self._table, self._risk = Segments(), LifeTable(), Risk(4)
         self._by_density = ByDensity(self._segments, self._table)
@@ -114,6 +124,7 @@ class Auto(Policy):
         self._segments.grow(num_ids)
         if num_ids > len(self._is_released):
             self._is_released = resized(self._is_released, len(self.depth), 0)
+            self._used_s = resized(self._used_s, len(self.depth), 0)
 
     # ------------------------------------------------------------------ what happened
     def on_chain(self, chain: IntArray, held: BoolArray, request: Request = UNKNOWN) -> None:
@@ -180,6 +191,7 @@ class Auto(Policy):
         """Just written: the next access tells whose they are."""
         self.depth[blocks] = depth
         self._is_released[blocks] = False
+        self._used_s[blocks] = self._clock() if self._clock is not None else 0.0
 
     def on_hit(self, blocks: IntArray) -> None:
         if len(blocks) and self._clock is not None and not self.depth[blocks[0]]:  # a chain from its root
@@ -191,9 +203,11 @@ class Auto(Policy):
             return
         segments, now_s = self._segments, self._clock()
         self._is_released[blocks] = False
-        if self.depth[blocks[0]]:  # not a chain from its root: nothing to learn, only used now
+        if (
+            self.depth[blocks[0]] or self.depth[blocks[-1]] != len(blocks) - 1
+        ):  # not a chain from its root: nothing to learn, only used now
             owners = segments.of_block[blocks]
-            segments.time_s[owners[owners >= 0]] = now_s
+            segments.time_s[owners[owners >= 0]] = self._used_s[blocks] = now_s
             return
         runs = segments.runs_of(blocks)
         last = runs[-1][0] if runs else NOWHERE
@@ -262,7 +276,9 @@ class Auto(Policy):
         """Of blocks of one segment the deepest leaves first; `victims` sees to it."""
         self._by_density.now_s = self._clock() if self._clock is not None else self._now_s
         owners = self._segments.of_block[blocks]
-        rank = np.where(owners >= 0, self.order.scores(np.maximum(owners, 0)), np.inf)  # unknown ones are just written
+        rank = self.order.scores(np.maximum(owners, 0))
+        unknown = owners < 0
+        rank[unknown] = self.order.scores_of_times(self._used_s[blocks[unknown]])
         rank[self._is_released[blocks]] = -1.0
         return rank
 

@@ -28,6 +28,9 @@ class Order(Protocol):
 
     def scores(self, segments: IntArray) -> FloatArray: ...
 
+    def scores_of_times(self, used_s: FloatArray) -> FloatArray:
+        """Of blocks in no segment, by their last use."""
+
 
 class Shelf:
     """Parts of segments, at most `capacity` blocks after `trim`."""

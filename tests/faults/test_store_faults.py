@@ -22,7 +22,7 @@ from blocks_of import CpuBackend, SystemCalls, key_of, open_tier, put, wrong_blo
 
 from kvtier.tiers.nvme.identity import PROBE_FILE
 from kvtier.tiers.nvme.layout import CRC_BYTES
-from kvtier.tiers.nvme.manifest import _replay
+from kvtier.tiers.nvme.manifest import _frames, _replay
 
 
 @pytest.fixture
@@ -298,6 +298,27 @@ def test_a_power_loss_takes_only_what_was_not_committed(tmp_path, backend, seed)
 def test_many_power_losses(tmp_path, backend, seed):
     totals = lose_power_often(tmp_path, backend, 3000, seed + 1)
     assert (totals["lost"], totals["wrong"]) == (0, 0), totals
+
+
+def test_a_segment_that_a_power_loss_cut_short_is_made_anew(tmp_path, backend):
+    """Its name and the journal reached the disk, its bytes did not: nothing in it is listed, and it takes blocks again."""
+    tier = open_tier(tmp_path / "s", backend, durability="always")
+    put(tier, tier.allocate(0, 40), list(range(40)))
+    shutil.copytree(tmp_path / "s", tmp_path / "copy", ignore=shutil.ignore_patterns("*.sock"))
+    tier.close()
+    raw = (tmp_path / "copy" / "manifest.log").read_bytes()
+    frames = [body for body, _ in _frames(raw)]
+    assert b"commit" in bytes(frames[-1])  # the process got no further than the record before it
+    (tmp_path / "copy" / "manifest.log").write_bytes(raw[: len(raw) - len(frames[-1]) - 8])
+    file = min((tmp_path / "copy" / "blocks.zarr" / "g0").glob("c.*"))
+    os.truncate(file, 4096)
+    again = open_tier(tmp_path / "copy", backend)
+    wrong, right = wrong_blocks(again)
+    assert wrong == 0 and 0 < len(right) < 40 and again.recovered()[0][0].size == len(right)
+    room = again.free_slots(0)
+    assert room + len(right) == again.num_slots(0)
+    assert put(again, again.allocate(0, room), list(range(100, 100 + room))).all()
+    again.close()
 
 
 # ---------------------------------------------------------------------- flipped bits

@@ -1,4 +1,7 @@
-"""Paged caches for kernel tests: random tokens on scattered pages, NaN in every slot that no sequence owns."""
+"""Paged caches for kernel tests: random tokens on scattered pages, NaN in every slot that no sequence owns.
+
+Compressed ones likewise: random blocks, and 0xFF (NaN scales, NaN fp8) in pages that nobody owns.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="kernels need torch")
 
-from kvtier.kernels import layer_views, reference  # noqa: E402
+from kvtier.kernels import PageFormat, layer_views, quantize_blocks, reference, reference_compressed  # noqa: E402
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore = ["interpreted"]  # test_interpreter.py runs these in a process of their own
@@ -86,6 +89,69 @@ def make_case() -> Callable[..., Case]:
     return build_case
 
 
+@dataclass
+class PagesCase:
+    """Queries over compressed blocks; spans are (queries, compressed blocks, tokens between those and the first query)."""
+
+    q: Any
+    pages: Any
+    fmt: PageFormat
+    table: np.ndarray
+    kv_lens: list[int]
+    cu_q: list[int]
+    ahead: list[int]
+    scale: float
+    rules: dict[str, Any] = field(default_factory=dict)
+
+    def expected(self) -> Any:
+        return reference_compressed.compressed_attention(
+            self.q,
+            self.pages,
+            self.fmt,
+            self.table,
+            self.kv_lens,
+            self.cu_q,
+            self.ahead,
+            scale=self.scale,
+            **self.rules,
+        )
+
+
+def build_pages(
+    fmt: PageFormat,
+    spans: Sequence[tuple[int, int, int]],
+    *,
+    group: int = 2,
+    dtype: Any = torch.float32,
+    outliers: float = 0.0,
+    seed: int = 0,
+    device: str = "cpu",
+    **rules: Any,
+) -> PagesCase:
+    random = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    needs = [blocks for _, blocks, _ in spans]
+    order = random.permutation(sum(needs) + 3)
+    table = np.full((len(spans), max([1, *needs])), -1, np.int32)
+    for s, need in enumerate(needs):
+        table[s, :need], order = order[:need], order[need:]
+    rows = torch.full((sum(needs) + 3, fmt.layer_bytes + 384), 0xFF, dtype=torch.uint8, device=device)
+    pages = rows[:, 256:-128]  # one layer of blocks that hold more
+    k = torch.randn(sum(needs), fmt.kv_heads, fmt.block, fmt.keys.dim)
+    k[..., 1::8] += outliers
+    v = torch.randn(sum(needs), fmt.kv_heads, fmt.block, fmt.values.dim)
+    quantize_blocks(k.to(device), v.to(device), range(sum(needs)), pages, table[table >= 0], fmt)
+    cu_q = np.cumsum([0, *(queries for queries, _, _ in spans)]).tolist()
+    q = torch.randn(cu_q[-1], fmt.kv_heads * group, fmt.keys.dim, device=device).to(dtype)
+    kv_lens, ahead = [need * fmt.block for need in needs], [gap for _, _, gap in spans]
+    return PagesCase(q, pages, fmt, table, kv_lens, cu_q, ahead, fmt.keys.dim**-0.5, rules)
+
+
+@pytest.fixture(scope="session")
+def make_pages() -> Callable[..., PagesCase]:
+    return build_pages
+
+
 def close(result: Any, expected: Any, out_tolerance: float = 2e-6, lse_tolerance: float = 3e-6) -> None:
     """Compare (out, lse) with a float64 reference; the out tolerance is relative for values above 1."""
     out, lse = (x.double() for x in result)
@@ -100,6 +166,6 @@ def close(result: Any, expected: Any, out_tolerance: float = 2e-6, lse_tolerance
     assert lse_error.max().item() <= lse_tolerance if lse_error.numel() else True
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def assert_close() -> Callable[..., None]:
     return close

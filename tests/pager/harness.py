@@ -51,27 +51,26 @@ class Rig:
         staging: int = 0,
         clock: Callable[[], float] = time.monotonic,
         calls=None,
+        daemon: str | None = None,
         **config,
     ) -> None:
+        """`daemon`: the address of one; then `host` and `path` are its business."""
         self.layouts = layouts or [LAYOUT]
         self.backend = backend or SimulatedBackend(seed)
         block_bytes = sum(layout.block_bytes for layout in self.layouts)
         staging_bytes = 3 * staging * self.layouts[0].layer_bytes
         settings = {"staging_bytes": staging_bytes, "low_watermark": 0.2, "high_watermark": 0.4} | config
-        self.pager = Pager.open(
-            self.layouts,
-            PagerConfig(
-                device_bytes=pages * block_bytes + staging_bytes,
-                host_bytes=host * block_bytes + (staging_bytes if path else 0),
-                nvme_path=path,
-                **settings,
-            ),
-            model_fingerprint="rig",
-            backend=self.backend,
-            rules=rules,
-            clock=clock,
-            calls=calls,
-        )
+        options = {"model_fingerprint": "rig", "backend": self.backend, "rules": rules, "clock": clock}
+        device_bytes = pages * block_bytes + staging_bytes
+        if daemon is not None:
+            private = settings.pop("private_host", None)
+            host_bytes = 0 if private is None else private * block_bytes + staging_bytes
+            given = PagerConfig(device_bytes, host_bytes, **settings)
+            self.pager = Pager.connect(daemon, self.layouts, given, share_memory=private is None, **options)
+        else:
+            host_bytes = host * block_bytes + (staging_bytes if path else 0)
+            given = PagerConfig(device_bytes, host_bytes, nvme_path=path, **settings)
+            self.pager = Pager.open(self.layouts, given, calls=calls, **options)
         self._counted: list[list[str]] = []  # mismatches of each step that was committed; kernels may still add to them
         self._found: list[str] = []  # those of the step being computed
         self.expected: dict[int, np.ndarray] = {}

@@ -214,9 +214,9 @@ def test_quotas_come_from_a_file_and_from_the_environment(tmp_path):
         'device_bytes = "1MiB"\nhost_bytes = "1MiB"\nnvme_path = "s"\n[namespace_quotas]\na = "1GiB"\nb = 4096\n'
     )
     config = load_config(file, env={})
-    assert (config.quota("a"), config.quota("b")) == (1 << 30, 4096)
+    assert (config.quota("a").nvme_ceiling, config.quota("b").nvme_ceiling) == (1 << 30, 4096)
     config = load_config(file, env={"KVTIER_NAMESPACE_QUOTAS": "a=2GiB,c=1MiB"})
-    assert (config.quota("a"), config.quota("c")) == (2 << 30, 1 << 20)
+    assert (config.quota("a").nvme_ceiling, config.quota("c").nvme_ceiling) == (2 << 30, 1 << 20)
     with pytest.raises(ConfigError, match="KVTIER_NAMESPACE_QUOTAS"):
         load_config(file, env={"KVTIER_NAMESPACE_QUOTAS": "a"})
 

@@ -88,3 +88,26 @@ def test_the_queue_depth_is_that_of_the_backend():
         KVLayout(1, 1, 8, 16, "float32"), PagerConfig("1MiB", "1MiB", backend="cpu", nvme_queue_depth=3)
     ) as pager:
         assert pager.backend.read_io.num_threads == pager.backend.write_io.num_threads == 3
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"device_bytes": "9" * 400}, "device_bytes='999.*more than there can be"),
+        ({"window": True}, "window=True: give a whole number"),
+        ({"low_watermark": b"0.1"}, "low_watermark=b'0.1': give a number"),
+        ({"nvme_path": "/a\0b", "host_bytes": "1GiB"}, "a zero character in a path"),
+        ({"namespace_secrets": {"a": 5}}, "namespace_secrets"),
+        ({"namespace_secrets": {7: "00"}}, "namespace_secrets|namespace=7"),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_by_name(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(None, env={}, **({"device_bytes": "1GiB"} | setting))
+
+
+def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
+    path = tmp_path / "kvtier.toml"
+    path.write_bytes(b'device_bytes = "\xff"')
+    with pytest.raises(ConfigError, match="is not valid TOML"):
+        load_config(path, env={})

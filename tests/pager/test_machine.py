@@ -1,4 +1,6 @@
-"""Any order of calls, under any order of copies and with disks that fail: what is read is right, and the books agree."""
+"""Any order of calls, under any order of copies and with disks that fail: what is read is right, the books agree, and
+tokens, computed counts and sessions are those of a model of plain dictionaries, also after a restart.
+"""
 
 from __future__ import annotations
 
@@ -24,39 +26,54 @@ class PagerMachine(RuleBasedStateMachine):
     """Sequences and sessions of one pager over all three tiers."""
 
     sequences, sessions = Bundle("sequences"), Bundle("sessions")
+    has_failed = False  # then blocks may be lost, and never read wrong
 
     @initialize(seed=st.integers(0, 1 << 16), pages=st.integers(6, 12), staging=st.integers(0, 2))
     def open(self, seed, pages, staging):
         self.folder = Path(tempfile.mkdtemp(prefix="kvtier-machine-"))
-        settings = dict(path=self.folder / "store", nvme_bytes="1MiB", host=8, staging=staging)
-        self.rig = Rig(seed, pages=pages, **settings)
-        self.number = 0
+        self.seed, self.number = seed, 0
+        self.settings = dict(path=self.folder / "store", nvme_bytes="1MiB", host=8, staging=staging, pages=pages)
+        self.rig = Rig(seed, **self.settings)
+        self.tokens: dict[int, list[int]] = {}
+        self.computed: dict[int, int] = {}
+        self.parked: dict[str, tuple[list[int], int]] = {}  # token ids and computed ones, as acknowledged
 
     @rule(target=sequences, tokens=TOKENS)
     def begin(self, tokens):
         seq = self.rig.start(tokens)
+        self.know(seq, tokens)
         self.compute(seq)
         return seq
 
     @rule(target=sequences, seq=sequences)
     def fork(self, seq):
-        return self.rig.pager.fork(seq) if self.knows(seq) else multiple()
+        if not self.knows(seq):
+            return multiple()
+        child = self.rig.pager.fork(seq)
+        self.know(child, self.tokens[seq])
+        assert self.computed[child] == self.computed[seq]
+        return child
 
     @rule(seq=sequences, tokens=TOKENS)
     def say(self, seq, tokens):
         if self.knows(seq) and self.rig.pager.num_tokens(seq) + len(tokens) <= LONGEST:
             self.rig.pager.append(seq, tokens)
+            self.tokens[seq] += tokens
             self.compute(seq)
 
     @rule(seq=sequences, share=st.floats(0, 1))
     def truncate(self, seq, share):
         if self.knows(seq):
-            self.rig.pager.truncate(seq, int(share * self.rig.pager.num_tokens(seq)))
+            count = int(share * len(self.tokens[seq]))
+            left = self.rig.pager.truncate(seq, count)
+            assert left == min(count, self.computed[seq])
+            self.know(seq, self.tokens[seq][:count])
 
     @rule(seq=consumes(sequences), is_released=st.booleans())
     def end(self, seq, is_released):
         if self.knows(seq):
             (self.rig.pager.release if is_released else self.rig.pager.finish)(seq)
+            del self.tokens[seq], self.computed[seq]
 
     @rule(seq=sequences, hint=st.sampled_from(["demote", "prefetch"]))
     def hint(self, seq, hint):
@@ -68,21 +85,41 @@ class PagerMachine(RuleBasedStateMachine):
         if not self.knows(seq) or self.rig.pager.num_tokens(seq) == 0:
             return multiple()
         self.number += 1
+        name, said = f"s{self.number}", (list(self.tokens[seq]), self.computed[seq])
         try:
-            self.rig.pager.park(f"s{self.number}", seq)
+            self.rig.pager.park(name, seq)
         except (Busy, TierUnavailableError):  # the disk failed or is full: the sequence is as it was
             assert self.knows(seq)
-            self.rig.pager.finish(seq)
             return multiple()
-        return f"s{self.number}"
+        self.parked[name] = said
+        del self.tokens[seq], self.computed[seq]
+        return name
 
-    @rule(target=sequences, session=consumes(sessions))
-    def resume(self, session):
-        seq, _ = self.rig.pager.resume(session)
+    @rule(target=sequences, session=consumes(sessions), forgets=st.booleans())
+    def resume(self, session, forgets):
+        tokens, computed = self.parked.pop(session)
+        seq, parked = self.rig.pager.resume(session)
+        assert parked.token_ids == tokens and parked.num_computed <= computed
+        assert parked.num_computed == computed or self.has_failed
+        self.know(seq, tokens)
+        if forgets:
+            self.rig.pager.forget(session)
         return seq
+
+    @rule()
+    def restart(self):
+        """Sequences end with their process; parked sessions are all there, with all their tokens."""
+        self.rig.close()
+        self.seed += 1
+        self.rig = Rig(self.seed, **self.settings)
+        self.tokens, self.computed = {}, {}
+        known = self.rig.pager.sessions()
+        for name, (tokens, computed) in self.parked.items():
+            assert (known[name]["tokens"], known[name]["computed_tokens"]) == (len(tokens), computed)
 
     @rule(where=st.sampled_from(["promote", "demote", "read", "write"]))
     def fail(self, where):
+        self.has_failed = True
         self.rig.backend.fail_next(where, OSError(5, "the disk or a copy failed"))
 
     @rule(steps=st.integers(1, 40))
@@ -96,20 +133,30 @@ class PagerMachine(RuleBasedStateMachine):
         if hasattr(self, "rig"):
             self.rig.pager.check_integrity()
             assert self.rig.wrong == []
+            for seq, tokens in self.tokens.items():
+                assert self.rig.pager.token_ids(seq) == tokens
+                have = self.rig.pager.num_computed(seq)
+                assert have == self.computed[seq] or (self.has_failed and have < self.computed[seq])
+
+    def know(self, seq: int, tokens: list[int]) -> None:
+        self.tokens[seq], self.computed[seq] = list(tokens), self.rig.pager.num_computed(seq)
 
     def knows(self, seq: int) -> bool:
-        return seq in self.rig.pager._core.sequences
+        is_known = seq in self.tokens  # ids start again with a process
+        assert is_known == (seq in self.rig.pager._core.sequences)
+        return is_known
 
     def compute(self, seq: int) -> None:
         """As an engine does: what is lost is computed again, what cannot be held now is left for later."""
         pager = self.rig.pager
         for _ in range(200):
-            left = pager.num_tokens(seq) - pager.num_computed(seq)
-            if not left:
+            self.computed[seq] = pager.num_computed(seq)
+            if self.computed[seq] == len(self.tokens[seq]):
                 return
             try:
                 self.rig.step([(seq, pager.plan_prefill(seq, BLOCK))])
             except (Busy, BlockMissError, TierUnavailableError):
+                self.computed[seq] = pager.num_computed(seq)
                 return
         raise AssertionError(f"sequence {seq} makes no progress")
 

@@ -243,7 +243,7 @@ def test_config_comes_from_override_environment_file_and_default_in_that_order(t
     config = load_config(file, env={"KVTIER_HOST__BYTES": "3GiB", "KVTIER_SINKS": "7"}, device_bytes="4GiB")
     assert (config.device_size, config.host_size, config.sinks) == (4 << 30, 3 << 30, 7)
     file.write_text('device_byte = "1GiB"\n')
-    with pytest.raises(ConfigError, match="unknown setting 'device_byte'"):
+    with pytest.raises(ConfigError, match="'device_byte' is an unknown setting; did you mean 'device_bytes'"):
         load_config(file, env={})
 
 

@@ -56,6 +56,25 @@ def test_a_session_that_ends_within_a_sealed_tail(tmp_path):
     goes_on_after_a_restart(rig, tmp_path / "store", 6)
 
 
+@pytest.mark.parametrize("stays", ["device", "host", "nvme"])
+def test_a_session_whose_tail_went_down_before_it_had_a_name(tmp_path, stays):
+    """Under pressure, say. The store forgets at the next start what has no name there."""
+    rig = Rig(0, path=tmp_path / "store", **STORE)
+    seq = computed(rig, 6)
+    core, group = rig.pager._core, rig.pager._core.groups[0]
+    blocks = core.sequences[seq].tables[0].ids
+    core.write_back_blocks(group, blocks, "test")
+    rig.settle()
+    core.sink_blocks(group, blocks, "test")
+    rig.settle()
+    if stays != "device":
+        group.evict(blocks, "test")
+    if stays == "nvme":
+        group._drop_host_copies(blocks)
+    rig.pager.park("s", seq)
+    goes_on_after_a_restart(rig, tmp_path / "store", 6)
+
+
 def test_a_windowed_session_needs_what_its_last_token_sees_and_no_more(tmp_path):
     """From the end of the tail the first block is out of the window; from the start of the tail it is not."""
     rig = Rig(0, path=tmp_path / "store", layouts=[LAYOUT, WINDOWED], **STORE)

@@ -213,3 +213,12 @@ def test_a_chat_rendered_differently_says_where_reuse_broke(server):
     broken = ask(changed)
     assert broken["reason"] == "history_changed" and 0 < broken["at"] < 24 and "date" in broken["explanation"]
     assert ask(first)["reason"] == "history_changed"
+
+
+def test_a_request_is_found_by_its_id_by_inspectors(server):
+    from kvtier.pager.inspection.inspector import Inspector
+
+    raw = server.client.chat.completions.with_raw_response.create(model="tiny", messages=CHAT, max_tokens=2)
+    name = raw.headers["x-request-id"]
+    (told,) = Inspector(server.service.engine.pager._core).answer({"verb": "why", "request": name})["requests"]
+    assert told["name"] == name and sum(line["seconds"] for line in told["lines"]) == pytest.approx(told["ttft_s"])

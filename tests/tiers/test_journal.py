@@ -6,8 +6,9 @@ import errno
 
 import pytest
 
+from kvtier.tiers.errors import ConfigError
 from kvtier.tiers.nvme.files import SystemCalls
-from kvtier.tiers.nvme.manifest import Manifest, replay
+from kvtier.tiers.nvme.manifest import STAMP, Manifest, _frame, replay
 
 
 class Refusing(SystemCalls):
@@ -91,3 +92,21 @@ def test_a_rewrite_that_fails_leaves_the_journal_in_use(journal):
     journal.put_session("b", {"n": 2})
     journal.sync()
     assert sessions(calls.path) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"op": "put", "group": 1 << 40, "slots": b"\0" * 8, "stamps": b"\0" * STAMP.itemsize},
+        {"op": "put", "group": 0, "slots": b"\xff" * 8, "stamps": b"\0" * STAMP.itemsize},
+        {"op": "put", "group": 0, "slots": b"\0" * 8, "stamps": b""},
+        {"op": "move", "group": 0, "slots": b"\0" * 8},
+        {"op": "session", "id": "a", "record": None},
+        {},
+    ],
+)
+def test_a_whole_record_that_is_none_of_ours_is_said_so_and_lists_nothing(tmp_path, record):
+    path = tmp_path / "manifest.log"
+    path.write_bytes(_frame({"op": "session", "id": "a", "record": {}}) + _frame(record))
+    with pytest.raises(ConfigError, match=r"record at byte \d+ is whole and none that this version writes"):
+        Manifest.open(path)

@@ -16,10 +16,17 @@ from kvtier.tools.bench import harness, lmcache
 from kvtier.tools.bench.harness import Row, interleave
 
 SMALL = {
+    "attention": [
+        *("--contexts", "512", "--prefill-contexts", "256", "--rows", "8", "--rounds", "1"),
+        *("--shapes", "GQA8", "--formats", "int4,hack8", "--device", "cpu"),
+    ],
+    "accuracy": ["--contexts", "512", "--formats", "int8,int2", "--picks", "4"],
+    "kernels": ["--aot", "--archs", "90", "--only", "^(merge_states|score_blocks)$"],
     "decode": ["--contexts", "64,100", "--rounds", "2", "--resume", "300"],
     "host": ["--blocks", "4", "--rounds", "2"],
     "nvme": ["--blocks", "16", "--rounds", "1"],
     "prefix": ["--tokens", "64", "--documents", "1", "--rounds", "1"],
+    "inspect": ["--blocks", "2000", "--rounds", "1"],
     "metadata": ["--context", "512", "--rounds", "2"],
     "policy": ["--requests", "300", "--capacity", "5%,50%", "--parts", "whole,shuffled"],
     "codecs": ["--blocks", "1", "--rounds", "1"],
@@ -32,7 +39,9 @@ SMALL = {
         *("--device-bytes", "8MiB", "--host-bytes", "16MiB", "--nvme-bytes", "64MiB"),
     ],
 }
-MAY_BE_NONE = {"way_to_belady", "share computed again", "refused with 429", "failed"}
+MAY_BE_NONE = {
+    *("share computed again", "refused with 429", "failed", "spills", "needles found", "bytes read", "way_to_belady"),
+}
 WITHOUT_LMCACHE = pytest.mark.skipif(find_spec("lmcache") is not None, reason="lmcache is installed here")
 FIELDS = {"case", "metric", "value", "unit", "reference", "reference_value", "ratio", "rounds"}
 

@@ -97,7 +97,7 @@ def test_inspect_reads_a_running_pager_and_then_its_store_at_rest(capsys, tmp_pa
     code, out, _ = run(capsys, inspect.main, "status", tmp_path / "s")
     assert code == 0 and "store at rest" in out
     code, _, err = run(capsys, inspect.main, "status", tmp_path / "nothing")
-    assert code == 2 and "no such socket or store" in err
+    assert code == 3 and "no such socket or store" in err
 
 
 def test_pagerd_checks_a_configuration_and_says_that_it_serves_nobody_yet(capsys, tmp_path):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvtier import KVLayout, Pager, PagerConfig
+from kvtier.pager.lease import Span
 from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.nvme.identity import stored_codecs, stored_geometries
 from kvtier.tools import cli
@@ -121,3 +122,28 @@ def test_what_cannot_be_is_one_clear_line(path, tmp_path, capsys):
     with Pager.open(KVLayout(1, 1, 8, 16, "float32"), config):
         assert "in use by process" in refused("check", tmp_path / "p")
     assert "another model" in refused("import", path, tmp_path / "p")
+
+
+def test_an_encrypted_store_is_checked_and_exported_with_the_secrets_of_a_file(capsys, tmp_path):
+    pytest.importorskip("cryptography")
+    layout, secret = KVLayout(1, 1, 8, 4, "float32"), "ab" * 32
+    settings = {"nvme_path": tmp_path / "s", "nvme_bytes": "1MiB", "nvme_codec": "aes", "backend": "cpu"}
+    with Pager.open(layout, PagerConfig("64KiB", "64KiB", namespace_secrets={"mine": secret}, **settings)) as pager:
+        seq = pager.begin("mine")
+        pager.append(seq, [1, 2, 3, 4, 5])
+        with pager.lease([Span(seq, 0, 5)]) as lease:
+            lease.commit()
+        pager.park("chat", seq)
+    engines, daemons = tmp_path / "engine.toml", tmp_path / "pagerd.toml"
+    engines.write_text(f'[namespace_secrets]\nmine = "{secret}"\n')
+    (tmp_path / "secret").write_text(secret)
+    (tmp_path / "secret").chmod(0o600)
+    daemons.write_text(f'[namespaces.mine]\nsecret_file = "{tmp_path / "secret"}"\n')
+    assert cli.main(["store", "check", str(tmp_path / "s")]) == 2
+    assert "secrets of 1 namespaces are not given" in capsys.readouterr().err
+    for file in (engines, daemons):
+        code, report = store(capsys, "check", tmp_path / "s", "--config", file)
+        assert (code, report["blocks"], report["bad_blocks"], report["sessions"]) == (0, 2, 0, 1)
+    store(capsys, "export", tmp_path / "s", tmp_path / "open", "--codec", "none", "--config", daemons)
+    code, report = store(capsys, "check", tmp_path / "open")
+    assert (code, report["blocks"], report["bad_blocks"]) == (0, 2, 0)

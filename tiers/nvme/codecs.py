@@ -1,9 +1,10 @@
-"""Lossless codecs of blocks, by name: what goes into zarr.json, and the same bytes made and read without zarr.
+"""Codecs of blocks, by name: what goes into zarr.json, and the same bytes made and read without zarr.
 
     none    the block's bytes as they are: preallocated, read layer by layer, at the disk's speed
     lz4     Blosc, bitshuffle, lz4: the fastest
     zstd    Blosc, bitshuffle, zstd
     split   planes of bytes, zstd where that helps (split.py): the smallest for random mantissas; needs kvtier to be installed
+    aes     encrypted (sealing.py); `lz4+aes`, `zstd+aes`, `split+aes`: made smaller first
 
 An encoder takes a row and returns bytes that Zarr's codec of that name decodes; a decoder fills a row whose size is
 known, and refuses whatever does not fill it exactly. Loads numcodecs or zarr only when a codec is asked for.
@@ -22,9 +23,11 @@ import numpy.typing as npt
 
 from ..errors import ConfigError
 from ..layout import KVLayout
+from .sealing import OVERHEAD_BYTES
 
 _LOG = logging.getLogger("kvtier.tiers")
-NONE = "none"
+NONE, AES = "none", "aes"
+_PLUS_AES = "+aes"
 Row = npt.NDArray[np.uint8]
 
 _BITSHUFFLE = 2
@@ -51,19 +54,46 @@ class BlockCodec(Protocol):
 
 def check_codec(name: Any, *, where: str = "codec") -> str:
     """The name, if there is such a codec. Raises ConfigError."""
-    if not isinstance(name, str) or name not in CODECS:
-        raise ConfigError(f"{where}={name!r} is unknown; choose {', '.join(CODECS)}")
+    if not isinstance(name, str) or name not in (*CODECS, *ENCRYPTED):
+        raise ConfigError(f"{where}={name!r} is unknown; choose {', '.join((*CODECS, *ENCRYPTED))}")
     return name
 
 
-def codec_for(name: str, layout: KVLayout) -> BlockCodec | None:
-    """The codec for blocks of this layout, None for `none`. Raises ConfigError."""
-    make = CODECS[check_codec(name)]
-    if make is None:
+def is_encrypted(name: str) -> bool:
+    return name in ENCRYPTED
+
+
+def check_mix(names: Sequence[str], *, where: str = "codecs") -> None:
+    """Raises ConfigError where some groups would be encrypted and others not: what one hides, the other would show."""
+    if len({is_encrypted(name) for name in names}) > 1:
+        raise ConfigError(f"{where}={', '.join(names)}: encrypt all layer groups of a store, or none")
+
+
+def overhead_of(name: str, layout: KVLayout) -> int | None:
+    """Bytes that an encoded block can have more than the block; None where it is not encoded. Raises ConfigError."""
+    codec = codec_for(name, layout)
+    if codec is None and not is_encrypted(name):
         return None
-    if layout.block_bytes > _BLOSC_MOST_BYTES:
+    return (codec.overhead_bytes if codec else 0) + (OVERHEAD_BYTES if is_encrypted(name) else 0)
+
+
+def zarr_codecs(name: str, layout: KVLayout) -> list[Any]:
+    """What stands between `bytes` and `crc32c` in the array's metadata. Loads zarr, which then knows them all."""
+    codec = codec_for(name, layout)
+    stages = [] if codec is None else [codec.zarr_codec()]
+    if is_encrypted(name):
+        from .zarr_aes import ZarrAesGcm
+
+        stages.append(ZarrAesGcm(layout=layout.fingerprint))
+    return stages
+
+
+def codec_for(name: str, layout: KVLayout) -> BlockCodec | None:
+    """What makes blocks of this layout smaller, None for `none` and `aes`. Raises ConfigError."""
+    make = CODECS[NONE if check_codec(name) == AES else name.removesuffix(_PLUS_AES)]
+    if layout.block_bytes > _BLOSC_MOST_BYTES and name != NONE:
         raise ConfigError(f"codec={name!r} takes blocks below 2 GiB; use a smaller block_size than {layout.block_size}")
-    return make(layout)
+    return None if make is None else make(layout)
 
 
 def check_codecs(names: Sequence[str] | None, layouts: Sequence[KVLayout]) -> list[str] | None:
@@ -74,6 +104,7 @@ def check_codecs(names: Sequence[str] | None, layouts: Sequence[KVLayout]) -> li
         raise ConfigError(f"codecs={list(names)!r}: {len(layouts)} layer groups need one each")
     for name, layout in zip(names, layouts, strict=True):
         codec_for(name, layout)
+    check_mix(names)
     return list(names)
 
 
@@ -163,3 +194,4 @@ CODECS: Mapping[str, Callable[[KVLayout], BlockCodec] | None] = {
     "zstd": lambda layout: BloscCodec(layout, "zstd", 1, 1 << 20),
     "split": SplitCodec,
 }
+ENCRYPTED = (AES, *(f"{name}{_PLUS_AES}" for name in CODECS if name != NONE))

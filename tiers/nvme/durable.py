@@ -20,7 +20,7 @@ import numpy.typing as npt
 from ..errors import TierUnavailableError
 from ..streams import IntArray
 from .commit import Durability
-from .files import Segment, SegmentFiles
+from .files import ForeignSegmentError, Segment, SegmentFiles
 from .manifest import Manifest
 from .session_table import SessionTable
 from .slots import SlotBook, segments_of
@@ -164,6 +164,8 @@ class DurableListing:
             self._table.write(table)
         if self._stale_index:
             self.commit_quietly()
+            for book in self._books:
+                book.free_unlisted()
         elif self._durability != "none":
             self._sync_journal_quietly()
 
@@ -206,6 +208,11 @@ class DurableListing:
             self._files.write_index(segment, stored)
         except FileNotFoundError:
             return True  # somebody deleted it; its blocks fail their checks, and a new file may be made
+        except ForeignSegmentError:  # a power loss can cut a new one short; once it lists nothing it is made anew
+            group, number = segment
+            size = self._books[group].geometry.slots_per_segment
+            self._distrust(segment, [np.arange(number * size, (number + 1) * size)])
+            return True
         except OSError:
             self.failed_index_writes += 1
             return False
@@ -229,6 +236,7 @@ class DurableListing:
         with self.lock:
             slots = np.unique(np.concatenate([*written, np.empty(0, np.int64)])).astype(np.int64)
             slots = slots[slots // book.geometry.slots_per_segment == number]
+            slots = slots[slots < len(book.listing.listed)]
             slots = slots[book.listing.listed[slots]]
             if len(slots):
                 self.drop_locked(group, slots)

@@ -62,19 +62,38 @@ class EncodedIo:
         segment, start = self._geometry.place(slot)
         block = self._blocks.take(self._layout.block_bytes)
         fetched = self._fetch(group, segment, start, stamp)
-        if fetched is None or not self._decode(fetched[0], block):
+        if fetched is None or not self._decode(fetched[0], block, stamp):
             return False
         size = self._layout.layer_bytes
         row[:] = block[layer * size : (layer + 1) * size]
-        return xxhash.xxh3_64_intdigest(row.data) == int(fetched[1].layer_sums[layer])
+        return self._proves_slice(row, fetched[1], layer)
+
+    # ------------------------------------------------------------------ what encryption does in another way
+    def _encode(self, row: Bytes, stamp: Stamps) -> tuple[Any, npt.NDArray[np.uint64]]:
+        """The chunk's bytes, and the sums that its trailer keeps."""
+        return self._codec.encode(row), layer_sums(self._layout, row)
+
+    def _decode(self, encoded: Bytes, row: Bytes, stamp: Any) -> bool:
+        try:
+            with self._working:
+                self._codec.decode(encoded, row)
+        except ValueError:
+            return False
+        return True
+
+    def _proves(self, row: Bytes, trailer: Trailer) -> bool:
+        return np.array_equal(layer_sums(self._layout, row), trailer.layer_sums)
+
+    def _proves_slice(self, row: Bytes, trailer: Trailer, layer: int) -> bool:
+        return xxhash.xxh3_64_intdigest(row.data) == int(trailer.layer_sums[layer])
 
     # ------------------------------------------------------------------ inside
     def _image(self, row: Bytes, stamp: Stamps) -> Bytes:
         """The pages of a chunk with its trailer; its checksum and size go into the stamp."""
         geometry = self._geometry
         with self._working:
-            encoded = self._codec.encode(row)
-            sums, crc = layer_sums(self._layout, row), crc32c.crc32c(encoded)
+            encoded, sums = self._encode(row, stamp)
+            crc = crc32c.crc32c(encoded)
         stored = len(encoded) + CRC_BYTES
         assert geometry.may_store(stored), f"{len(encoded)} bytes of a block of {geometry.block_bytes}"
         stamp["checksum"], stamp["stored_bytes"] = block_sum(sums), stored
@@ -88,10 +107,10 @@ class EncodedIo:
 
     def _read_block(self, group: int, segment: int, start: int, row: Bytes, stamp: Any) -> bool:
         fetched = self._fetch(group, segment, start, stamp)
-        if fetched is None or not self._decode(fetched[0], row):
+        if fetched is None or not self._decode(fetched[0], row, stamp):
             return False
         with self._working:
-            return np.array_equal(layer_sums(self._layout, row), fetched[1].layer_sums)
+            return self._proves(row, fetched[1])
 
     def _fetch(self, group: int, segment: int, start: int, stamp: Any) -> tuple[Bytes, Trailer] | None:
         """The chunk that the stamp names, proven as it is stored, and its trailer; None when it is not there."""
@@ -108,11 +127,3 @@ class EncodedIo:
         with self._working:
             is_whole = crc32c.crc32c(encoded.data) == trailer.crc
         return (encoded, trailer) if is_whole else None
-
-    def _decode(self, encoded: Bytes, row: Bytes) -> bool:
-        try:
-            with self._working:
-                self._codec.decode(encoded, row)
-        except ValueError:
-            return False
-        return True

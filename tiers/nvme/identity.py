@@ -20,7 +20,7 @@ import xxhash
 
 from ..errors import ConfigError, StoreLockedError, StoreMismatchError
 from ..layout import KVLayout
-from .codecs import NONE, check_codec, codec_for
+from .codecs import check_codec, overhead_of, zarr_codecs
 from .layout import Geometry
 
 FORMAT = 4  # 1: no seal over a block's crc; 2: segments of one size, stamps without an owner; 3: without stored bytes
@@ -30,6 +30,7 @@ SPARE_DIR = "blocks.new"  # Zarr metadata on its way
 NEW_SEGMENT_FILE = "segment.new"  # a segment until it is whole
 SESSIONS_DIR, SPARE_SESSIONS_FILE = "sessions.zarr", "sessions.new"  # see session_table.py
 _OURS = {STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR, "status.sock", "manifest.new", "store.json.new"}
+_OURS |= {"status.sock.page", "status.sock.page.new", "status.sock.history"}  # see pager/inspection
 _OURS |= {PROBE_FILE, NEW_SEGMENT_FILE, SPARE_DIR, SESSIONS_DIR, SPARE_SESSIONS_FILE}
 _DIM_NAMES = ("slot", "layer", "kv", "head", "token", "dim")
 
@@ -107,13 +108,24 @@ def read_identity(path: Path) -> dict[str, Any]:
     """The identity file, proven by its own sum. Raises ConfigError."""
     try:
         stored = json.loads((path / STORE_FILE).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"store {path} has no readable {STORE_FILE}: {error}") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"store {path}: {STORE_FILE} is not an object")
     if stored.get("format") == FORMAT and stored.pop("sum", None) != _sum_of(stored):
         raise ConfigError(f"store {path}: {STORE_FILE} is damaged; restore it from a copy, or delete the store")
     return stored
+
+
+def stored_layouts(path: Path, stored: Mapping[str, Any]) -> tuple[KVLayout, ...]:
+    """The layouts that an identity file names. Raises ConfigError."""
+    try:
+        layouts = tuple(KVLayout.from_dict(fields) for fields in stored["layouts"])
+        if not layouts:
+            raise ValueError("no layer group")
+        return layouts
+    except (LookupError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"store {path}: {STORE_FILE} does not say what its blocks are: {error!r:.200}") from error
 
 
 def make_arrays(
@@ -177,8 +189,6 @@ def _write_metadata(
 def _make_array(group: Any, index: int, layout: KVLayout, geometry: Geometry, slots: int, codec: str) -> None:
     from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
 
-    encoder = codec_for(codec, layout)
-    compressor = [] if encoder is None else [encoder.zarr_codec()]
     chunk = (1, *layout.block_shape)
     kinds = _DIM_NAMES if len(chunk) == len(_DIM_NAMES) else ("slot", "layer", "element")
     names = [f"g{index}_{kind}" for kind in kinds]  # of its own, so that xarray takes groups of other sizes
@@ -189,7 +199,7 @@ def _make_array(group: Any, index: int, layout: KVLayout, geometry: Geometry, sl
         dtype=layout.storage_dtype,
         serializer=ShardingCodec(
             chunk_shape=chunk,
-            codecs=[BytesCodec(), *compressor, Crc32cCodec()],
+            codecs=[BytesCodec(), *zarr_codecs(codec, layout), Crc32cCodec()],
             index_codecs=[BytesCodec(), Crc32cCodec()],
             index_location="start",
         ),
@@ -210,7 +220,7 @@ def stored_geometries(path: Path, identity: StoreIdentity) -> list[Geometry]:
             raise ValueError("slots_per_segment must be at least 1")
         overheads = map(overhead_of, stored_codecs(path, identity), identity.layouts)
         return [Geometry.of(*parts) for parts in zip(identity.layouts, counts, overheads, strict=True)]
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"store {path}: {STORE_FILE} does not say how its arrays are cut: {error}") from error
 
 
@@ -221,14 +231,8 @@ def stored_codecs(path: Path, identity: StoreIdentity | None = None) -> list[str
         if identity is not None and len(names) != len(identity.layouts):
             raise ValueError(f"{len(names)} arrays for {len(identity.layouts)} layer groups")
         return names
-    except (LookupError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"store {path}: {STORE_FILE} does not say how its arrays are stored: {error}") from error
-
-
-def overhead_of(codec: str, layout: KVLayout) -> int | None:
-    """Bytes that an encoded block can have more than the block; None where it is not encoded. Raises ConfigError."""
-    encoder = None if codec == NONE else codec_for(codec, layout)
-    return None if encoder is None else encoder.overhead_bytes
 
 
 def grow_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> list[Geometry]:
@@ -250,8 +254,7 @@ def grow_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> li
         if has < wanted:
             import zarr
 
-            if (encoder := codec_for(arrays[index]["codec"], identity.layouts[index])) is not None:
-                encoder.zarr_codec()  # zarr then knows it, also where an older installation lacks the entry point
+            zarr_codecs(arrays[index]["codec"], identity.layouts[index])  # known also without the entry point
             array = zarr.open_array(str(file.parent), mode="r+")
             array.resize((wanted, *array.shape[1:]))
     return geometries
@@ -269,7 +272,7 @@ def _whole_segments(slots: int, geometry: Geometry) -> int:
 def _is_ours(path: Path, index: int, array: Mapping[str, Any]) -> bool:
     try:
         return _metadata_sum(path, index) == array.get("metadata_sum")
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return False
 
 

@@ -7,7 +7,7 @@ as (done, total) blocks.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,13 +17,15 @@ import numpy as np
 
 from ..cpu import CpuBackend
 from ..errors import ConfigError, StoreMismatchError
-from ..layout import KVLayout
 from ..streams import IntArray
-from .identity import StoreIdentity, read_identity, repair_metadata, segment_path
+from .identity import StoreIdentity, read_identity, repair_metadata, segment_path, stored_layouts
+from .sealing import MIN_SECRET_BYTES, RecordSealer, is_sealed
 from .store import NvmeTier
 
 Progress = Callable[[int, int], None]
 BATCH_BYTES = 32 << 20
+Secrets = Mapping[int, bytes]  # of namespaces, by owner tag
+_NO_SECRETS: Secrets = {}
 
 
 @dataclass(slots=True)
@@ -45,22 +47,22 @@ class Report:
 
 def stored_identity(path: Path) -> StoreIdentity:
     """Raises ConfigError when there is no readable store."""
-    fields = read_identity(path)
-    try:
-        layouts = tuple(KVLayout.from_dict(layout) for layout in fields["layouts"])
-        return StoreIdentity(str(fields["model_fingerprint"]), layouts)
-    except (LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"store {path}: its identity lacks {error}") from error
+    stored = read_identity(path)
+    return StoreIdentity(str(stored.get("model_fingerprint", "")), stored_layouts(path, stored))
 
 
-def check(path: Path, progress: Progress, *, repair: bool = False) -> Report:
-    """Read every listed block. With `repair`, what is bad leaves the listing, indexes and metadata are written anew."""
+def check(path: Path, progress: Progress, *, repair: bool = False, secrets: Secrets = _NO_SECRETS) -> Report:
+    """Read every listed block. With `repair`, what is bad leaves the listing, indexes and metadata are written anew.
+
+    Raises ConfigError, before anything is called bad, for blocks that are encrypted under a secret that is not given.
+    """
     report = Report()
     if repair:
         report.repaired_metadata = int(repair_metadata(path, stored_identity(path)))
-    with _opened(path) as (tier, backend):
+    with _opened(path, secrets=secrets) as (tier, backend):
         report.sessions = len(tier.sessions())
         listed = tier.recovered()
+        _require_secrets(tier, secrets)
         total = sum(len(slots) for slots, _ in listed)
         for group, (slots, _) in enumerate(listed):
             for part, _, ok in _read_all(tier, backend, group, slots):
@@ -97,7 +99,9 @@ def collect(path: Path, progress: Progress) -> Report:
     return report
 
 
-def copy(source: Path, target: Path, progress: Progress, *, codec: str | None = None) -> Report:
+def copy(
+    source: Path, target: Path, progress: Progress, *, codec: str | None = None, secrets: Secrets = _NO_SECRETS
+) -> Report:
     """Copy blocks and sessions from one store into another of the same model, which is made where there is none.
 
     A new target is stored as the source is, or under `codec`; one that exists keeps its own.
@@ -107,11 +111,13 @@ def copy(source: Path, target: Path, progress: Progress, *, codec: str | None = 
     if not is_new and stored_identity(target) != identity:
         raise StoreMismatchError(f"store {target} belongs to another model or layout than {source}")
     report = Report()
-    with _opened(source) as (origin, backend):
+    with _opened(source, secrets=secrets) as (origin, backend):
+        _require_secrets(origin, secrets)
         listed = origin.recovered()
         total = sum(len(slots) for slots, _ in listed)
         codecs = [codec] * len(listed) if codec is not None else origin.codecs if is_new else None
-        with _opened(target, identity, [len(slots) for slots, _ in listed], codecs) as (into, _):
+        with _opened(target, identity, [len(slots) for slots, _ in listed], codecs, secrets) as (into, _):
+            _require_secrets(into, secrets, of=origin)
             known = [{stamp.tobytes() for stamp in stamps["key"]} for _, stamps in into.recovered()]
             for group, (slots, stamps) in enumerate(listed):
                 keys = [stamp.tobytes() for stamp in stamps["key"]]
@@ -126,8 +132,8 @@ def copy(source: Path, target: Path, progress: Progress, *, codec: str | None = 
                     ticket.event.wait()
                     report.copied_blocks += int(ticket.ok.sum())
                     progress(report.blocks, total)
-            for session_id, record in origin.sessions().items():
-                into.put_session(session_id, record)
+            for session_id, record in _records(origin, secrets):
+                into.put_session(*_as_in(into, session_id, record, secrets))
                 report.sessions += 1
             into.flush()
     return report
@@ -140,6 +146,7 @@ def _opened(
     identity: StoreIdentity | None = None,
     more_slots: list[int] | None = None,
     codecs: list[str] | None = None,
+    secrets: Secrets = _NO_SECRETS,
 ) -> Iterator[tuple[NvmeTier, CpuBackend]]:
     """The store with room for what it lists, and for `more_slots` besides."""
     if identity is None or (path / "store.json").exists():
@@ -152,13 +159,38 @@ def _opened(
             held = [int(slots.max()) + 1 if len(slots) else 0 for slots, _ in tier.recovered()]
             tier.close()
         room = [a + b for a, b in zip(held, more_slots or [0] * len(held), strict=True)]
-        tier = NvmeTier.open(path, identity, num_slots=room, backend=backend, codecs=codecs)
+        tier = NvmeTier.open(path, identity, num_slots=room, backend=backend, codecs=codecs, secrets=secrets)
         try:
             yield tier, backend
         finally:
             tier.close()
     finally:
         backend.close(10.0)
+
+
+def _require_secrets(tier: NvmeTier, secrets: Secrets, *, of: NvmeTier | None = None) -> None:
+    """Whoever's blocks are in `of` (or here) must be able to open or seal them here. Raises ConfigError."""
+    if not tier.is_encrypted:
+        return
+    owners = {owner for _, stamps in (of or tier).recovered() for owner in np.unique(stamps["owner"]).tolist()}
+    lacking = sorted(owner for owner in owners if len(secrets.get(owner, b"")) < MIN_SECRET_BYTES)
+    if lacking:
+        raise ConfigError(
+            f"an encrypted store, and the secrets of {len(lacking)} namespaces are not given (tags "
+            f"{', '.join(f'{owner:#010x}' for owner in lacking[:4])}): name them in a file for --config, or in the environment"
+        )
+
+
+def _records(tier: NvmeTier, secrets: Secrets) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Session records by id, opened; those that do not open are left out."""
+    for name, record in tier.sessions().items():
+        opened = RecordSealer(secrets).unwrap(name, record) if is_sealed(record) else (name, record)
+        if opened is not None:
+            yield opened
+
+
+def _as_in(tier: NvmeTier, session_id: str, record: dict[str, Any], secrets: Secrets) -> tuple[str, dict[str, Any]]:
+    return RecordSealer(secrets).wrap(session_id, record) if tier.is_encrypted else (session_id, record)
 
 
 def _read_all(tier: NvmeTier, backend: CpuBackend, group: int, slots: IntArray) -> Iterator[tuple[IntArray, Any, Any]]:

@@ -21,6 +21,7 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import ConfigError
 from .files import SystemCalls, sync_directory
 
 STAMP = np.dtype(
@@ -36,6 +37,8 @@ STAMP = np.dtype(
 _FRAME = struct.Struct("<II")
 _MAX_FRAME_BYTES = 64 << 20
 _BATCH = 4096  # slots per record of a snapshot
+MAX_GROUPS, MAX_SLOTS = 1024, 1 << 28  # more is no store of ours: a petabyte of 4 MiB blocks
+_NO_RECORD = (ValueError, LookupError, TypeError, AttributeError, MemoryError, RecursionError, msgpack.UnpackException)
 SNAPSHOT_BYTES = 16 << 20  # a smaller journal is never rewritten
 IntArray = npt.NDArray[np.int64]
 
@@ -50,8 +53,9 @@ class GroupListing:
     def reach(self, size: int) -> None:
         if size > len(self.stamps):
             size = max(size, 2 * len(self.stamps), 64)
-            self.stamps = np.concatenate([self.stamps, np.zeros(size - len(self.stamps), STAMP)])
-            self.listed = np.concatenate([self.listed, np.zeros(size - len(self.listed), bool)])
+            stamps, listed = np.zeros(size, STAMP), np.zeros(size, bool)  # what is not written takes no memory
+            stamps[: len(self.stamps)], listed[: len(self.listed)] = self.stamps, self.listed
+            self.stamps, self.listed = stamps, listed
 
     def put(self, slots: IntArray, stamps: npt.NDArray[Any]) -> None:
         if len(slots):
@@ -85,11 +89,14 @@ class Listing:
     uncommitted: list[tuple[int, IntArray]] = field(default_factory=list)
 
     def apply(self, record: dict[str, Any]) -> None:
+        """Raises ValueError, LookupError or TypeError for a record that is none of ours; nothing is changed then."""
         kind = record["op"]
         if kind in ("put", "drop", "move"):
-            group, slots = int(record["group"]), np.frombuffer(record["slots"], "<i8")
+            group, slots = _group_number(record["group"]), _slots(record["slots"])
+            if kind != "drop" and len(record["stamps"]) != len(slots) * STAMP.itemsize:
+                raise ValueError(f"{len(slots)} slots and {len(record['stamps'])} bytes of stamps")
             if kind == "move":
-                left = np.frombuffer(record["left"], "<i8")
+                left = _slots(record["left"])
                 self.group(group).drop(left)
                 self.uncommitted.append((group, left))
             if kind == "drop":
@@ -98,7 +105,7 @@ class Listing:
                 self.group(group).put(slots, np.frombuffer(record["stamps"], STAMP))
             self.uncommitted.append((group, slots))
         elif kind == "session":
-            self.sessions[record["id"]] = record["record"]
+            self.sessions[str(record["id"])] = dict(record["record"])
         elif kind == "forget":
             self.sessions.pop(record["id"], None)
         elif kind == "commit":
@@ -120,7 +127,7 @@ class Manifest:
 
     @classmethod
     def open(cls, path: Path, calls: SystemCalls | None = None) -> Manifest:
-        """Replay, and cut off what is not whole. Raises OSError."""
+        """Replay, and cut off what is not whole. Raises OSError, and ConfigError for records that are none of ours."""
         calls = calls or SystemCalls()
         is_new = not path.exists()
         listing, size = _replay(b"" if is_new else path.read_bytes())
@@ -219,15 +226,21 @@ class Manifest:
 
 
 def replay(path: Path) -> Listing:
-    """What the file lists, up to its first torn frame; empty when there is no file."""
+    """What the file lists, up to its first torn frame; empty when there is no file. Raises ConfigError."""
     return _replay(path.read_bytes() if path.exists() else b"")[0]
 
 
 def _replay(raw: bytes) -> tuple[Listing, int]:
-    """The listing, and how many bytes of whole frames there are."""
+    """The listing, and how many bytes of whole frames there are. Raises ConfigError."""
     listing, position = Listing(), 0
     for body, end in _frames(raw):
-        listing.apply(msgpack.unpackb(body, raw=False))
+        try:
+            listing.apply(msgpack.unpackb(body, raw=False))
+        except _NO_RECORD as error:
+            raise ConfigError(
+                f"manifest.log: the record at byte {position} is whole and none that this version writes ({error!r:.200}); "
+                "another program or a later version wrote it: open the store with that, or delete it"
+            ) from error
         position = end
     return listing, position
 
@@ -242,6 +255,19 @@ def _frames(raw: bytes) -> Iterator[tuple[memoryview, int]]:
             return
         yield body, end
         position = end
+
+
+def _group_number(value: Any) -> int:
+    if not isinstance(value, int) or not 0 <= value < MAX_GROUPS:
+        raise ValueError(f"group {value!r}")
+    return value
+
+
+def _slots(raw: bytes) -> IntArray:
+    slots: IntArray = np.frombuffer(raw, "<i8")
+    if len(slots) and not (slots.min() >= 0 and slots.max() < MAX_SLOTS):
+        raise ValueError(f"slots from {slots.min()} to {slots.max()}")
+    return slots
 
 
 def _frame(record: dict[str, Any]) -> bytes:

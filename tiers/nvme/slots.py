@@ -74,6 +74,12 @@ class SlotBook:
             self._take(parts[-1])
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
+    def free_unlisted(self) -> None:
+        """At the end of a recovery: slots of what turned out to be gone belong to nobody."""
+        used = np.flatnonzero(self._is_used)
+        if len(used):
+            self.free(used[~self.listing.listed[used]])
+
     def free(self, slots: IntArray) -> None:
         self._is_used[slots] = False
         numbers = slots // self.geometry.slots_per_segment

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..layout import KVLayout
-from .identity import MANIFEST_FILE, check_format, read_identity, stored_codecs
+from ..errors import ConfigError
+from .identity import MANIFEST_FILE, check_format, read_identity, stored_codecs, stored_layouts
 from .manifest import replay
 
 
@@ -21,8 +21,10 @@ def read_store_status(path: str | os.PathLike[str]) -> dict[str, Any]:
     check_format(where, identity)
     listing = replay(where / MANIFEST_FILE)
     codecs, groups = stored_codecs(where), []
-    for index, fields in enumerate(identity.get("layouts", [])):
-        layout = KVLayout.from_dict(fields)
+    layouts = stored_layouts(where, identity)
+    if len(codecs) != len(layouts):
+        raise ConfigError(f"store {where}: {len(codecs)} arrays for {len(layouts)} layer groups")
+    for index, layout in enumerate(layouts):
         stamps = listing.group(index).stamps[listing.group(index).slots()]
         groups.append(
             {

@@ -20,14 +20,16 @@ from ..errors import ConfigError, TierUnavailableError
 from ..layout import KVLayout
 from ..streams import AllDone, Backend, IntArray, Rows, aligned_rows
 from .blocks import BlockIo
-from .codecs import NONE, check_codecs, codec_for, warn_of_others
+from .codecs import NONE, check_codecs, codec_for, is_encrypted, warn_of_others
 from .commit import Committer, Durability, check_durability
 from .durable import DurableListing
 from .encoded import EncodedIo
+from .encrypted import EncryptedIo
 from .files import SegmentFiles, SystemCalls
 from .identity import MANIFEST_FILE, StoreIdentity, claim, grow_arrays, make_arrays, stored_codecs
 from .layout import SEGMENT_BYTES, Geometry
 from .manifest import STAMP, Manifest
+from .sealing import BlockSealer
 from .segment_io import SegmentIo
 from .slots import NONE_OPEN, Run, SlotBook, plan_runs, segments_of
 
@@ -46,6 +48,10 @@ class IoTicket:
 class NvmeTier:
     """Open with `NvmeTier.open`."""
 
+    name = "nvme"
+    is_ring = is_durable = takes_writes = True
+    loss_counter = "corrupt_blocks"
+
     def __init__(
         self,
         path: Path,
@@ -58,6 +64,7 @@ class NvmeTier:
         codecs: list[str],
         calls: SystemCalls,
         with_checksums: bool,
+        secrets: Mapping[int, bytes],
     ) -> None:
         self._path, self._identity, self._backend, self._lock_fd = path, identity, backend, lock_fd
         self._durability = durability
@@ -68,6 +75,7 @@ class NvmeTier:
         self.codecs = codecs
         self._io = SegmentIo(self._files)
         self._plain = BlockIo(self._io, identity.layouts, geometries, with_checksums=with_checksums)
+        self._secrets = dict(secrets)  # of namespaces, by owner tag; more may come while it is open
         self._movers = [self._mover(*parts) for parts in zip(identity.layouts, geometries, codecs, strict=True)]
         self._listing = DurableListing(path, manifest, self._books, self._files, durability, self._lost)
         self._lock = self._listing.lock  # of the books too
@@ -91,12 +99,14 @@ class NvmeTier:
         about: Mapping[str, Any] | None = None,
         calls: SystemCalls | None = None,
         with_checksums: bool = True,
+        secrets: Mapping[int, bytes] | None = None,
     ) -> NvmeTier:
         """Create or reopen a store with room for num_slots[g] blocks of each layer group.
 
         `durability` is none, batch or always (commit.py); `codecs` names each group's codec (codecs.py; none by default)
         in a new store and is ignored, with a warning, where an array exists under another; `about` describes the model in
-        a new store's Zarr attributes; `calls` and `with_checksums` (of blocks not encoded) are for tests and measurements.
+        a new store's Zarr attributes; `secrets` are those of namespaces, by owner tag, for an encrypted one; `calls` and
+        `with_checksums` (of blocks not encoded) are for tests and measurements.
         Raises: ConfigError, StoreMismatchError, StoreLockedError; the directory is then as it was.
         """
         where, chosen, slots = Path(path), check_durability(durability), list(num_slots)
@@ -109,7 +119,19 @@ class NvmeTier:
                 made = grow_arrays(where, identity, slots)
             kept = stored_codecs(where, identity)
             warn_of_others(where, kept, asked)
-            return cls(where, identity, made, slots, backend, fd, chosen, kept, calls or SystemCalls(), with_checksums)
+            return cls(
+                where,
+                identity,
+                made,
+                slots,
+                backend,
+                fd,
+                chosen,
+                kept,
+                calls or SystemCalls(),
+                with_checksums,
+                secrets or {},
+            )
         except OSError as error:
             os.close(fd)
             raise ConfigError(f"nvme_path={str(where)!r} cannot be used: {error}") from error
@@ -148,6 +170,9 @@ class NvmeTier:
         """These slots hold something else than they should: count them and take them out of the listing."""
         self.corrupt_blocks += len(slots)
         self.free(group, slots)
+
+    def is_near(self, group: int, slots: IntArray) -> npt.NDArray[np.bool_]:
+        return np.zeros(len(slots), bool)
 
     def block_bytes(self, group: int) -> int:
         return self._identity.layouts[group].block_bytes
@@ -334,6 +359,14 @@ class NvmeTier:
             "sessions": len(self._listing.sessions()),
         }
 
+    def learn(self, secrets: Mapping[int, bytes]) -> None:
+        """Secrets of more namespaces, by owner tag. Those that are known stay: blocks are sealed with them."""
+        self._secrets.update({owner: secret for owner, secret in secrets.items() if owner not in self._secrets})
+
+    @property
+    def is_encrypted(self) -> bool:
+        return any(map(is_encrypted, self.codecs))
+
     @property
     def last_write_error(self) -> str | None:
         return self._io.last_write_error
@@ -414,6 +447,9 @@ class NvmeTier:
 
     def _mover(self, layout: KVLayout, geometry: Geometry, codec: str) -> BlockIo | EncodedIo:
         encoder = codec_for(codec, layout)
+        if is_encrypted(codec):
+            sealer = BlockSealer(self._secrets, layout.fingerprint)
+            return EncryptedIo(self._io, self._files, layout, geometry, encoder, sealer)
         return self._plain if encoder is None else EncodedIo(self._io, self._files, layout, geometry, encoder)
 
     def _footprint(self, group: int, stamps: npt.NDArray[Any]) -> int:

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from ...tiers.errors import ConfigError
 from .harness import Row
@@ -24,19 +24,20 @@ NOT_INSTALLED = "LMCache is not installed: pass --lmcache PYTHON; how to install
 CASES = ("write", "committed", "read")
 TIMEOUT_S = 300.0
 _SCRIPT = Path(__file__).with_name("lmcache_peer.py")
+_SERVER_SCRIPT = Path(__file__).with_name("lmcache_server_peer.py")
 
 
-class LmcachePeer:
-    """The other process. Raises ConfigError when it cannot run LMCache, or fails."""
+class PeerProcess:
+    """Another interpreter that runs one of our peer programs. Raises ConfigError when it cannot run LMCache, or fails."""
 
-    def __init__(self, python: str, folder: Path, blocks: int) -> None:
+    def __init__(self, python: str, script: Path, folder: Path, **sizes: int) -> None:
         interpreter = shutil.which(python)
         if interpreter is None:
             raise ConfigError(f"--lmcache {python!r} is not a program: name the Python that has lmcache installed")
         folder.mkdir()
         self._python, self._log = python, (folder / "log").open("w+")
         self._process = subprocess.Popen(
-            [interpreter, "-I", str(_SCRIPT), str(folder), "--blocks", str(blocks)],
+            [interpreter, "-I", str(script), str(folder), *(f"--{name}={size}" for name, size in sizes.items())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -44,29 +45,20 @@ class LmcachePeer:
             env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ},  # memory in huge pages, as ours is
         )
         try:
-            greeting = self._read()
+            self.greeting = self._read()
         except ConfigError:
             self.close()
             raise
-        self.version: str = greeting["lmcache"]
-        self.settings: list[str] = greeting["settings"]
-        self.block_bytes: int = greeting["block_bytes"]
+        self.version: str = self.greeting["lmcache"]
+        self.block_bytes: int = self.greeting["block_bytes"]
 
-    def __enter__(self) -> LmcachePeer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    def gb_s(self, case: str, setting: str) -> float:
-        return float(self._ask(case=case, setting=setting)["gb_s"])
-
-    def damage(self) -> list[dict[str, Any]]:
-        """What LMCache returned for files that were spoiled, one object per get."""
-        found: list[dict[str, Any]] = self._ask(case="damage")["damage"]
-        return found
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -101,6 +93,34 @@ class LmcachePeer:
         if "error" in answer:
             raise ConfigError(f"--lmcache {self._python!r}: {answer['error']}; how to install: README")
         return answer
+
+
+class LmcachePeer(PeerProcess):
+    """Its local disk."""
+
+    def __init__(self, python: str, folder: Path, blocks: int) -> None:
+        super().__init__(python, _SCRIPT, folder, blocks=blocks)
+        self.settings: list[str] = self.greeting["settings"]
+
+    def gb_s(self, case: str, setting: str) -> float:
+        return float(self._ask(case=case, setting=setting)["gb_s"])
+
+    def damage(self) -> list[dict[str, Any]]:
+        """What LMCache returned for files that were spoiled, one object per get."""
+        found: list[dict[str, Any]] = self._ask(case="damage")["damage"]
+        return found
+
+
+class LmcacheServerPeer(PeerProcess):
+    """Its own server with its own client."""
+
+    def __init__(self, python: str, folder: Path, blocks: int, keys: int) -> None:
+        super().__init__(python, _SERVER_SCRIPT, folder, blocks=blocks, keys=keys)
+        self.name = f"LMCache {self.version} server"
+
+    def seconds(self, case: str) -> float:
+        """Of put, get or lookup, as LMCache's interpreter sees it: what it takes to ask is not counted."""
+        return float(self._ask(case=case)["seconds"])
 
 
 def value_name(case: str, setting: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,10 +72,12 @@ def test_staged_blocks_are_seen_by_every_row(make_case, assert_close, rows, bloc
     k, v = case.k[:3], case.v[:3]
     for softcap in (None, 2.0):
         result = triton_attention.block_attention(
-            case.q, k, v, scale=case.scale, softcap=softcap, out_dtype=torch.float32
+            case.q, k, v, np.arange(3), scale=case.scale, softcap=softcap, out_dtype=torch.float32
         )
         assert_close(result, reference.block_attention(case.q, k, v, scale=case.scale, softcap=softcap), 3e-6, 5e-6)
-    out, lse = triton_attention.block_attention(case.q, k[:0], v[:0], scale=1.0, softcap=None, out_dtype=torch.float32)
+    out, lse = triton_attention.block_attention(
+        case.q, k, v, np.arange(0), scale=1.0, softcap=None, out_dtype=torch.float32
+    )
     assert not out.any() and torch.isneginf(lse).all()
 
 

@@ -272,3 +272,15 @@ def test_a_step_that_reads_only_the_end_of_a_chain_is_a_use_and_nothing_to_learn
     auto.on_access(ids(3))
     assert auto._segments.count == 2
     assert auto.victims(1, np.arange(14)[[0, 1, 2, 3, 10, 11, 12, 13]]).tolist() == [13]
+
+
+def test_blocks_whose_chain_nobody_told_leave_by_their_last_use():
+    auto, clock = at_work()
+    clock.now_s = 100.0
+    auto.on_insert(np.arange(3), np.zeros(3, np.int64))  # found in a store at start
+    clock.now_s += 50
+    auto.on_insert(np.arange(10, 13), np.arange(3))
+    decode(auto, clock, np.arange(10, 13), 1)
+    clock.now_s += 50
+    auto.on_access(ids(1, 2))
+    assert auto.victims(4, ids(0, 1, 2, 10, 11, 12)).tolist() == [0, 12, 11, 10]

@@ -1,0 +1,216 @@
+"""Attachment: one connection with one model open in it, and the memory that came along. It ends with the connection.
+
+Small blocking calls in the daemon's words, batched to its limits; retries while it is busy. No state of the pager is here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...tiers.errors import Busy, TierUnavailableError
+from ...tiers.layout import KVLayout
+from ...tiers.shared import map_rows
+from ...tiers.streams import IntArray, Rows
+from ..wire import messages as m
+from .connection import DaemonConnection, Greeting
+
+OPEN_TIMEOUT_S = 30.0  # a large store is recovered first
+NO_ROOM = -2
+
+
+class Attachment:
+    """Open with `Attachment.open`."""
+
+    def __init__(self, connection: DaemonConnection, layouts: Sequence[KVLayout], opened: m.Opened) -> None:
+        self.connection, self.layouts, self.store = connection, tuple(layouts), opened.store
+        self.epoch, self.version = connection.epoch, connection.version
+        self.lease_limits = _ints(opened.lease_limits)
+        self.capacity_blocks = _ints(opened.capacity_blocks)
+        self.num_slots = _ints(opened.num_slots)
+        self.is_durable = opened.is_durable
+        self.rows: list[Rows] = []  # of the daemon's memory, empty where we do not see it
+        self.generations: list[npt.NDArray[np.uint64]] = []
+
+    @classmethod
+    def open(
+        cls,
+        address: str,
+        layouts: Sequence[KVLayout],
+        model_fingerprint: str,
+        about: Mapping[str, Any],
+        greeting: Greeting,
+    ) -> Attachment:
+        """Raises: ConfigError, TierUnavailableError, ProtocolError, and what the daemon refuses the model with."""
+        connection = DaemonConnection.open(address, greeting)
+        try:
+            want_slab = m.SLAB in connection.welcome.features
+            said: dict[object, object] = {name: value for name, value in about.items()}
+            message = m.Open([layout.to_dict() for layout in layouts], model_fingerprint, said, want_slab)
+            opened, fds = connection.call_for_fds(message, m.Opened, timeout_s=OPEN_TIMEOUT_S)
+            made = cls(connection, layouts, opened)
+            try:
+                if opened.has_slab:
+                    made._map(fds)
+            finally:
+                for fd in fds:
+                    os.close(fd)
+            return made
+        except BaseException:
+            connection.close()
+            raise
+
+    def _map(self, fds: list[int]) -> None:
+        if len(fds) != len(self.layouts) + 1:
+            raise TierUnavailableError(
+                f"{len(fds)} descriptors came with the slab; {len(self.layouts) + 1} were awaited"
+            )
+        parts = zip(fds, self.num_slots, self.layouts, strict=False)
+        self.rows = [map_rows(fd, slots, layout.block_bytes) for fd, slots, layout in parts]
+        table = map_rows(fds[-1], 1, 8 * sum(self.num_slots), read_only=True).reshape(-1).view(np.uint64)
+        self.generations = np.split(table, np.cumsum(self.num_slots)[:-1])
+
+    @property
+    def has_slab(self) -> bool:
+        return bool(self.rows)
+
+    @property
+    def is_lost(self) -> bool:
+        return self.connection.is_lost
+
+    # ------------------------------------------------------------------ what is there
+    def lookup(self, keys: list[bytes], *, prefix: bool, hold: bool) -> npt.NDArray[np.uint8]:
+        """[layer groups, keys]; see Found in the protocol. With an older daemon, holding is a second step."""
+        parts = []
+        for start in range(0, len(keys), m.MAX_KEYS):
+            batch = keys[start : start + m.MAX_KEYS]
+            found = self.connection.call_patiently(
+                m.Lookup(self.store, b"".join(batch), prefix, hold and self.version >= 2), m.Found
+            )
+            parts.append(np.frombuffer(found.held, np.uint8).reshape(len(self.layouts), found.num_keys).copy())
+            if prefix and found.num_keys < len(batch):
+                break
+        result = np.concatenate(parts, axis=1) if parts else np.zeros((len(self.layouts), 0), np.uint8)
+        if hold and self.version < 2:
+            self._hold_found(keys, result)
+        return result
+
+    def _hold_found(self, keys: list[bytes], found: npt.NDArray[np.uint8]) -> None:
+        for group in range(len(self.layouts)):
+            index = np.flatnonzero(found[group])
+            flags = self.hold(group, b"".join(keys[i] for i in index.tolist()))
+            found[group, index[flags == 1]] += 4
+            found[group, index[flags == 0]] = 0  # it left between the two steps
+
+    def hold(self, group: int, keys: bytes) -> npt.NDArray[np.uint8]:
+        """Per key 0 not there, 1 held, 2 there but over our limit."""
+        if not keys:
+            return np.zeros(0, np.uint8)
+        done = self.connection.call_patiently(m.Hold(self.epoch, self.store, group, keys), m.Held)
+        return np.frombuffer(done.flags, np.uint8)
+
+    def unhold(self, group: int, keys: bytes) -> None:
+        if keys:
+            self.connection.call_patiently(m.Unhold(self.epoch, self.store, group, keys), m.Unheld)
+
+    # ------------------------------------------------------------------ slots
+    def reserve(self, group: int, count: int, timeout_s: float) -> tuple[IntArray, npt.NDArray[np.uint64]]:
+        """At least one slot, at most `count`. Raises Busy when there was none for so long."""
+        slots = self.connection.call_patiently(
+            m.Reserve(self.epoch, self.store, group, count), m.Slots, timeout_s=timeout_s
+        )
+        return _slots(slots.slots), np.frombuffer(slots.generations, np.uint64)
+
+    def lease(self, group: int, keys: bytes, timeout_s: float) -> tuple[IntArray, npt.NDArray[np.uint64]]:
+        """Rows by key, negative where there is none; asks once. Every row must be released."""
+        wait_ms = int(timeout_s * 1000)
+        message = m.Lease(self.epoch, self.store, group, keys, wait_ms)
+        leased = self.connection.call_patiently(message, m.Leased, timeout_s=timeout_s + 5.0)
+        return _slots(leased.slots), np.frombuffer(leased.generations, np.uint64)
+
+    def release(self, group: int, rows: IntArray) -> None:
+        if len(rows):
+            message = m.Release(self.epoch, self.store, group, rows.astype("<u4").tobytes())
+            self.connection.call_patiently(message, m.Done)
+
+    def commit(
+        self, group: int, rows: IntArray, stamps: npt.NDArray[Any], parents: Sequence[bytes]
+    ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]:
+        """Results (see Committed in the protocol), with holds, and generations."""
+        keys = np.ascontiguousarray(stamps["key"]).tobytes()
+        message = m.Commit(
+            self.epoch,
+            self.store,
+            group,
+            rows.astype("<u4").tobytes(),
+            keys,
+            b"".join(parent or bytes(m.KEY_BYTES) for parent in parents),
+            stamps["tokens"].astype("<u4").tobytes(),
+            stamps["owner"].astype("<u4").tobytes(),
+            self.version >= 2,
+        )
+        done = self.connection.call_patiently(message, m.Committed)
+        results = np.frombuffer(done.results, np.uint8).copy()
+        if self.version < 2:
+            stored = np.flatnonzero(results & 3)
+            flags = self.hold(group, np.ascontiguousarray(stamps["key"][stored]).tobytes())
+            results[stored[flags == 1]] += 4
+        return results, np.frombuffer(done.generations, np.uint64)
+
+    # ------------------------------------------------------------------ bytes, where we do not see the memory
+    def read_rows(self, group: int, rows: IntArray, target: Rows, target_rows: IntArray) -> None:
+        step = max(1, m.MAX_READ_BYTES // self.layouts[group].block_bytes)
+        for start in range(0, len(rows), step):
+            part = slice(start, start + step)
+            message = m.Read(self.epoch, self.store, group, rows[part].astype("<u4").tobytes())
+            self.connection.read_into(message, [memoryview(target[row]) for row in target_rows[part].tolist()])
+
+    def write_row(self, group: int, row: int, source: Rows) -> None:
+        self.connection.write_from(m.Write(self.epoch, self.store, group, row), memoryview(source))
+
+    # ------------------------------------------------------------------ durability and sessions
+    def flush(self, timeout_s: float) -> None:
+        message = m.Flush(self.epoch, self.store, int(timeout_s * 1000))
+        self.connection.call_patiently(message, m.Flushed, timeout_s=timeout_s + 5.0)
+
+    def put_session(self, session_id: str, record: dict[Any, Any], timeout_s: float) -> None:
+        message = m.PutSession(self.epoch, self.store, session_id, record, int(timeout_s * 1000))
+        self.connection.call_patiently(message, m.SessionPut, timeout_s=timeout_s + 5.0)
+
+    def take_session(self, session_id: str) -> dict[str, Any]:
+        """Its record; it is ours from now on. Raises: UnknownSessionError, Busy."""
+        found = self.connection.call(m.GetSession(self.epoch, self.store, session_id, True), m.Session)
+        return {str(name): value for name, value in found.record.items()}
+
+    def drop_session(self, session_id: str, *, keep: bool) -> None:
+        self.connection.call_patiently(m.DropSession(self.epoch, self.store, session_id, keep), m.SessionDropped)
+
+    def list_sessions(self) -> list[list[Any]]:
+        rows: list[list[Any]] = []
+        more = True
+        while more:
+            after = str(rows[-1][0]) if rows else ""
+            page = self.connection.call_patiently(m.ListSessions(self.store, after), m.Sessions)
+            rows += [row for row in page.sessions if isinstance(row, list)]
+            more = page.more and bool(page.sessions)
+        return rows
+
+    def goodbye(self) -> None:
+        """Raises nothing: the daemon finds out anyway when this process ends."""
+        try:
+            self.connection.call(m.Goodbye(self.epoch), m.Bye, timeout_s=2.0)
+        except (TierUnavailableError, Busy):
+            pass
+        self.connection.close()
+
+
+def _ints(found: list[object]) -> list[int]:
+    return [int(value) for value in found if isinstance(value, int)]
+
+
+def _slots(blob: bytes) -> IntArray:
+    return np.frombuffer(blob, "<i4").astype(np.int64)

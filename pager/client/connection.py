@@ -1,0 +1,261 @@
+"""DaemonConnection: a blocking client, for any number of threads, with many requests in flight on one socket.
+
+A thread of its own reads replies and hands each to who waits for it. When the socket ends, everybody who waits gets
+TierUnavailableError at once, and `on_lost` is called; nothing here reconnects. The payload of a RAW reply goes straight to
+where the caller wants it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from ...tiers.errors import Busy, KvTierError, ProtocolError, TierUnavailableError
+from ..wire import messages
+from ..wire.frames import HEADER, META_LENGTH, Fields, Header, meta_bytes, pack, pack_raw, parse_header, unpack
+from ..wire.replies import reply_of
+from .address import dial
+
+TIMEOUT_S = 10.0
+MAX_FDS = 64
+M = TypeVar("M")
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """What a client says of itself. `previous_*`: its attachment before, none of whose copies runs any more."""
+
+    name: str = ""
+    token: str = ""
+    features: Sequence[str] = messages.FEATURES
+    oldest_version: int = messages.OLDEST_VERSION
+    newest_version: int = messages.VERSION
+    previous_boot: bytes = b""
+    previous_epoch: int = 0
+
+
+@dataclass(slots=True)
+class _Pending:
+    future: Future[tuple[int, Fields]] = field(default_factory=Future)
+    target: Sequence[memoryview] = ()
+    fds: list[int] = field(default_factory=list)
+
+
+class DaemonConnection:
+    """Open with `DaemonConnection.open`."""
+
+    def __init__(self, connection: socket.socket, address: str) -> None:
+        self._socket, self.address = connection, address
+        self._sending = threading.Lock()
+        self._pending: dict[int, _Pending] = {}
+        self._guard = threading.Lock()  # of _pending and is_lost
+        self._ids = itertools.count(1)
+        self.is_lost = False
+        self.on_lost: Callable[[], object] = lambda: None
+        self.welcome = messages.Welcome(0, [], b"", 0, {}, False, 1, 1)
+        self._slots = threading.BoundedSemaphore(1)
+        self._reader = threading.Thread(target=self._read_all, name="kvtier-daemon-replies", daemon=True)
+        self._reader.start()
+
+    @classmethod
+    def open(cls, address: str, greeting: Greeting | None = None, *, timeout_s: float = TIMEOUT_S) -> DaemonConnection:
+        """Connect and say HELLO. Raises: ConfigError, TierUnavailableError, ProtocolError (versions, not let in)."""
+        said = greeting or Greeting()
+        connection = cls(dial(address, timeout_s), address)
+        hello = messages.Hello(
+            said.oldest_version,
+            said.newest_version,
+            list(said.features),
+            said.name,
+            said.token,
+            said.previous_boot,
+            said.previous_epoch,
+        )
+        try:
+            connection.welcome = connection.call(hello, messages.Welcome, timeout_s=timeout_s)
+        except BaseException:
+            connection.close()
+            raise
+        connection._slots = threading.BoundedSemaphore(max(1, connection.welcome.max_requests // 2))
+        return connection
+
+    @property
+    def version(self) -> int:
+        return self.welcome.version
+
+    @property
+    def epoch(self) -> int:
+        return self.welcome.epoch
+
+    # ------------------------------------------------------------------ calls
+    def call(self, message: object, kind: type[M], *, timeout_s: float = TIMEOUT_S) -> M:
+        """One request and its reply. Raises what the daemon answered; TierUnavailableError when it is gone or silent."""
+        return self._exchange(message, kind, _Pending(), None, timeout_s)
+
+    def call_patiently(self, message: object, kind: type[M], *, timeout_s: float = TIMEOUT_S) -> M:
+        """As `call`, asking again while the daemon says that it is busy, until the time is up."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            left_s = deadline_s - time.monotonic()
+            try:
+                return self.call(message, kind, timeout_s=max(0.1, left_s))
+            except Busy as busy:
+                if left_s <= busy.retry_after_s:
+                    raise
+                time.sleep(busy.retry_after_s)
+
+    def call_for_fds(self, message: object, kind: type[M], *, timeout_s: float = TIMEOUT_S) -> tuple[M, list[int]]:
+        """As `call`; and the descriptors that came with the reply, which are the caller's to close."""
+        pending = _Pending()
+        try:
+            return self._exchange(message, kind, pending, None, timeout_s), pending.fds
+        except BaseException:
+            _close_all(pending.fds)
+            raise
+
+    def read_into(self, message: messages.Read, target: Sequence[memoryview], *, timeout_s: float = TIMEOUT_S) -> None:
+        """The payload of the reply goes to `target`, in order."""
+        self._exchange(message, messages.Bytes, _Pending(target=target), None, timeout_s)
+
+    def write_from(self, message: messages.Write, payload: memoryview, *, timeout_s: float = TIMEOUT_S) -> None:
+        self._exchange(message, messages.Written, _Pending(), payload, timeout_s)
+
+    def close(self) -> None:
+        """Whoever waits for a reply gets TierUnavailableError."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        if threading.current_thread() is not self._reader:
+            self._reader.join(5.0)
+
+    # ------------------------------------------------------------------ inside
+    def _exchange(
+        self, message: object, kind: type[M], pending: _Pending, payload: memoryview | None, timeout_s: float
+    ) -> M:
+        with self._slots:
+            request_id = next(self._ids)
+            with self._guard:
+                if self.is_lost:
+                    raise TierUnavailableError(f"the daemon at {self.address} is gone")
+                self._pending[request_id] = pending
+            try:
+                self._send(request_id, message, payload)
+                number, fields = pending.future.result(timeout_s)
+            except TimeoutError:
+                self._give_up(request_id)
+                raise TierUnavailableError(
+                    f"the daemon at {self.address} did not answer in {timeout_s:.1f} s"
+                ) from None
+            finally:
+                with self._guard:
+                    self._pending.pop(request_id, None)
+        return reply_of(kind, number, fields)
+
+    def _send(self, request_id: int, message: object, payload: memoryview | None) -> None:
+        number: int = type(message).KIND  # type: ignore[attr-defined]
+        fields = messages.to_fields(message)
+        if payload is None:
+            parts = [memoryview(pack(number, request_id, fields))]
+        else:
+            parts = [memoryview(pack_raw(number, request_id, fields, payload.nbytes)), payload]
+        try:
+            with self._sending:
+                for part in parts:
+                    self._socket.sendall(part)
+        except OSError as error:
+            self.close()  # half a frame may be out: nothing can follow it
+            raise TierUnavailableError(f"the daemon at {self.address} is gone: {error}") from error
+
+    def _give_up(self, request_id: int) -> None:
+        """A late reply must find nobody. One with a payload cannot be told from what follows: then the socket ends."""
+        with self._guard:
+            pending = self._pending.get(request_id)
+        if pending is not None and pending.target:
+            self.close()
+            return
+        with contextlib.suppress(KvTierError):
+            self._send(next(self._ids), messages.Cancel(request_id), None)
+
+    def _read_all(self) -> None:
+        try:
+            while True:
+                self._read_frame()
+        except (OSError, EOFError, KvTierError) as error:
+            self._lost(error)
+
+    def _read_frame(self) -> None:
+        head, fds = _receive_with_fds(self._socket, HEADER.size)
+        try:
+            header = parse_header(head)
+            with self._guard:
+                pending = self._pending.get(header.request_id)
+            fields = self._read_raw(header, pending) if header.is_raw else unpack(_receive(self._socket, header.size))
+        except BaseException:
+            _close_all(fds)
+            raise
+        if pending is None:
+            _close_all(fds)
+            if header.request_id == 0:
+                raise ProtocolError(f"the daemon refused this connection: {fields.get('message')}")
+            return  # given up meanwhile
+        pending.fds.extend(fds)
+        with contextlib.suppress(Exception):  # set already: it timed out in this very moment
+            pending.future.set_result((header.kind, fields))
+
+    def _read_raw(self, header: Header, pending: _Pending | None) -> Fields:
+        start = _receive(self._socket, META_LENGTH.size)
+        size = meta_bytes(header, start)
+        fields = unpack(_receive(self._socket, size))
+        left = header.size - META_LENGTH.size - size
+        target = pending.target if pending is not None else ()
+        if left != sum(part.nbytes for part in target):
+            raise ProtocolError(f"{left} bytes of blocks came where others were awaited")
+        for part in target:
+            _receive_into(self._socket, part)
+        return fields
+
+    def _lost(self, error: Exception) -> None:
+        """Whoever waits learns why, where the daemon said why."""
+        gone = TierUnavailableError(f"the daemon at {self.address} is gone")
+        with self._guard:
+            self.is_lost = True
+            waiting, self._pending = list(self._pending.values()), {}
+        self._socket.close()
+        for pending in waiting:
+            with contextlib.suppress(Exception):
+                pending.future.set_exception(error if isinstance(error, ProtocolError) else gone)
+        self.on_lost()
+
+
+def _receive_with_fds(connection: socket.socket, size: int) -> tuple[bytes, list[int]]:
+    """Descriptors come with the first byte of a frame."""
+    data, fds, _, _ = socket.recv_fds(connection, size, MAX_FDS)
+    if not data:
+        raise EOFError("connection closed")
+    return data + _receive(connection, size - len(data)), list(fds)
+
+
+def _receive(connection: socket.socket, size: int) -> bytes:
+    found = bytearray(size)
+    _receive_into(connection, memoryview(found))
+    return bytes(found)
+
+
+def _receive_into(connection: socket.socket, target: memoryview) -> None:
+    while target.nbytes:
+        count = connection.recv_into(target)
+        if not count:
+            raise EOFError("connection closed in the middle of a frame")
+        target = target[count:]
+
+
+def _close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,318 @@
+"""Sharing: what a client's pager does beyond an embedded one, so that what it has is everybody's and what it needs stays.
+
+    find      before matching a prompt: ask the daemon for its keys, and enter what it has into our directory
+    beat      at every heartbeat: offer new blocks, give back slots that nobody reads, hold what our sequences refer to
+    lost      the daemon is gone: nothing lies below any more; the device tier and leased slots remain
+    attached  another daemon is there: its memory instead of the old one's, and what it still has of what we refer to
+
+Takes the pager's lock for books only; whatever asks the daemon runs without it. Guards: nothing counts as held below that the
+daemon has not said it has, and memory changes only while no copy touches it (rules 8, 9).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from ...tiers.errors import KvTierError
+from ...tiers.streams import Backend, IntArray
+from ..core import Core
+from ..group import BlockGroup
+from ..keys import KeyChain
+from ..page_table import Sequence as TokenSequence
+from ..page_table import num_blocks_of
+from ..states import NOWHERE, PageState, SlotState
+from ..wire.messages import IN_MEMORY, IS_HELD, STORED
+from .attachment import Attachment
+from .slab import LeasedSlab
+from .tier import RemoteTier
+
+HOLD_PAUSE_S = 1.0  # after the daemon said that we hold too much
+_LOOK_S = 0.05
+
+
+class Sharing:
+    """Of one client pager. `slabs` as in RemoteTier."""
+
+    def __init__(self, core: Core, tier: RemoteTier, slabs: Sequence[LeasedSlab] | None) -> None:
+        self._core, self._tier, self._slabs = core, tier, slabs
+        self._is_reconciling = [False] * len(core.groups)
+        self._hold_again_s = [0.0] * len(core.groups)
+        core.on_advance = self.beat
+
+    # ------------------------------------------------------------------ finding
+    def find(self, chain: KeyChain, keys: list[bytes], first: int = 0) -> None:
+        """Enter into the directory what the daemon has of these keys, blocks `first` and on of a chain, and hold it.
+
+        Asks for nothing that every group has already. Without a daemon it does nothing.
+        """
+        with self._core.lock:
+            known = self._known(keys)
+        full = np.full(len(keys) - known, self._core.block_size)
+        self._ask(chain, keys[known:], first + np.arange(known, len(keys)), full, prefix=True)
+
+    def find_tail(self, chain: KeyChain, keys: list[bytes], token_ids: Sequence[int]) -> None:
+        """Every sealed tail that continues the blocks of these keys by tokens of `token_ids`."""
+        most = min(self._core.block_size - 1, len(token_ids))
+        parent = keys[-1] if keys else None
+        counts = np.arange(most, 0, -1)
+        tails = [chain.seal(parent, token_ids[:count]) for count in counts.tolist()]
+        self._ask(chain, tails, np.full(most, len(keys)), counts, prefix=False)
+
+    def find_all(self, chain: KeyChain, keys: list[bytes]) -> None:
+        """As `find`, behind gaps too."""
+        full = np.full(len(keys), self._core.block_size)
+        self._ask(chain, keys, np.arange(len(keys)), full, prefix=False)
+
+    def _known(self, keys: list[bytes]) -> int:
+        """How many blocks at the front need no asking: full layer groups have them, windowed ones the last window."""
+        known = len(keys)
+        for group in self._core.groups:
+            if group.layout.window is None:
+                has = group.directory.is_valid(group.directory.find(keys[:known]))
+                known = known if has.all() else int(np.argmin(has))
+        for group in self._core.groups:
+            if group.layout.window is not None:
+                low = max(0, known - num_blocks_of(group.layout.window, self._core.block_size) - 1)
+                if not group.directory.is_valid(group.directory.find(keys[low:known])).all():
+                    known = low
+        return known
+
+    def _ask(self, chain: KeyChain, keys: list[bytes], depth: IntArray, tokens: IntArray, *, prefix: bool) -> None:
+        if not keys or not self._tier.takes_writes:
+            return
+        attachment = self._tier.attachment
+        try:
+            found = attachment.lookup(keys, prefix=prefix, hold=True)
+        except KvTierError:  # gone, or too busy: then it is a miss
+            return
+        with self._core.locked():
+            if attachment is self._tier.attachment and not attachment.is_lost:
+                for group, held in zip(self._core.groups, found, strict=True):
+                    index = np.flatnonzero(held & STORED)
+                    entries = [keys[i] for i in index.tolist()]
+                    self._enter(group, chain.owner, entries, held[index], depth[index], tokens[index])
+
+    def _enter(
+        self,
+        group: BlockGroup,
+        owner: int,
+        keys: list[bytes],
+        held: npt.NDArray[np.uint8],
+        depth: IntArray,
+        tokens: IntArray,
+    ) -> None:
+        """Blocks that the daemon has: new ones of ours, or copies below of those that we know."""
+        d, table = group.directory, self._tier.handles[group.index]
+        known = d.find(keys)
+        index = np.flatnonzero((known < 0) | (d.nvme_slot[np.maximum(known, 0)] < 0))[: table.num_free]
+        if not len(index):
+            return
+        keys, known = [keys[i] for i in index.tolist()], known[index]
+        handles = table.allocate(len(index))
+        table.stamps["key"][handles] = np.frombuffer(b"".join(keys), "V32")
+        table.stamps["tokens"][handles] = tokens[index]
+        table.stamps["owner"][handles] = owner
+        table.is_held[handles] = (held[index] & IS_HELD) > 0
+        table.is_near[handles] = held[index] & STORED == IN_MEMORY
+        new = np.flatnonzero(known < 0)
+        blocks = d.create(depth[index[new]], owner)
+        d.bind_many(blocks, [keys[i] for i in new.tolist()], tokens[index[new]])
+        group.note_new(blocks)
+        known[new] = blocks
+        d.nvme_slot[known] = handles
+        d.nvme_valid[known] = True
+
+    # ------------------------------------------------------------------ the heartbeat
+    def beat(self) -> None:
+        """Under the lock. Submits, waits for nothing."""
+        for group in self._core.groups:
+            if self._tier.takes_writes:
+                self._offer(group)
+                self._reconcile(group)
+            if self._slabs is not None:
+                self._let_go_of_slots(group, self._slabs[group.index])
+
+    def _offer(self, group: BlockGroup) -> None:
+        """Named blocks that only we have go to the daemon at once: somebody may be about to compute them."""
+        d, pages = group.directory, group.pages
+        dirty = pages.block[(pages.state == PageState.DIRTY) & pages.idle()]
+        dirty = dirty[d.is_named[dirty]]
+        if len(dirty):
+            self._core.write_back_blocks(
+                group, dirty[np.argsort(d.depth[dirty], kind="stable")], "share", keep_clean=True
+            )
+        hosted = group.host.block[group.host.state == SlotState.VALID]
+        alone = hosted[(d.nvme_slot[hosted] < 0) & d.is_named[hosted]]
+        if len(alone):
+            self._core.sink_blocks(group, alone, "share")
+
+    def _let_go_of_slots(self, group: BlockGroup, slab: LeasedSlab) -> None:
+        """Leases are everybody's memory: none is kept for a block that is resident, or that nobody refers to."""
+        d, host = group.directory, group.host
+        blocks = host.block[(host.state == SlotState.VALID) & (host.holds == 0)]
+        blocks = blocks[d.nvme_valid[blocks] & (d.in_device(blocks) | (d.refs[blocks] == 0))]
+        blocks = blocks[d.pinned_until[blocks] <= self._core.clock()]
+        if group.awaited and len(blocks):
+            blocks = blocks[~np.isin(blocks, np.concatenate(group.awaited)) | d.in_device(blocks)]
+        group.leave_host(blocks)
+        rows = slab.take_releases()
+        if not self._wants_to_write(group):
+            rows = np.concatenate([rows, slab.take_surplus(0)])
+        if len(rows):
+            self._tier.release(group.index, rows)
+
+    def _wants_to_write(self, group: BlockGroup) -> bool:
+        d, pages = group.directory, group.pages
+        blocks = pages.block[pages.state == PageState.DIRTY]
+        return bool(group.moves) or group.slab.is_asking or bool(d.is_named[blocks].any())
+
+    def _reconcile(self, group: BlockGroup) -> None:
+        """Hold exactly what our sequences and sessions refer to. One exchange at a time per group."""
+        if self._is_reconciling[group.index]:
+            return
+        d, handles = group.directory, self._tier.handles[group.index]
+        below = np.flatnonzero(d.nvme_valid)
+        if not len(below):
+            return
+        slots = d.nvme_slot[below]
+        wanted = d.refs[below] > 0
+        is_held = handles.is_held[slots]
+        more, less = below[wanted & ~is_held], slots[~wanted & is_held]
+        if len(less):
+            handles.is_held[less] = False
+            self._tier.unhold(group.index, handles.keys(less))
+        if len(more) and self._core.clock() >= self._hold_again_s[group.index]:
+            self._is_reconciling[group.index] = True
+            self._hold_later(group, more)
+
+    def _hold_later(self, group: BlockGroup, blocks: IntArray) -> None:
+        attachment, handles = self._tier.attachment, self._tier.handles[group.index]
+        slots = group.directory.nvme_slot[blocks].copy()
+        keys = handles.keys(slots)
+
+        def job() -> None:
+            try:
+                flags = attachment.hold(group.index, keys)
+                with self._core.lock:
+                    if attachment is self._tier.attachment:
+                        self._note_held(group, blocks, slots, flags)
+            finally:
+                self._is_reconciling[group.index] = False
+
+        self._core.backend.read_io.submit(job)
+
+    def _note_held(self, group: BlockGroup, blocks: IntArray, slots: IntArray, flags: npt.NDArray[np.uint8]) -> None:
+        """What is there and over our limit may leave: asked again after a while. What is not there is lost."""
+        d, handles = group.directory, self._tier.handles[group.index]
+        same = d.is_live[blocks] & (d.nvme_slot[blocks] == slots)
+        handles.is_held[slots[same & (flags == 1)]] = True
+        if (flags == 2).any():
+            self._hold_again_s[group.index] = self._core.clock() + HOLD_PAUSE_S
+        gone = blocks[same & (flags == 0) & (d.nvme_holds[blocks] == 0)]
+        if len(gone) and group.cold is not None:
+            group.cold.lose_copies(gone)
+
+    # ------------------------------------------------------------------ the daemon goes and comes
+    def lost(self) -> None:
+        """What the daemon had is gone as far as we know. Its memory stays mapped, so leased slots can still be read."""
+        with self._core.lock:
+            for group in self._core.groups:
+                for move in list(group.moves):
+                    if move.kind not in ("host_to_device", "device_to_host"):
+                        move.event.wait()  # its request has failed already
+                group.poll()
+                self._forget_below(group)
+
+    def _forget_below(self, group: BlockGroup) -> None:
+        d = group.directory
+        blocks = np.flatnonzero(d.is_live & (d.nvme_slot >= 0))
+        handles = self._tier.handles[group.index]
+        handles.is_held[:] = False
+        handles.free(d.nvme_slot[blocks])
+        d.nvme_slot[blocks] = NOWHERE
+        d.nvme_valid[blocks] = False
+        group.dirty_if_alone(blocks)
+        group.forget_lost(blocks, "nvme")
+        group.unname_lost(blocks)
+
+    def leave_memory(self, stop: threading.Event) -> bool:
+        """Give up every slot of the daemon's memory as soon as no copy touches one. False when told to stop."""
+        return self._change(lambda: None, stop)
+
+    def attached(self, attachment: Attachment, stop: threading.Event) -> bool:
+        """Change over to another daemon's memory, likewise."""
+
+        def take() -> None:
+            self._tier.attachment = attachment
+            attach_slabs(self._slabs, attachment, self._core.backend)
+
+        return self._change(take, stop)
+
+    def _change(self, change: Callable[[], None], stop: threading.Event) -> bool:
+        while not stop.is_set():
+            with self._core.lock:
+                if self._is_still():
+                    for group in self._core.groups:
+                        self._leave_memory(group)
+                    change()
+                    return True
+            stop.wait(_LOOK_S)
+        return False
+
+    def _is_still(self) -> bool:
+        """Drain the copy streams; whether nobody holds a host slot and nothing moves after that."""
+        for stream in (self._core.backend.promote, self._core.backend.demote):
+            if not stream.synchronize(5.0):
+                return False
+        for group in self._core.groups:
+            group.poll()
+        return not any(
+            group.moves or (group.host.holds > 0).any() or group.slab.is_asking for group in self._core.groups
+        )
+
+    def _leave_memory(self, group: BlockGroup) -> None:
+        """Copies in the old daemon's slots are given up; our own host tier stays."""
+        group.epoch += 1  # rule 9
+        if self._slabs is None:
+            return
+        blocks = group.host.block[group.host.state != SlotState.NONE]
+        group.leave_host(blocks)
+        group.dirty_if_alone(blocks)
+        group.forget_lost(blocks, "host")
+        group.unname_lost(blocks)
+
+    def find_again(self) -> None:
+        """Ask a new daemon for what our sequences refer to."""
+        with self._core.lock:
+            sequences = list(self._core.sequences.values())
+        for seq in sequences:
+            self.find_all(seq.chain, list(seq.keys))
+            with self._core.locked():
+                if seq.id in self._core.sequences:
+                    self._rename_lost(seq)
+
+    def _rename_lost(self, seq: TokenSequence) -> None:
+        """Where a table names a block that was lost and the same content is here again, name that one."""
+        for group, table in zip(self._core.groups, seq.tables, strict=True):
+            d, count = group.directory, min(len(table), len(seq.keys))
+            ids = table.ids[:count]
+            lost = np.flatnonzero((ids >= 0) & ~d.is_valid(ids) & (d.page[np.maximum(ids, 0)] < 0))
+            found = d.find([seq.keys[i] for i in lost.tolist()])
+            there = d.is_valid(found)
+            old, new = ids[lost[there]], found[there]
+            table.ids[lost[there]] = new
+            group.ref(new)
+            group.unref(old)
+
+
+def attach_slabs(slabs: Sequence[LeasedSlab] | None, attachment: Attachment, backend: Backend) -> None:
+    """Let the slabs stand for this attachment's memory, page-locked where the backend can."""
+    for index, slab in enumerate(slabs or ()):
+        if slab.is_pinned:
+            backend.unpin(slab.rows)
+        slab.is_pinned = backend.pin(attachment.rows[index])
+        slab.attach(attachment.rows[index], attachment.generations[index], attachment.epoch)

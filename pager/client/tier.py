@@ -1,0 +1,323 @@
+"""RemoteTier: the daemon as the tier below a client's pager, behind the same calls as a Zarr store.
+
+Writing a block is COMMIT of the slot that it was copied to; reading one is LEASE of a slot to copy it from. Where the daemon's
+memory is not ours to map, the bytes go over the socket into and out of a host tier of our own. Calls run on the backend's I/O
+workers, one request for many blocks. Without a daemon every call fails at once: reads are misses, writes stay above.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...tiers.errors import BlockMissError, Busy, KvTierError, TierFullError, TierUnavailableError
+from ...tiers.nvme.store import IoTicket
+from ...tiers.streams import AllDone, Backend, IntArray, Rows
+from ..wire.messages import HELD_ALREADY, IS_HELD, STORED, TAKEN
+from .attachment import NO_ROOM, Attachment
+from .handles import Handles
+from .slab import LeasedSlab
+
+LEASE_WAIT_S = 10.0  # for room in the daemon's memory; then it is a miss and is computed again
+RESERVE_WAIT_S = 1.0
+REFUSED_PAUSE_S = 0.2  # after the daemon had no room for so long
+SPARE_HANDLES = 1024  # blocks that we know of and nobody has any more
+_NO_ATTACHMENT = "the daemon is gone; going on without it"
+
+
+class RemoteTier:
+    """`slabs` where the daemon's memory is mapped; else None, and rows are those of a host tier of our own."""
+
+    name = "daemon"
+    is_ring = is_encrypted = False  # what the daemon keeps on a disk is sealed there
+    loss_counter = "missed_blocks"
+
+    def __init__(
+        self, attachment: Attachment, backend: Backend, slabs: Sequence[LeasedSlab] | None, is_up: Callable[[], bool]
+    ) -> None:
+        self._backend, self._slabs, self._is_up = backend, slabs, is_up
+        self.handles = [Handles(2 * capacity + SPARE_HANDLES) for capacity in attachment.capacity_blocks]
+        self.attachment = attachment
+        self.last_write_error: str | None = None
+        self._refused_until_s = [0.0] * len(self.handles)
+        self._nonce = os.urandom(32)  # private blocks of ours have keys that nobody can guess
+
+    # ------------------------------------------------------------------ what it is
+    @property
+    def takes_writes(self) -> bool:
+        return self._is_up()
+
+    @property
+    def is_durable(self) -> bool:
+        return self.attachment.is_durable
+
+    def num_slots(self, group: int) -> int:
+        return self.handles[group].limit
+
+    def free_slots(self, group: int) -> int:
+        return self.handles[group].num_free
+
+    def allocate(self, group: int, n: int) -> IntArray:
+        return self.handles[group].allocate(n)
+
+    def free(self, group: int, slots: IntArray) -> None:
+        """Forget these; what the daemon held for us there may go."""
+        handles = self.handles[group]
+        slots = slots[slots >= 0]
+        held = slots[handles.is_held[slots]]
+        if len(held):
+            self.unhold(group, handles.keys(held))
+        handles.free(slots)
+
+    def quarantine(self, group: int, slots: IntArray) -> None:
+        self.free(group, slots)
+
+    def stamps(self, group: int, slots: IntArray) -> npt.NDArray[Any]:
+        return self.handles[group].stamps[slots]
+
+    def is_near(self, group: int, slots: IntArray) -> npt.NDArray[np.bool_]:
+        known = self.handles[group].is_near
+        return known[slots] if len(known) else np.zeros(len(slots), bool)
+
+    # ------------------------------------------------------------------ blocks
+    def write(
+        self,
+        group: int,
+        slots: IntArray,
+        source: Rows,
+        source_rows: IntArray,
+        stamps: npt.NDArray[Any],
+        parents: list[bytes] | None = None,
+    ) -> IoTicket:
+        ticket, handles, attachment = IoTicket(len(slots)), self.handles[group], self.attachment
+        stamps = self._with_private_keys(stamps)
+        handles.stamps[slots] = stamps
+        parents = parents or [b""] * len(slots)
+        own = np.array(source_rows)
+        rows = own if self._slabs is None else self._slabs[group].place(own)
+
+        def job() -> None:
+            try:
+                if self._slabs is not None:
+                    results = self._commit(attachment, group, self._slabs[group], own, rows, stamps, parents)
+                else:
+                    results = self._send(attachment, group, source, source_rows, stamps, parents)
+            except KvTierError as error:
+                self.last_write_error = str(error)
+                raise
+            handles.is_held[slots] = (results & IS_HELD) > 0
+            handles.is_near[slots] = ticket.ok[:] = (results & STORED) > 0
+
+        ticket.event = AllDone([self._backend.write_io.submit(job)])
+        return ticket
+
+    def _commit(
+        self,
+        attachment: Attachment,
+        group: int,
+        slab: LeasedSlab,
+        slots: IntArray,
+        rows: IntArray,
+        stamps: npt.NDArray[Any],
+        parents: list[bytes],
+    ) -> npt.NDArray[np.uint8]:
+        """Name what we wrote to reserved rows; a row that is leased to us is the daemon's block already."""
+        results = np.zeros(len(slots), np.uint8)
+        ours = np.flatnonzero(slab.is_reserved(slots))
+        if len(ours):
+            done, generations = attachment.commit(group, rows[ours], stamps[ours], [parents[i] for i in ours.tolist()])
+            results[ours], taken = done, done & STORED == TAKEN
+            slab.committed(attachment.epoch, slots[ours[taken]], generations[taken])
+        theirs = np.setdiff1d(np.arange(len(slots)), ours)
+        flags = attachment.hold(group, np.ascontiguousarray(stamps["key"][theirs]).tobytes())
+        results[theirs] = (flags > 0) * HELD_ALREADY + (flags == 1) * IS_HELD
+        return results
+
+    def _send(
+        self,
+        attachment: Attachment,
+        group: int,
+        source: Rows,
+        source_rows: IntArray,
+        stamps: npt.NDArray[Any],
+        parents: list[bytes],
+    ) -> npt.NDArray[np.uint8]:
+        """Reserve, write the bytes, commit, release: as many at a time as the daemon has slots for."""
+        results = np.zeros(len(stamps), np.uint8)
+        done = 0
+        while done < len(stamps):
+            rows, _ = attachment.reserve(group, len(stamps) - done, LEASE_WAIT_S)
+            try:
+                for i, row in enumerate(rows.tolist(), done):
+                    attachment.write_row(group, row, source[source_rows[i]])
+                part = slice(done, done + len(rows))
+                results[part], _ = attachment.commit(group, rows, stamps[part], parents[part])
+            finally:
+                attachment.release(group, rows)
+            done += len(rows)
+        return results
+
+    def read(
+        self, group: int, slots: IntArray, target: Rows, target_rows: IntArray, stamps: npt.NDArray[Any]
+    ) -> IoTicket:
+        ticket, attachment = IoTicket(len(slots)), self.attachment
+        keys, target_rows = np.ascontiguousarray(stamps["key"]), np.array(target_rows)
+
+        def take(index: IntArray, rows: IntArray, generations: npt.NDArray[np.uint64]) -> None:
+            if self._slabs is not None:
+                ticket.ok[index] = self._slabs[group].lend(attachment.epoch, target_rows[index], rows, generations)
+                return
+            try:
+                attachment.read_rows(group, rows, target, target_rows[index])
+                ticket.ok[index] = True
+            finally:
+                attachment.release(group, rows)
+
+        def job() -> None:
+            self._lease_all(attachment, group, keys, take, at_once=len(keys))
+
+        ticket.event = AllDone([self._backend.read_io.submit(job)])
+        return ticket
+
+    def read_layer(
+        self, group: int, slots: IntArray, layer: int, target: Rows, target_rows: IntArray, stamps: npt.NDArray[Any]
+    ) -> IoTicket:
+        """One layer's slice of each block. The daemon brings whole blocks up for it."""
+        ticket, attachment = IoTicket(len(slots)), self.attachment
+        keys, target_rows = np.ascontiguousarray(stamps["key"]), np.array(target_rows)
+        size = attachment.layouts[group].layer_bytes
+        span = slice(layer * size, (layer + 1) * size)
+        at_once = self._slabs[group].stream_limit if self._slabs is not None else attachment.lease_limits[group]
+
+        def take(index: IntArray, rows: IntArray, generations: npt.NDArray[np.uint64]) -> None:
+            try:
+                if attachment.has_slab:
+                    target[target_rows[index]] = attachment.rows[group][rows, span]
+                    ticket.ok[index] = attachment.generations[group][rows] == generations  # rule 11
+                    return
+                whole = np.empty((len(rows), attachment.layouts[group].block_bytes), np.uint8)
+                attachment.read_rows(group, rows, whole, np.arange(len(rows)))
+                target[target_rows[index]] = whole[:, span]
+                ticket.ok[index] = True
+            finally:
+                attachment.release(group, rows)
+
+        def job() -> None:
+            self._lease_all(attachment, group, keys, take, at_once=max(1, at_once // 2))
+
+        ticket.event = AllDone([self._backend.read_io.submit(job)])
+        return ticket
+
+    def _lease_all(
+        self,
+        attachment: Attachment,
+        group: int,
+        keys: npt.NDArray[Any],
+        take: Callable[[IntArray, IntArray, npt.NDArray[np.uint64]], None],
+        *,
+        at_once: int,
+    ) -> None:
+        """Lease blocks by key, ask again for those without room until the time is up; hand over what came."""
+        left, deadline_s = np.arange(len(keys)), time.monotonic() + LEASE_WAIT_S
+        while len(left):
+            index, later = left[:at_once], left[at_once:]
+            wait_s = max(0.05, deadline_s - time.monotonic())
+            rows, generations = attachment.lease(group, keys[index].tobytes(), wait_s)
+            came = rows >= 0
+            if came.any():
+                take(index[came], rows[came], generations[came])
+            again = index[rows == NO_ROOM] if time.monotonic() < deadline_s else index[:0]
+            if len(again) == len(index):
+                time.sleep(0.01)
+            left = np.concatenate([again, later])
+
+    # ------------------------------------------------------------------ room to write to
+    def ask_for_room(self, group: int, count: int) -> None:
+        """Reserve slots in the background; the slab hears of it either way."""
+        attachment = self.attachment
+        assert self._slabs is not None
+        slab = self._slabs[group]
+        if not self._is_up() or time.monotonic() < self._refused_until_s[group]:
+            slab.is_asking = False  # whoever waits shall not wait for this
+            return
+
+        def job() -> None:
+            rows, generations = np.empty(0, np.int64), np.empty(0, np.uint64)
+            try:
+                rows, generations = attachment.reserve(group, count, RESERVE_WAIT_S)
+            except Busy:
+                self._refused_until_s[group] = time.monotonic() + REFUSED_PAUSE_S
+            finally:
+                slab.add_spare(attachment.epoch, rows, generations)
+
+        try:
+            self._backend.write_io.submit(job)
+        except KvTierError:  # closing
+            slab.is_asking = False
+
+    def release(self, group: int, rows: IntArray) -> None:
+        """Give leased or reserved rows back, in the background."""
+        self._later(lambda attachment: attachment.release(group, rows))
+
+    def unhold(self, group: int, keys: bytes) -> None:
+        self._later(lambda attachment: attachment.unhold(group, keys))
+
+    def _later(self, call: Callable[[Attachment], None]) -> None:
+        attachment = self.attachment
+        if not attachment.is_lost:
+            self._backend.read_io.submit(lambda: call(attachment))
+
+    # ------------------------------------------------------------------ sessions and durability
+    def _require(self) -> Attachment:
+        if not self._is_up():
+            raise TierUnavailableError(_NO_ATTACHMENT)
+        return self.attachment
+
+    def flush(self, timeout_s: float | None = None) -> None:
+        self._require().flush(60.0 if timeout_s is None else timeout_s)
+
+    def learn(self, secrets: Mapping[int, bytes]) -> None:
+        """The daemon has them."""
+
+    def put_session(self, session_id: str, record: dict[str, Any]) -> None:
+        try:
+            self._require().put_session(session_id, dict(record), 60.0)
+        except BlockMissError as error:
+            raise TierFullError(f"the daemon could not keep it all: {error}", retry_after_s=1.0) from error
+
+    def drop_session(self, session_id: str) -> None:
+        self._require().drop_session(session_id, keep=False)
+
+    def sessions(self) -> dict[str, dict[str, Any]]:
+        return {}  # asked for one by one, when they are resumed
+
+    def recovered(self) -> list[tuple[IntArray, npt.NDArray[Any]]]:
+        return [(np.empty(0, np.int64), handles.stamps[:0]) for handles in self.handles]
+
+    def status(self) -> dict[str, Any]:
+        return {
+            "is_attached": self._is_up(),
+            "boot": self.attachment.connection.welcome.boot.hex(),
+            "epoch": self.attachment.epoch,
+            "protocol": self.attachment.version,
+            "shares_memory": self._slabs is not None,
+            "known_blocks": sum(handles.limit - handles.num_free for handles in self.handles),
+            "held_blocks": sum(int(handles.is_held.sum()) for handles in self.handles),
+            "last_write_error": self.last_write_error,
+        }
+
+    def close(self) -> None:
+        """Its pager says goodbye, once it knows whether a copy still runs."""
+
+    # ------------------------------------------------------------------ inside
+    def _with_private_keys(self, stamps: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        stamps = stamps.copy()
+        for i in np.flatnonzero(stamps["tokens"] == 0).tolist():
+            stamps["key"][i] = hashlib.blake2b(stamps["key"][i].tobytes(), digest_size=32, key=self._nonce).digest()
+        return stamps

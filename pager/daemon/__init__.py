@@ -1,0 +1,1 @@
+"""pagerd: one memory for many processes."""

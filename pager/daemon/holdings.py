@@ -1,0 +1,171 @@
+"""Holdings: what one client process holds of one layer group. It dies with the process, never with the socket (rule 10).
+
+    reserved   slots that the client may be writing to; STAGING until it commits
+    leased     slots that the client may be reading from, counted; held as for any copy (rule 7)
+    held       blocks that must not vanish while the client's sequences refer to them; a reference each
+
+Changes the books of a group, under the lock of whoever calls. Guards rule 8: while the process lives, a slot with a copy of
+it in flight is neither freed nor given to anybody else, connected or not.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from ..group import BlockGroup
+from ..states import NOWHERE, IntArray, SlotState
+
+
+class Holdings:
+    """Of one client in one group."""
+
+    def __init__(self, group: BlockGroup, lease_limit: int, hold_limit: int) -> None:
+        self.group = group
+        self.lease_limit, self.hold_limit = lease_limit, hold_limit
+        self.reserved = np.zeros(len(group.host), bool)
+        self.leased = np.zeros(len(group.host), np.int32)
+        self.held: set[int] = set()
+        self._private: set[int] = set()  # of the held: blocks that nobody else can know of
+        self._unflushed: set[int] = set()  # of the held: committed since the last flush
+
+    # ------------------------------------------------------------------ questions
+    def num_slots(self) -> int:
+        return int(self.reserved.sum() + self.leased.sum())
+
+    def room(self) -> int:
+        """Slots that it may still lease or reserve."""
+        return max(0, self.lease_limit - self.num_slots())
+
+    def references(self) -> IntArray:
+        """Blocks once per reference of this client."""
+        held = np.fromiter(self.held, np.int64, len(self.held))
+        return np.concatenate([held, self.group.host.block[self.reserved]])
+
+    def may_read(self, slots: IntArray) -> bool:
+        return bool((self.leased[slots] > 0).all())
+
+    # ------------------------------------------------------------------ slots
+    def reserve(self, slots: IntArray, owner: int) -> None:
+        """Take free slots: STAGING, for blocks that have no name yet."""
+        group = self.group
+        blocks = group.directory.create(np.zeros(len(slots), np.int64), owner)
+        group.note_new(blocks)
+        group.ref(blocks)
+        group.host.stage(slots, blocks)
+        group.directory.host_slot[blocks] = slots
+        self.reserved[slots] = True
+
+    def lease(self, slots: IntArray) -> None:
+        self.group.host.holds[slots] += 1  # rule 7
+        np.add.at(self.leased, slots, 1)
+
+    def release(self, slots: IntArray) -> npt.NDArray[np.bool_]:
+        """Give back leases and reservations; False where there is neither."""
+        is_leased, is_reserved = self.leased[slots] > 0, self.reserved[slots]
+        self._end_leases(np.unique(slots[is_leased]), 1)
+        self._end_reservations(np.unique(slots[is_reserved & ~is_leased]))
+        return is_leased | is_reserved
+
+    def _end_leases(self, slots: IntArray, count: int | npt.NDArray[np.int32]) -> None:
+        group = self.group
+        group.host.holds[slots] -= count
+        self.leased[slots] -= count
+        blocks = group.host.block[slots]
+        blocks = blocks[blocks >= 0]
+        group.discard_dead(blocks[group.directory.refs[blocks] == 0])
+
+    def _end_reservations(self, slots: IntArray) -> None:
+        group = self.group
+        blocks = group.host.block[slots]
+        self.reserved[slots] = False
+        group.host.drop(slots)
+        group.directory.host_slot[blocks] = NOWHERE
+        group.unref(blocks)
+
+    # ------------------------------------------------------------------ commits
+    def commit(self, slot: int, key: bytes, parent: bytes | None, tokens: int, owner: int, *, hold: bool) -> bool:
+        """A reserved slot was written whole: name its block, and lease it. False when a valid block has that name.
+
+        A private block (no tokens) without a hold is forgotten when its lease ends: nobody could ask for it.
+        """
+        group, d = self.group, self.group.directory
+        block = int(group.host.block[slot])
+        twin = d.by_key.get(key)
+        if twin is not None:
+            if d.is_valid(np.array([twin]))[0]:
+                return False
+            d.unbind(twin)  # lost meanwhile: whoever refers to it finds a miss
+        d.owner[block] = owner
+        d.bind(block, key, parent, tokens)
+        depth = 0 if parent is None or parent not in d.by_key else int(d.depth[d.by_key[parent]]) + 1
+        one, at = np.array([block]), np.array([slot])
+        group.touch_chain(one, np.array([depth]))
+        group.host.publish(at)
+        self.reserved[slot] = False
+        self.lease(at)
+        self._end_reservation_of(block, hold=hold, is_private=tokens == 0)
+        return True
+
+    def _end_reservation_of(self, block: int, *, hold: bool, is_private: bool) -> None:
+        """The reservation's reference becomes a hold, where that is wanted and there is room."""
+        if hold and len(self.held) < self.hold_limit:
+            self.held.add(block)
+            self._unflushed.add(block)
+            if is_private:
+                self._private.add(block)
+            return
+        if is_private:
+            self.group.directory.unbind(block)
+        self.group.unref(np.array([block]))
+
+    def take_unflushed(self) -> IntArray:
+        """Held blocks committed since the last call."""
+        blocks, self._unflushed = self._unflushed, set()
+        return np.fromiter(blocks, np.int64, len(blocks))
+
+    def still_unflushed(self, blocks: IntArray) -> None:
+        """A flush failed: the next one shall try these again."""
+        self._unflushed.update(self.held.intersection(blocks.tolist()))
+
+    # ------------------------------------------------------------------ holds
+    def hold(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
+        """Refer to these blocks, each at most once per client. False where the client's limit is reached."""
+        wanted = blocks.tolist()
+        new = list(dict.fromkeys(block for block in wanted if block not in self.held))
+        new = new[: max(0, self.hold_limit - len(self.held))]
+        if new:
+            self.held.update(new)
+            self.group.ref(np.array(new, np.int64))
+        return np.fromiter((block in self.held for block in wanted), bool, len(wanted))
+
+    def unhold(self, blocks: IntArray) -> None:
+        gone = [block for block in dict.fromkeys(blocks.tolist()) if block in self.held]
+        if not gone:
+            return
+        self.held.difference_update(gone)
+        self._unflushed.difference_update(gone)
+        for block in self._private.intersection(gone):  # nobody can ask for it again
+            self.group.directory.unbind(block)
+        self._private.difference_update(gone)
+        self.group.unref(np.array(gone, np.int64))
+
+    # ------------------------------------------------------------------ the end
+    def end(self) -> None:
+        """The process is gone, or said that no copy of its runs any more."""
+        leased = np.flatnonzero(self.leased)
+        if len(leased):
+            self._end_leases(leased, self.leased[leased].copy())
+        reserved = np.flatnonzero(self.reserved)
+        if len(reserved):
+            self._end_reservations(reserved)
+        self.unhold(np.fromiter(self.held, np.int64, len(self.held)))
+
+    def check(self) -> bool:
+        """Whether reserved slots are STAGING and leased ones VALID and held."""
+        host = self.group.host
+        return bool(
+            (host.state[self.reserved] == SlotState.STAGING).all()
+            and (host.state[self.leased > 0] == SlotState.VALID).all()
+            and (host.holds >= self.leased).all()
+        )

@@ -1,0 +1,77 @@
+"""Publishing: a thread that writes the snapshot page and the history beside a socket.
+
+It takes at most a hundredth of a core: fresh snapshots ten times a second while somebody watches, every few seconds
+otherwise, and fewer where one takes long. It never stops what it tells of, and imports neither numpy nor the pager.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ...tiers.errors import KvTierError
+from .history import STEP_S, HistoryFile, history_path, row_of
+from .snapshot import SnapshotPage, page_path
+
+WATCHED_STEP_S, IDLE_STEP_S = 0.1, 5.0
+MAX_SHARE = 0.01  # of one core, for publishing
+_LOG = logging.getLogger("kvtier.status")
+
+
+class Publisher:
+    """Writes the page and the history from a thread of its own. `tell` gives what to publish, or None for nothing now."""
+
+    def __init__(self, socket_path: Path, tell: Callable[[], dict[str, Any] | None]) -> None:
+        """Raises OSError."""
+        self._tell = tell
+        self._page = SnapshotPage(page_path(socket_path))
+        self._history = HistoryFile(history_path(socket_path))
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvtier-snapshot", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def start(cls, socket_path: Path, tell: Callable[[], dict[str, Any] | None]) -> Publisher | None:
+        """None, with a notice, where the files cannot be made: being looked at is not worth failing for."""
+        try:
+            return cls(socket_path, tell)
+        except OSError as error:
+            _LOG.warning("event=no_snapshot_page reason=%s", error.strerror)
+            return None
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(2.0)
+        self._page.close()
+        self._history.close()
+
+    def _run(self) -> None:
+        due_s = noted_s = float("-inf")
+        while True:
+            now_s = time.monotonic()
+            if now_s >= due_s or (self._page.is_watched(time.time()) and now_s >= due_s - IDLE_STEP_S + WATCHED_STEP_S):
+                spent_s = self._publish(with_history=now_s - noted_s >= STEP_S)
+                noted_s = now_s if now_s - noted_s >= STEP_S else noted_s
+                due_s = now_s + max(IDLE_STEP_S, spent_s / MAX_SHARE)
+                if self._stop.wait(spent_s / MAX_SHARE):
+                    return
+            if self._stop.wait(WATCHED_STEP_S):
+                return
+
+    def _publish(self, *, with_history: bool) -> float:
+        """Returns the CPU seconds that it took this thread."""
+        started_s = time.thread_time()
+        try:
+            told = self._tell()
+            if told is None:
+                return 0.0
+            self._page.write(told, time.time())
+            if with_history:
+                self._history.write(row_of(told["status"], time.time()))
+        except (KvTierError, OSError) as error:
+            _LOG.info("event=snapshot_failed reason=%s", error)
+        return time.thread_time() - started_s

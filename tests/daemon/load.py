@@ -1,0 +1,96 @@
+"""Run as a program: a client that never rests, with every value that it reads checked.
+
+    load.py ADDRESS SEED [private]
+
+Prints a line per event: "ack NAME TOKENS" once a session was stored durably, "wrong ..." for a value that was not what it
+should be. Runs until it is killed, or its standard input ends; then it prints "end" and how much it did.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from pager.harness import Rig
+
+from kvtier.tiers.cpu import CpuBackend
+from kvtier.tiers.errors import BlockMissError, Busy, ConfigError, TierUnavailableError
+
+PAGES, STAGING, SESSIONS = 24, 2, 6
+REFUSALS = (Busy, TierUnavailableError, BlockMissError)
+
+
+def prompt_of(name: str, num_tokens: int) -> list[int]:
+    """The tokens of a session, so many; sessions of one family begin alike."""
+    family, number = name.split("-")[1:]
+    shared = random.Random(f"family {family}").choices(range(1 << 16), k=40)
+    own = random.Random(f"{family} {number}").choices(range(1 << 16), k=2000)
+    return (shared + own)[:num_tokens]
+
+
+class Load:
+    """Sessions that grow, are stored, left, and taken up again."""
+
+    def __init__(self, address: str, seed: int, options: dict[str, int]) -> None:
+        self.choose = random.Random(seed)
+        backend = CpuBackend(poison=True, delay_s=0.001)
+        self.rig = Rig(daemon=address, backend=backend, pages=PAGES, staging=STAGING, **options)
+        self.prefix = f"s{seed}"
+        self.done = {"steps": 0, "parks": 0, "resumes": 0, "refused": 0}
+
+    def step(self) -> None:
+        name = f"{self.prefix}-{self.choose.randrange(3)}-{self.choose.randrange(SESSIONS)}"
+        try:
+            seq = self._take(name)
+        except REFUSALS:
+            self.done["refused"] += 1
+            time.sleep(0.005)
+            return
+        try:
+            known = len(self.rig.pager.token_ids(seq))
+            tokens = prompt_of(name, min(160, known + self.choose.randrange(1, 24)))
+            self.rig.say(seq, tokens[known:], timeout_s=5.0)
+            self.done["steps"] += 1
+            if self.choose.random() < 0.5:
+                self.rig.pager.park(name, seq, timeout_s=5.0)
+                self.done["parks"] += 1
+                print("ack", name, len(tokens), flush=True)
+                return
+        except REFUSALS:
+            self.done["refused"] += 1
+        finally:
+            if self.rig.wrong:
+                print("wrong", self.rig.wrong[:3], flush=True)
+        if seq in self.rig.pager._core.sequences:
+            self.rig.pager.release(seq)
+
+    def _take(self, name: str) -> int:
+        try:
+            seq, _ = self.rig.pager.resume(name)
+            self.done["resumes"] += 1
+            return seq
+        except ConfigError:  # unknown: new
+            return self.rig.start(prompt_of(name, 40))
+
+
+def main() -> None:
+    address, seed = sys.argv[1], int(sys.argv[2])
+    load = Load(address, seed, {"private_host": 16} if "private" in sys.argv else {})
+    ended = threading.Event()
+    threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
+    print("ready", flush=True)
+    while not ended.is_set():
+        load.step()
+    load.rig.pager.check_integrity()
+    print("end", json.dumps(load.done), flush=True)
+    load.rig.close()
+
+
+if __name__ == "__main__":
+    main()

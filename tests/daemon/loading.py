@@ -1,0 +1,86 @@
+"""Load clients as processes, and the check of everything that they were told is durable."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from kvtier.tiers.cpu import CpuBackend
+
+from ..pager.harness import Rig
+from .load import PAGES, STAGING, prompt_of
+from .running import Pagerd, wait_for
+
+PROGRAM = Path(__file__).with_name("load.py")
+
+
+class LoadClient:
+    """One load.py; `lines` as they come."""
+
+    def __init__(self, daemon: Pagerd, seed: int, *options: str) -> None:
+        self.lines: list[str] = []
+        self.process = subprocess.Popen(
+            [sys.executable, str(PROGRAM), daemon.address, str(seed), *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line.rstrip("\n"))
+
+    def wait_ready(self) -> None:
+        wait_for(lambda: "ready" in self.lines or self.process.poll() is not None, 30.0)
+        assert self.process.poll() is None, self.errors()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait(10)
+        self._reader.join(5)
+
+    def end(self) -> None:
+        """Let it finish what it does. Fails when it ended badly."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        assert self.process.wait(90) == 0, self.errors()
+        self._reader.join(5)
+
+    def errors(self) -> str:
+        assert self.process.stderr is not None
+        return self.process.stderr.read()
+
+    @property
+    def wrong(self) -> list[str]:
+        return [line for line in self.lines if line.startswith("wrong")]
+
+    @property
+    def acknowledged(self) -> dict[str, int]:
+        """Tokens of each session when it was last said to be durable."""
+        found = [line.split() for line in self.lines if line.startswith("ack")]
+        return {name: int(tokens) for _, name, tokens in found}
+
+
+def check_acknowledged(daemon: Pagerd, acknowledged: dict[str, int]) -> int:
+    """Every session that was acknowledged is there whole, and every value of it is right. Returns how many there are."""
+    rig = Rig(daemon=daemon.address, backend=CpuBackend(poison=True), pages=PAGES, staging=STAGING)
+    try:
+        for name, num_tokens in acknowledged.items():
+            seq, parked = rig.pager.resume(name)
+            assert parked.num_computed >= num_tokens, f"{name}: {parked.num_computed} of {num_tokens} tokens"
+            assert rig.pager.num_computed(seq) >= num_tokens, f"{name}: {rig.pager.num_computed(seq)} of {num_tokens}"
+            assert parked.token_ids[:num_tokens] == prompt_of(name, num_tokens)
+            before = rig.pager.counters.get("computed_tokens")
+            rig.say(seq, [1, 2, 3])
+            assert rig.pager.counters.get("computed_tokens") == before + 3, f"{name}: blocks were lost"
+            rig.pager.release(seq)
+        assert not rig.wrong, rig.wrong[:3]
+    finally:
+        rig.close()
+    return len(acknowledged)

@@ -1,0 +1,82 @@
+"""A real pagerd in a process of its own, for tests. Killed and started again as a test likes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from kvtier.pager.client.connection import DaemonConnection
+from kvtier.pager.protocol import fetch_status
+
+START_S = 20.0
+
+
+class Pagerd:
+    """`start` returns once it answers."""
+
+    def __init__(self, folder: Path, *, host_bytes: int, nvme_bytes: int | None = None, options: tuple[str, ...] = ()):
+        self.folder, self.socket = folder, folder / "pagerd.sock"
+        self.address = f"unix://{self.socket}"
+        self._arguments = ["--socket", str(self.socket), "--host-bytes", str(host_bytes), *options]
+        if nvme_bytes is not None:
+            self._arguments += ["--nvme-path", str(folder / "nvme"), "--nvme-bytes", str(nvme_bytes)]
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Pagerd:
+        log = open(self.folder / "pagerd.log", "ab")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kvtier.tools.pagerd", *self._arguments], stdout=log, stderr=log
+        )
+        log.close()
+        deadline_s = time.monotonic() + START_S
+        while True:
+            try:
+                DaemonConnection.open(self.address).close()
+                return self
+            except Exception:
+                if self.process.poll() is not None or time.monotonic() > deadline_s:
+                    raise
+                time.sleep(0.01)
+
+    def kill(self) -> None:
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(10)
+
+    def stop(self) -> int:
+        """SIGTERM; its exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(30)
+
+    def status(self) -> dict[str, Any]:
+        return fetch_status(self.address)
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "pagerd.log").read_text()
+
+    def resident_bytes(self) -> int:
+        assert self.process is not None
+        pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def __enter__(self) -> Pagerd:
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
+
+
+def wait_for(what: Any, timeout_s: float = 10.0) -> None:
+    """Until what() is true. Fails when it does not become so."""
+    deadline_s = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline_s, "did not come true in time"
+        time.sleep(0.01)

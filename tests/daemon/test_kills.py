@@ -1,0 +1,88 @@
+"""Kills without mercy: the daemon under load and in mid-copy, clients in mid-copy. Nothing wrong is read, nothing that was
+acknowledged is lost, and what the dead held is free again within two seconds.
+
+Longer: pytest -m soak tests/daemon/test_kills.py
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from pathlib import Path
+
+import pytest
+
+from ..pager.harness import LAYOUT
+from .loading import LoadClient, check_acknowledged
+from .running import Pagerd, wait_for
+
+SIZE = LAYOUT.block_bytes
+
+
+def running(tmp_path: Path) -> Pagerd:
+    return Pagerd(tmp_path, host_bytes=96 * SIZE, nvme_bytes=8000 * SIZE, options=("--no-prefault",))
+
+
+def kill_daemons(tmp_path: Path, kills: int, seed: int) -> None:
+    choose = random.Random(seed)
+    with running(tmp_path) as daemon:
+        clients = [LoadClient(daemon, seed * 10), LoadClient(daemon, seed * 10 + 1, "private")]
+        for client in clients:
+            client.wait_ready()
+        for _ in range(kills):
+            time.sleep(choose.choice([0.1, 0.5, 1.0, 1.5]) * choose.uniform(0.8, 1.2))
+            daemon.kill()
+            daemon.start()
+        time.sleep(1.0)
+        for client in clients:
+            client.end()
+        acknowledged = clients[0].acknowledged | clients[1].acknowledged
+        print(f"seed {seed}: {kills} kills, {len(acknowledged)} sessions, {[c.lines[-1] for c in clients]}")
+        assert not clients[0].wrong + clients[1].wrong
+        wait_for(lambda: daemon.status()["daemon"]["pinned_slots"] == 0, 2.0)
+        assert check_acknowledged(daemon, acknowledged) > 0
+        assert daemon.stop() == 0
+        assert "Traceback" not in daemon.log, daemon.log[-3000:]
+
+
+def kill_clients(tmp_path: Path, kills: int, seed: int) -> None:
+    choose = random.Random(seed)
+    with running(tmp_path) as daemon:
+        witness = LoadClient(daemon, seed)
+        witness.wait_ready()
+        acknowledged: dict[str, int] = {}
+        for number in range(kills):
+            client = LoadClient(daemon, 1000 * (seed + 1) + number % 3)
+            client.wait_ready()
+            time.sleep(choose.uniform(0.0, 0.4))
+            client.kill()
+            assert not client.wrong
+            acknowledged |= client.acknowledged
+        wait_for(lambda: daemon.status()["daemon"]["attached_processes"] == 1, 2.0)
+        witness.end()
+        assert not witness.wrong
+        wait_for(lambda: daemon.status()["daemon"]["pinned_slots"] == 0, 2.0)
+        print(f"seed {seed}: {kills} kills, {len(acknowledged)} sessions, {witness.lines[-1]}")
+        check_acknowledged(daemon, acknowledged | witness.acknowledged)
+        assert daemon.stop() == 0
+        assert "Traceback" not in daemon.log, daemon.log[-3000:]
+
+
+def test_a_killed_daemon_costs_nothing_but_time(tmp_path, seed):
+    kill_daemons(tmp_path, 4, seed + 1)
+
+
+def test_a_killed_client_leaves_nothing_behind(tmp_path, seed):
+    kill_clients(tmp_path, 5, seed + 1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_three_hundred_killed_daemons(tmp_path, seed):
+    kill_daemons(tmp_path, 300, seed + 1)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(3600)
+def test_three_hundred_killed_clients(tmp_path, seed):
+    kill_clients(tmp_path, 300, seed + 1)

@@ -1,0 +1,185 @@
+"""Pagers, engines and their clients come and go, hundreds of times: descriptors, threads, pins and memory stay flat."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from kvtier.pager.clients import Clients
+from kvtier.pager.config import PagerConfig
+from kvtier.pager.lease import Span
+from kvtier.pager.pager import Pager
+from kvtier.pager.protocol import fetch_status
+from kvtier.tiers.layout import KVLayout
+
+LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32")
+MOST_GROWTH_BYTES = 16 << 20
+WARM_UP = 10  # rounds in which caches fill
+
+
+@dataclass(frozen=True)
+class Held:
+    """What this process holds."""
+
+    descriptors: int
+    threads: int
+    resident_bytes: int
+
+    @classmethod
+    def now(cls) -> Held:
+        gc.collect()
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        descriptors = len(os.listdir("/proc/self/fd"))
+        return cls(descriptors, threading.active_count(), pages * os.sysconf("SC_PAGESIZE"))
+
+
+def stays_flat(once: Callable[[int], None], rounds: int) -> Held:
+    """Run so often; what is held after the warm-up is held at the end, memory within a bound."""
+    for number in range(WARM_UP):
+        once(number)
+    before = Held.now()
+    for number in range(rounds):
+        once(number)
+    after = Held.now()
+    print(f"{rounds} rounds: {before} -> {after}")
+    assert after.descriptors <= before.descriptors, (before, after)
+    assert after.threads <= before.threads, (before, after)
+    assert after.resident_bytes - before.resident_bytes < MOST_GROWTH_BYTES, (before, after)
+    return after
+
+
+def one_pager(path: Path, number: int) -> None:
+    """Opens the store that the one before left, computes, parks, resumes, is looked at, and goes."""
+    size = LAYOUT.block_bytes
+    config = PagerConfig(
+        device_bytes=40 * size, host_bytes=40 * size, nvme_path=path, nvme_bytes="4MiB", backend="cpu", staging_bytes=0
+    )
+    with Pager.open(LAYOUT, config, model_fingerprint="churn") as pager:
+        if number % WARM_UP:
+            seq, parked = pager.resume("s")
+            assert parked.num_computed == len(parked.token_ids)
+        else:
+            if "s" in pager.sessions():
+                pager.forget("s")
+            seq = pager.begin()
+        start = pager.num_computed(seq)
+        pager.append(seq, [number + i for i in range(20)])
+        with pager.lease([Span(seq, start, start + 20)]) as lease:
+            rows = pager.device_rows(0)
+            pager.backend.compute.run(lambda pages=lease.tables[0][0]: rows[pages].fill(1))
+            lease.commit()
+        assert fetch_status(str(path))["version"] == 1
+        pager.park("s", seq)
+        pager.check_integrity()
+        group = pager._core.groups[0]
+        assert not group.pages.pins.any() and not group.host.holds.any()
+
+
+def one_refusal(path: Path, number: int) -> None:
+    """A pager that cannot be opened leaves nothing behind."""
+    from kvtier.tiers.errors import ConfigError
+
+    config = PagerConfig(device_bytes=40 * LAYOUT.block_bytes, host_bytes=1 << 16, nvme_path=path, backend="cpu")
+    with pytest.raises(ConfigError):
+        Pager.open(LAYOUT, config, model_fingerprint=f"another {number}")
+
+
+def one_crowd(number: int) -> None:
+    """Client processes attach, hold something and are killed."""
+    held: set[int] = set()
+    clients = Clients()
+    processes = [subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE) for _ in range(3)]
+    for process in processes:
+        client = clients.attach(process.pid)
+        held.add(client)
+        clients.hold(client, partial(held.remove, client))
+        clients.disconnected(client)
+    assert clients.reap() == 0 and len(held) == 3
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdin.close()
+    assert clients.reap() == 3 and not held and len(clients) == 0
+
+
+class Ended:
+    """Listens to one submission."""
+
+    def __init__(self) -> None:
+        self.tokens, self.is_over = 0, threading.Event()
+
+    def on_token(self, index: int, token: int, logprob: object) -> bool:
+        self.tokens += 1
+        return False
+
+    def on_end(self, index: int, output: object, error: BaseException | None) -> None:
+        self.is_over.set()
+
+
+def make_engines() -> Callable[[int], None]:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from kvtier import Engine, SamplingParams
+    from kvtier.engine.loop import EngineLoop
+
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+
+    def one(number: int) -> None:
+        engine = Engine.from_model(model, PagerConfig(device_bytes="1MiB", host_bytes="1MiB", backend="cpu"))
+        loop, heard = EngineLoop(engine), [Ended() for _ in range(3)]
+        for i, listener in enumerate(heard):
+            loop.submit([1, 2, 3 + i], SamplingParams(max_tokens=3), listener)
+        assert all(listener.is_over.wait(60) and listener.tokens == 3 for listener in heard)
+        loop.close()
+        engine.close()
+
+    return one
+
+
+def test_pagers_come_and_go(tmp_path):
+    stays_flat(lambda number: one_pager(tmp_path / "store", number), 60)
+
+
+def test_pagers_that_are_refused(tmp_path):
+    one_pager(tmp_path / "store", 0)
+    stays_flat(lambda number: one_refusal(tmp_path / "store", number), 100)
+
+
+def test_clients_come_and_go():
+    stays_flat(one_crowd, 20)
+
+
+def test_engines_come_and_go():
+    stays_flat(make_engines(), 15)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("what", ["pagers", "refusals", "clients", "engines"])
+def test_for_a_long_time(tmp_path, what):
+    one_pager(tmp_path / "store", 0)
+    once = {
+        "pagers": lambda: lambda number: one_pager(tmp_path / "store", number),
+        "refusals": lambda: lambda number: one_refusal(tmp_path / "store", number),
+        "clients": lambda: one_crowd,
+        "engines": make_engines,
+    }[what]()
+    stays_flat(once, 500)

@@ -1,0 +1,90 @@
+"""What the inspector's tests share: a real pager in another process, and the program run as people run it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SCRIPT = Path(__file__).with_name("pager_process.py")
+BLOCK, BLOCK_BYTES = 16, 2 * 2 * 16 * 8 * 4
+
+
+@dataclass
+class Running:
+    """A pager process. `do` runs Python in it and gives back what it called `result`."""
+
+    process: subprocess.Popen[str]
+    where: Path
+
+    def do(self, code: str) -> Any:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(code) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the pager process ended with {self.process.wait(5)}"
+        told = json.loads(line)
+        assert not (isinstance(told, dict) and "error" in told), told["error"]
+        return told
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Nothing in the process runs meanwhile."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.process.pid, signal.SIGCONT)
+
+
+@contextmanager
+def running(where: Path, **config: Any) -> Iterator[Running]:
+    """A pager over a store at `where`, or (store=False) only with a socket in it."""
+    settings = {"device_bytes": "128KiB", "host_bytes": "128KiB", "host_prefault": False} | config
+    if settings.pop("store", True):
+        settings |= {"nvme_path": str(where / "s"), "nvme_bytes": settings.get("nvme_bytes", "4MiB")}
+    else:
+        settings["status_socket"] = str(where / "s.sock")
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), json.dumps(settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd="/",
+    )
+    found = Running(process, Path(settings.get("nvme_path") or settings["status_socket"]))
+    try:
+        assert found._answer() == "ready"
+        yield found
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait(30)
+
+
+def inspect(*words: object, env: dict[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """`pager-inspect` in a process of its own."""
+    command = [sys.executable, "-m", "kvtier.tools.inspect", *map(str, words)]
+    environ = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "KVTIER_SOCKET", "RUNTIME_DIRECTORY")}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd="/", env=environ | (env or {}), input=stdin, timeout=60
+    )
+
+
+def asked(pager: Running | Path, *words: object) -> dict[str, Any]:
+    """The JSON that a verb prints, whatever its findings."""
+    where = pager.where if isinstance(pager, Running) else pager
+    done = inspect("-s", where, "--json", *words)
+    assert done.returncode in (0, 1) and not done.stderr, done.stderr
+    return dict(json.loads(done.stdout))

@@ -1,0 +1,187 @@
+"""`top` on a real terminal with keys, `stat`, `history` and `record` while a real pager works in another process."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+
+from .inspecting import asked, inspect, running
+
+TRAFFIC = "[pager.finish(compute([n] * 400)) for n in range(6)]"
+
+
+@pytest.fixture(scope="module")
+def pager(tmp_path_factory):
+    with running(tmp_path_factory.mktemp("p")) as one:
+        one.do("pager.park('alice', compute(list(range(100))))")
+        one.do("kept = compute(list(range(500, 900)))")
+        yield one
+
+
+class Terminal:
+    """A program on a terminal of 120 by 30; `until` reads on until a text is on the screen."""
+
+    def __init__(self, *words: object) -> None:
+        self.leader, follower = pty.openpty()
+        command = [sys.executable, "-m", "kvtier.tools.inspect", *map(str, words)]
+        env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "30", "LANG": "C.UTF-8"}
+        import fcntl
+        import struct
+        import termios
+
+        fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 120, 0, 0))
+        self.process = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower, cwd="/", env=env)
+        os.close(follower)
+        self.seen = ""
+
+    def until(self, pattern: str, timeout_s: float = 30.0) -> None:
+        deadline_s = time.monotonic() + timeout_s
+        while not re.search(pattern, self.seen):
+            assert time.monotonic() < deadline_s, f"{pattern!r} is not in {self.seen[-2000:]!r}"
+            if select.select([self.leader], [], [], 0.2)[0]:
+                self.seen += os.read(self.leader, 1 << 16).decode(errors="replace")
+
+    def press(self, keys: str) -> None:
+        self.seen = ""
+        os.write(self.leader, keys.encode())
+
+    def close(self) -> int:
+        try:
+            return self.process.wait(20)
+        finally:
+            self.process.kill()
+            os.close(self.leader)
+
+
+def test_top_is_live_and_obeys_its_keys(pager):
+    terminal = Terminal("-s", pager.where, "top", "--interval", "0.1")
+    try:
+        terminal.until("alice")
+        terminal.until("sort device")
+        pager.do(TRAFFIC)
+        terminal.until(r"missed \d")
+        terminal.press("s")
+        terminal.until("sort host")
+        terminal.press("/ali\r")
+        terminal.until("filter ali ")
+        assert "seq:" not in terminal.seen.split("filter ali ")[-1]
+        terminal.press("p")
+        terminal.until("PAUSED")
+        terminal.press("q")
+        assert terminal.close() == 0
+    finally:
+        terminal.process.kill()
+
+
+def test_top_once_is_a_capture_without_escapes(pager):
+    pager.do(TRAFFIC)
+    shown = inspect("-s", pager.where, "top", "--once", "--filter", "alice").stdout
+    assert "\x1b" not in shown and "alice" in shown and "seq:" not in shown and "hit rate" in shown
+    told = json.loads(inspect("-s", pager.where, "top", "--json").stdout)
+    assert told["status"]["tiers"]["nvme"]["blocks"] > 0 and told["snapshot_age_s"] < 6
+
+
+def test_watching_makes_snapshots_fresh_and_costs_no_question(pager):
+    from kvtier.pager.inspection.snapshot import page_path, read_snapshot
+
+    page = page_path(pager.where / "status.sock")
+    read_snapshot(page, watch=True)
+    time.sleep(1.0)
+    ages = []
+    for _ in range(10):
+        ages.append(read_snapshot(page, watch=True)["snapshot_age_s"])
+        time.sleep(0.1)
+    assert min(ages) < 1.0  # s; published ten times a second, on a busy machine less often
+    with pager.stopped():
+        before = read_snapshot(page)["snapshot_age_s"]
+        time.sleep(0.3)
+        assert read_snapshot(page)["snapshot_age_s"] > before
+
+
+def test_top_says_when_nothing_is_published_any_more(pager):
+    from kvtier.tools.inspect.text import Style
+    from kvtier.tools.inspect.top import STALE_S, View
+
+    told = json.loads(inspect("-s", pager.where, "top", "--json").stdout)
+    view = View()
+    view.take(told | {"snapshot_age_s": STALE_S + 1}, time.time())
+    assert "the pager hangs or is stopped" in "\n".join(view.lines(Style(), 40))
+
+
+def test_stat_counts_what_happened_between_two_looks(pager):
+    command = [sys.executable, "-m", "kvtier.tools.inspect", "-s", str(pager.where), "stat", "1.5", "1", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/") as ticking:
+        time.sleep(0.8)
+        pager.do(TRAFFIC)
+        row = json.loads(ticking.communicate(timeout=60)[0].splitlines()[0])
+    assert row["down_bytes_per_s"] >= 0 and row["miss_tokens_per_s"] + row["device_hit_tokens_per_s"] >= 0
+    assert set(row) >= {"time", "up_bytes_per_s", "evicted_blocks_per_s", "transfers_in_flight"}
+
+
+def test_a_recording_is_a_replay_trace(pager, tmp_path):
+    file = tmp_path / "trace.jsonl"
+    command = [sys.executable, "-m", "kvtier.tools.inspect", "-s", str(pager.where), "record", "--seconds", "6"]
+    with subprocess.Popen([*command, "--out", str(file)], stderr=subprocess.PIPE, text=True, cwd="/") as recording:
+        deadline_s = time.monotonic() + 20
+        while not pager.do("result = core.observer.recorder.is_on"):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        pager.do("a = compute(list(range(3000, 3096))); pager.append(a, [1, 2, 3]); pager.finish(a)")
+        pager.do("b = compute(list(range(3000, 3064)) + [9] * 32); pager.finish(b)")
+        said = recording.communicate(timeout=60)[1]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert (
+        "2 requests" in said
+        and [set(row) for row in rows] == [{"timestamp", "input_length", "output_length", "hash_ids"}] * 2
+    )
+    first, second = rows
+    assert (
+        first["input_length"] == 95 and first["output_length"] == 4
+    )  # the last token of a prompt is computed, not looked up
+    assert first["hash_ids"] == [0, 1, 2, 3, 4] and second["hash_ids"] == [0, 1, 2, 3, 5]
+    assert 0 <= first["timestamp"] <= second["timestamp"] <= 10_000
+
+
+def test_history_draws_what_the_pager_wrote(pager, tmp_path):
+    from kvtier.pager.inspection.history import HistoryFile
+
+    rows = asked(pager, "history")["rows"]
+    assert rows and rows[0]["nvme_used_bytes"] >= 0
+    socket = tmp_path / "s"
+    (tmp_path / "s.history").touch()
+    file = HistoryFile(tmp_path / "s.history")
+    for n in range(60):
+        file.write({"time_s": time.time() - 600 + 10 * n, "miss_tokens": 100.0 * n * n, "device_used_bytes": 1 << 20})
+    file.close()
+    from kvtier.tools.inspect.answers import history
+    from kvtier.tools.inspect.text import Style
+
+    from_file = asked_history(socket)
+    shown = "\n".join(history(from_file, Style()))
+    assert "60 rows over" in shown and "1.0M" in shown and "▁" in shown and "█" in shown
+    assert "#" in "\n".join(history(from_file, Style(ascii=True)))
+
+
+def asked_history(socket):
+    from kvtier.pager.inspection.history import history_path, read_history
+
+    return read_history(history_path(socket))
+
+
+def test_advice_grows_with_memory_and_says_when_it_is_a_guess(pager):
+    for _ in range(2):
+        pager.do(TRAFFIC)
+    told = asked(pager, "advise", "--factor", "8")
+    rates = [row["hit_rate"] for row in told["rows"]]
+    assert rates == sorted(rates) and {row["factor"] for row in told["rows"]} >= {0.5, 1.0, 8.0}
+    assert rates[-1] <= told["ever_reused"] + 1e-9
+    assert asked(pager, "advise", "--tier", "nvme")["tier"] == "nvme"
+    assert inspect("-s", pager.where, "advise", "--factor", "0").returncode == 2

@@ -1,0 +1,252 @@
+"""`kvtier bench daemon`: what it costs to ask a daemon instead of a pager of one's own.
+
+Look-ups of a prompt's keys by clients in processes of their own, against the same look-up called in this process; blocks put
+into and read from the daemon's slab, against a plain memcpy of as many bytes from and to the same memory, in the same rounds.
+A local Valkey or Redis and LMCache's own server do the same work in those rounds (daemon_peers.py). Every reply is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kvtier import KVLayout
+
+from ...pager.client.attachment import Attachment
+from ...pager.client.connection import Greeting
+from ...pager.config import PagerConfig
+from ...pager.daemon.store import SharedStore
+from ...pager.daemon.tenants import OwnerOnly, Tenant
+from ...pager.keys import owner_tag
+from ...tiers.errors import ConfigError, TierUnavailableError
+from ...tiers.nvme.manifest import STAMP
+from .daemon_client import LOOKUP_LAYOUT, MODEL, keys_of
+from .daemon_peers import Peers
+from .harness import Row, interleave, medians
+
+BLOCKS = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, block_size=32, dtype="bfloat16")  # 2 MiB
+CLIENTS = (1, 8)
+START_S = 30.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--keys", type=int, default=8192, metavar="N", help="keys per look-up (default 8192)")
+    parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help="of look-ups per number of clients")
+    parser.add_argument("--blocks", type=int, default=64, metavar="N", help="2 MiB blocks per round (default 64)")
+    parser.add_argument("--batch", type=int, default=16, metavar="N", help="blocks per message (default 16)")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N")
+    parser.add_argument(
+        "--lmcache", metavar="PYTHON", help="a Python that has lmcache installed, to measure its server too"
+    )
+
+
+def run(arguments: argparse.Namespace) -> list[Row]:
+    """Rows in ms and GB/s. Raises ConfigError for sizes that measure nothing, TierUnavailableError without a daemon."""
+    if min(arguments.keys, arguments.blocks, arguments.batch, arguments.rounds) < 1 or arguments.seconds <= 0:
+        raise ConfigError("--keys, --blocks, --batch, --rounds and --seconds must be at least 1")
+    with tempfile.TemporaryDirectory(prefix="kvtier-") as name:
+        folder = Path(name)
+        lookups = _lookups(folder, arguments)
+        with Peers(folder, blocks=arguments.blocks, keys=arguments.keys, lmcache=arguments.lmcache) as peers:
+            copies, ours_s = _copies(folder, arguments, peers)
+            ours_s["lookup"] = lookups[0].value / 1e3  # p50 of one client
+            return [*lookups, *copies, *peers.rows(ours_s)]
+
+
+# ---------------------------------------------------------------------- look-ups
+def _lookups(folder: Path, arguments: argparse.Namespace) -> list[Row]:
+    own_s = _in_process(arguments.keys, arguments.seconds / 2)
+    rows = []
+    with _daemon(folder, host_bytes=2 * arguments.keys * LOOKUP_LAYOUT.block_bytes) as address:
+        _fill(address, arguments.keys)
+        for clients in CLIENTS:
+            seconds = _ask(address, clients, arguments.keys, arguments.seconds)
+            case = f"look-up of {arguments.keys} keys, {clients} client{'s' * (clients > 1)}"
+            for name, value, limit in (("p50", 50, 50), ("p99", 99, 99)):
+                ours, reference = float(np.percentile(seconds, value)), float(np.percentile(own_s, limit))
+                said = f"limit: the same look-up in-process, {name}"
+                rows.append(Row.of_times(case, name, "ms", ours, said, reference, 1e3, len(seconds)))
+    return rows
+
+
+def _in_process(count: int, seconds: float) -> list[float]:
+    """The daemon's own look-up, called."""
+    config = PagerConfig(device_bytes=0, host_bytes=2 * count * LOOKUP_LAYOUT.block_bytes, host_prefault=False)
+    store = SharedStore.open((LOOKUP_LAYOUT,), config, model_fingerprint=MODEL, about={})
+    try:
+        client, keys, group = store.attach(_owner()), keys_of(count), store.core.groups[0]
+        blocks = group.directory.create(np.arange(count), owner_tag("default"))
+        group.directory.bind_many(blocks, keys, np.full(count, LOOKUP_LAYOUT.block_size))
+        slots = group.host.take_free(count)
+        group.host.stage(slots, blocks)
+        group.directory.host_slot[blocks] = slots
+        group.host.publish(slots)
+        group.note_new(blocks)
+        spent, until_s = [], time.monotonic() + seconds
+        while time.monotonic() < until_s:
+            started_s = time.perf_counter()
+            found = store.lookup(client, keys, prefix=True, hold=False)
+            spent.append(time.perf_counter() - started_s)
+            assert found.shape == (1, count)
+        return spent
+    finally:
+        store.close()
+
+
+def _fill(address: str, count: int) -> None:
+    """Store blocks under the keys that will be asked for."""
+    client = Attachment.open(address, [LOOKUP_LAYOUT], MODEL, {}, Greeting("bench"))
+    keys, done = keys_of(count), 0
+    while done < count:
+        rows, _ = client.reserve(0, min(4096, count - done), 10.0)
+        part = keys[done : done + len(rows)]
+        client.commit(0, rows, _stamps(part, LOOKUP_LAYOUT.block_size), [b""] * len(part))
+        client.release(0, rows)
+        done += len(rows)
+    client.goodbye()
+
+
+def _ask(address: str, clients: int, count: int, seconds: float) -> list[float]:
+    """Seconds of every look-up of that many processes at once."""
+    start_s = time.time() + 2.0 + 0.3 * clients
+    command = [
+        sys.executable,
+        "-m",
+        "kvtier.tools.bench.daemon_client",
+        address,
+        str(count),
+        repr(start_s),
+        str(seconds),
+    ]
+    running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(clients)]
+    found: list[float] = []
+    for process in running:
+        out, _ = process.communicate(timeout=seconds + 60)
+        if process.returncode:
+            raise TierUnavailableError(f"a client of the benchmark ended with {process.returncode}")
+        found += json.loads(out)
+    return found
+
+
+# ---------------------------------------------------------------------- blocks
+@dataclass(slots=True)
+class _Copies:
+    """Blocks of this process, into and out of the daemon's slab."""
+
+    client: Attachment
+    blocks: int
+    batch: int
+    source: np.ndarray
+    target: np.ndarray
+    round: int = 0
+
+    def put(self) -> None:
+        self.round += 1
+        for first in range(0, self.blocks, self.batch):
+            names = [_name(self.round, i) for i in range(first, min(first + self.batch, self.blocks))]
+            rows, _ = self.client.reserve(0, len(names), 10.0)
+            assert len(rows) == len(names), "the slab is too small for this benchmark"
+            for i, row in enumerate(rows.tolist(), first):
+                np.copyto(self.client.rows[0][row], self.source[i])
+            results, _ = self.client.commit(0, rows, _stamps(names, BLOCKS.block_size), [b""] * len(names))
+            assert (results & 3 == 1).all()
+            self.client.release(0, rows)
+            self.client.unhold(0, b"".join(names))
+
+    def get(self) -> None:
+        for first in range(0, self.blocks, self.batch):
+            names = [_name(self.round, i) for i in range(first, min(first + self.batch, self.blocks))]
+            rows, generations = self.client.lease(0, b"".join(names), 10.0)
+            for i, row in enumerate(rows.tolist(), first):
+                np.copyto(self.target[i], self.client.rows[0][row])
+            assert (self.client.generations[0][rows] == generations).all()
+            self.client.release(0, rows)
+
+    def into_slab(self) -> None:
+        """The copies of `put` alone."""
+        for i in range(self.blocks):
+            np.copyto(self.client.rows[0][i], self.source[i])
+
+    def out_of_slab(self) -> None:
+        for i in range(self.blocks):
+            np.copyto(self.target[i], self.client.rows[0][i])
+
+
+def _copies(folder: Path, arguments: argparse.Namespace, peers: Peers) -> tuple[list[Row], dict[str, float]]:
+    """Rows, and seconds of put and get. The peers take their turns in the same rounds."""
+    size = BLOCKS.block_bytes
+    blocks, batch = arguments.blocks, min(arguments.batch, arguments.blocks)
+    with _daemon(folder, host_bytes=max(2 * blocks, 5 * batch) * size) as address:
+        client = Attachment.open(address, [BLOCKS], MODEL, {}, Greeting("bench"))
+        source = np.random.default_rng(0).integers(0, 256, (blocks, size), np.uint8)
+        copies = _Copies(client, blocks, batch, source, np.ones((blocks, size), np.uint8))
+        ours = {"put": copies.put, "get": copies.get}
+        limits = {"put limit": copies.into_slab, "get limit": copies.out_of_slab}
+        order = {"put limit": limits["put limit"], **ours, "get limit": limits["get limit"], "peers": peers.run_round}
+        seconds = medians(interleave(order, arguments.rounds, warmup=2))
+        copies.put()
+        copies.get()
+        assert (copies.target == source).all()
+        client.goodbye()
+    moved, case = blocks * size * 1e-9, f"{blocks} blocks of 2 MiB, {batch} a message"
+    rows = [
+        Row(
+            case,
+            name,
+            moved / seconds[name],
+            "GB/s",
+            "limit: memcpy to or from the same memory",
+            moved / seconds[f"{name} limit"],
+            seconds[f"{name} limit"] / seconds[name],
+            arguments.rounds,
+        )
+        for name in ours
+    ]
+    return rows, {name: seconds[name] for name in ours}
+
+
+# ---------------------------------------------------------------------- parts
+@contextmanager
+def _daemon(folder: Path, *, host_bytes: int) -> Iterator[str]:
+    """A pagerd of its own, on memory only."""
+    socket = folder / f"{time.monotonic_ns()}.sock"
+    command = [sys.executable, "-m", "kvtier.tools.pagerd", "--socket", str(socket), "--host-bytes", str(host_bytes)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        deadline_s = time.monotonic() + START_S
+        while not socket.exists():
+            if process.poll() is not None or time.monotonic() > deadline_s:
+                raise TierUnavailableError(f"pagerd did not start: {' '.join(command[2:])}")
+            time.sleep(0.01)
+        yield f"unix://{socket}"
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _owner() -> Tenant:
+    found = OwnerOnly().find(os.getuid(), "")
+    assert found is not None
+    return found
+
+
+def _stamps(keys: list[bytes], tokens: int) -> np.ndarray:
+    found = np.zeros(len(keys), STAMP)
+    found["key"] = np.frombuffer(b"".join(keys), "V32")
+    found["tokens"], found["owner"] = tokens, owner_tag("default")
+    return found
+
+
+def _name(number: int, index: int) -> bytes:
+    return number.to_bytes(16, "little") + index.to_bytes(16, "little")

@@ -1,0 +1,181 @@
+"""`kvtier bench inspect`: what looking costs. Every view at a million blocks, the start of the program, the decision ring,
+and how much a pager at work is slowed by somebody who watches.
+
+References are aims (0.3 s a view, 0.15 s a start, 100 ns a block) and the pager alone in the same rounds. Blocks are tiny,
+so no figure contains moving bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from kvtier import KVLayout, Pager, PagerConfig
+from kvtier.pager.lease import Span
+
+from ...pager.directory import Directory
+from ...pager.inspection.asking import Target
+from ...pager.inspection.events import KIND, EventRing
+from ...pager.states import HostSlots, Pages
+from ...tiers.errors import ConfigError
+from .harness import Row, interleave
+
+VIEW_S, START_S, EVENT_NS = 0.3, 0.15, 100.0
+SEQUENCES = 100
+_WATCH = """
+import sys, time
+from pathlib import Path
+from kvtier.pager.inspection.snapshot import read_snapshot
+while True:
+    read_snapshot(Path(sys.argv[1]), watch=True)
+    time.sleep(0.1)
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--blocks", type=int, default=1_000_000, metavar="N", help="blocks that the pager holds")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N")
+
+
+def run(arguments: argparse.Namespace) -> list[Row]:
+    """Raises ConfigError for fewer blocks than sequences."""
+    if arguments.blocks < SEQUENCES or arguments.rounds < 1:
+        raise ConfigError(
+            f"--blocks {arguments.blocks}, --rounds {arguments.rounds}: need {SEQUENCES} blocks and one round"
+        )
+    rows = [_start(arguments.rounds), *_events(arguments.rounds)]
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        _filled(Path(directory), arguments.blocks) as (pager, target, prompt),
+    ):
+        rows += _views(target, prompt, arguments.blocks, arguments.rounds)
+        rows.append(_watched(pager, Path(directory), arguments.rounds))
+    return rows
+
+
+def _start(rounds: int) -> Row:
+    """From the shell to the end of an answer that needs no pager."""
+    command = [sys.executable, "-m", "kvtier.tools.inspect", "completion", "bash"]
+    cases = {
+        "ours": lambda: subprocess.run(command, capture_output=True, check=True),
+        "bare": lambda: subprocess.run([sys.executable, "-c", ""], check=True),
+    }
+    seconds = {name: statistics.median(times) for name, times in interleave(cases, rounds).items()}
+    net_s = seconds["ours"] - seconds["bare"]
+    return Row(
+        "start, beyond a bare interpreter",
+        "wall",
+        net_s * 1e3,
+        "ms",
+        "aim: 150 ms",
+        START_S * 1e3,
+        START_S / net_s,
+        rounds,
+    )
+
+
+def _events(rounds: int) -> Iterator[Row]:
+    """A row in the decision ring, per block of its batch."""
+    directory = Directory(Pages(1), HostSlots(1))
+    blocks = directory.create(np.arange(4096), 1)
+    ring = EventRing(time.monotonic)
+    for size in (1, 32, 512):
+        part = blocks[:size]
+
+        def note(part: np.ndarray = part) -> None:
+            for _ in range(200):
+                ring.note(KIND["evicted"], 1, 0, directory, part, "pressure", policy="lru")
+
+        ns = statistics.median(interleave({"ring": note}, rounds)["ring"]) / 200 / size * 1e9
+        yield Row(f"event, batch of {size}", "cpu", ns, "ns/block", "aim: 100 ns", EVENT_NS, EVENT_NS / ns, rounds)
+
+
+@contextmanager
+def _filled(directory: Path, blocks: int) -> Iterator[tuple[Pager, Target, list[int]]]:
+    """A pager that holds so many blocks in open sequences, a way to ask it, and the tokens of one of them."""
+    layout = KVLayout(1, 1, head_dim=4, block_size=1, dtype="float32")
+    each, socket = blocks // SEQUENCES, directory / "sock"
+    room = int(blocks * 1.1) + SEQUENCES * 2
+    config = PagerConfig(
+        device_bytes=room * layout.block_bytes,
+        host_bytes=0,
+        staging_bytes=0,
+        backend="cpu",
+        status_socket=str(socket),
+        low_watermark=0.0,
+        high_watermark=0.0,
+    )
+    rng = random.Random(0)
+    with Pager.open(layout, config) as pager:
+        for _ in range(SEQUENCES):
+            prompt = rng.choices(range(1 << 17), k=each)
+            seq = pager.begin()
+            pager.attach(seq, prompt[:-1])
+            pager.append(seq, prompt)
+            with pager.lease([Span(seq, 0, each)]) as lease:
+                lease.commit()
+        yield pager, Target.find(str(socket), timeout_s=60.0), prompt
+
+
+def _views(target: Target, prompt: list[int], blocks: int, rounds: int) -> Iterator[Row]:
+    key = target.ask("blocks", limit=1)["blocks"][0]["key"]
+    asked = {
+        "status": {},
+        "sessions": {},
+        "session": {"session": f"seq:{SEQUENCES}"},
+        "blocks": {},
+        "prefix": {"tokens": np.array(prompt, "<u4").tobytes()},
+        "explain": {"about": key},
+        "trace": {},
+        "thrash": {},
+        "doctor": {},
+        "check": {},
+        "advise": {},
+    }
+    cases = {verb: (lambda verb=verb, words=words: target.ask(verb, **words)) for verb, words in asked.items()}
+    for verb, times in interleave(cases, rounds).items():  # type: ignore[arg-type]
+        spent_s = statistics.median(times)
+        case = f"{verb}, {blocks:,} blocks"
+        yield Row(case, "answer", spent_s * 1e3, "ms", "aim: 300 ms", VIEW_S * 1e3, VIEW_S / spent_s, rounds)
+
+
+def _watched(pager: Pager, directory: Path, rounds: int) -> Row:
+    """Steps of one token, alone and while a process watches the snapshot page."""
+    seq = pager.begin()
+    command = [sys.executable, "-c", _WATCH, str(directory / "sock.page")]
+
+    def steps() -> None:
+        until_s = time.monotonic() + 1.0
+        while time.monotonic() < until_s:
+            done = pager.num_computed(seq)
+            pager.append(seq, [done])
+            with pager.lease([Span(seq, done, done + 1)]) as lease:
+                lease.commit()
+
+    rates: dict[str, list[float]] = {"alone": [], "watched": []}
+    for number in range(2 * rounds):
+        name = ("alone", "watched")[number % 2]
+        before = pager.num_computed(seq)
+        if name == "watched":
+            with subprocess.Popen(command) as watcher:
+                time.sleep(0.5)
+                steps()
+                watcher.terminate()
+        else:
+            steps()
+        rates[name].append(pager.num_computed(seq) - before)
+        pager.finish(seq)
+        seq = pager.begin()
+    alone, watched = statistics.median(rates["alone"]), statistics.median(rates["watched"])
+    case = "steps of one token while watched"
+    return Row(case, "rate", watched, "steps/s", "the pager alone", alone, watched / alone, rounds)

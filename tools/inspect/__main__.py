@@ -1,0 +1,7 @@
+"""`python -m kvtier.tools.inspect`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())
