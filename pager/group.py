@@ -199,8 +199,8 @@ class BlockGroup:
         return self.pages.take_free(n)
 
     def clean_pages(self) -> int:
-        """Pages that could be freed without any copy."""
-        return int(self._evictable().sum())
+        """Pages that could be freed without any copy: their blocks lie below too, and no pin keeps them."""
+        return len(self.unpinned_by_ttl(self.pages.block[self._evictable()]))
 
     def _evictable(self) -> npt.NDArray[np.bool_]:
         if not self.rules.holds(Rule.NO_EVICTION_OF_PINNED_OR_DIRTY):
