@@ -19,6 +19,7 @@ from ..tiers.nvme.codecs import NONE, check_codec, check_mix
 from ..tiers.nvme.layout import SEGMENT_BYTES
 from ..tiers.nvme.sealing import MIN_SECRET_BYTES
 from ..tiers.owners import owner_tag
+from .policies.registry import check_live_policy
 from .quota import NamespaceQuota, Size, check_floors, parse_quota
 from .settings import read_settings
 
@@ -184,10 +185,7 @@ class PagerConfig:
                 f"low_watermark={self.low_watermark}, high_watermark={self.high_watermark}: "
                 "need 0 <= low_watermark <= high_watermark < 1"
             )
-        if self.policy not in ("lru", "sliding_window"):
-            raise ConfigError(f"policy={self.policy!r} is unknown; choose lru or sliding_window")
-        if self.policy == "sliding_window" and (self.window is None or self.window < 1):
-            raise ConfigError(f"window={self.window}: policy='sliding_window' needs a window of at least 1 token")
+        check_live_policy(self.policy, self.window)
         if self.sinks < 0:
             raise ConfigError(f"sinks={self.sinks}: the number of sink tokens must not be negative")
         if self.backend not in ("auto", "cpu", "cuda"):

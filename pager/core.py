@@ -26,7 +26,7 @@ from .group import BlockGroup
 from .inspection.observer import Observer
 from .keys import KeyChain, unsalted
 from .page_table import BlockTable, Sequence, num_blocks_of
-from .policy import make_policy
+from .policies.registry import Setting, make_policy
 from .quota import Quotas
 from .reclaim import Reclaimer
 from .rules import Rules
@@ -84,7 +84,11 @@ class Core:
                 num_pages=sizes.pages[i],
                 nvme=nvme,
                 quotas=quotas,
-                policy=make_policy(config.policy, window=config.window, sinks=config.sinks, block_size=self.block_size),
+                policy=make_policy(
+                    # of a windowed group a step reads no whole chains, and what it does not read is soon dropped
+                    "lru" if config.policy == "auto" and layout.window is not None else config.policy,
+                    Setting(sizes.pages[i] + sizes.host_slots[i], self.block_size, config.window, config.sinks, clock),
+                ),
                 counters=self.counters,
                 ghosts=self.ghosts,
                 events=self.observer.events,
@@ -251,7 +255,7 @@ class Core:
             return 0
         for own in self.quotas.by_owner(group, blocks):
             for batch in group.batches(own):
-                batch = group.cold.admit(batch[: group.nvme_room(int(group.directory.owner[batch[0]]))])
+                batch = group.cold.admit(batch[: group.nvme_room(int(group.directory.owner[batch[0]]), reason)])
                 if len(batch):
                     started += group.cold.write(batch, reason)
         return started

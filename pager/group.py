@@ -22,7 +22,7 @@ from .below import LowerTier, Slab, Ticket
 from .cold import ColdSide
 from .directory import Directory
 from .inspection.events import KIND, OF_MOVE, TIER, EventRing
-from .policy import LruPolicy
+from .policies.base import Policy
 from .quota import Quotas
 from .rules import Rule, Rules
 from .states import (
@@ -39,6 +39,8 @@ from .states import (
 )
 
 MoveKind = Literal["host_to_device", "device_to_host", "nvme_to_host", "host_to_nvme", "nvme_to_nvme"]
+# Victims are the coldest 3 % of what is looked at, so choosing costs the same in any pool.
+WINDOW_PAGES, PAGES_PER_VICTIM = 4096, 32
 MAX_MOVE_BYTES = 32 << 20  # completions come one per move: smaller moves let copies and their followers overlap
 
 
@@ -71,7 +73,7 @@ class BlockGroup:
         num_pages: int,
         nvme: LowerTier | None,
         quotas: Quotas,
-        policy: LruPolicy,
+        policy: Policy,
         counters: Counters,
         ghosts: Ghosts,
         events: EventRing,
@@ -91,7 +93,7 @@ class BlockGroup:
             IntArray
         ] = []  # what leases wait for: read from nvme on its way up, it makes room for nobody
         self.epoch = 0
-        self.tick = 1
+        self._hand = 0  # page at which the next search for victims begins
         self._finish: dict[MoveKind, Callable[[Move, bool], None]] = {
             "host_to_device": self._finish_promote,
             "device_to_host": self._finish_demote,
@@ -104,16 +106,19 @@ class BlockGroup:
 
     # ------------------------------------------------------------------ references and recency
     def touch(self, blocks: IntArray, distance_tokens: IntArray | None = None) -> None:
-        self.tick += 1
         self.directory.used_s[blocks] = self.clock()
-        self.policy.on_access(blocks, self.tick, distance_tokens)
+        self.policy.on_access(blocks, distance_tokens)
 
     def touch_chain(self, blocks: IntArray, depth: IntArray) -> None:
         """Blocks found again by key: used now, at this depth of their chain."""
-        self.tick += 1
         self.directory.depth[blocks] = depth
         self.directory.used_s[blocks] = self.clock()
-        self.policy.on_insert(blocks, self.tick, depth)
+        self.policy.depth[blocks] = depth
+        self.policy.on_hit(blocks)
+
+    def note_new(self, blocks: IntArray) -> None:
+        self.policy.grow(len(self.directory.depth))
+        self.policy.on_insert(blocks, self.directory.depth[blocks])
 
     def ref(self, blocks: IntArray) -> None:
         np.add.at(self.directory.refs, blocks, 1)
@@ -146,6 +151,7 @@ class BlockGroup:
         if self.cold is not None:
             self.cold.leave(dead)
         d.forget(dead)
+        self.policy.on_forget(dead)
 
     def _settled(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
         """Whether no copy of these blocks is in flight or pinned."""
@@ -202,7 +208,16 @@ class BlockGroup:
         return (self.pages.state == PageState.RESIDENT) & self.pages.idle()  # rule 6
 
     def _clean_victims(self, n: int) -> IntArray:
-        return self.policy.victims(n, self.unpinned_by_ttl(self.pages.block[self._evictable()]))
+        """The first to leave of all clean pages; in a large pool of those in a part that moves on, at least WINDOW_PAGES."""
+        total, evictable = len(self.pages), self._evictable()
+        candidates, looked = self.pages.block[:0], 0
+        while looked < total and len(candidates) < n:
+            size = min(max(WINDOW_PAGES, PAGES_PER_VICTIM * n), total - looked)
+            pages = (self._hand + np.arange(size)) % total
+            found = self.unpinned_by_ttl(self.pages.block[pages[evictable[pages]]])
+            candidates = np.concatenate([candidates, found])
+            self._hand, looked = (self._hand + size) % total, looked + size
+        return self.policy.victims(n, candidates)
 
     def unpinned_by_ttl(self, blocks: IntArray) -> IntArray:
         return blocks[self.directory.pinned_until[blocks] <= self.clock()]
@@ -239,9 +254,8 @@ class BlockGroup:
         self.pages.step(pages, PageState.DIRTY)
         self.pages.block[pages] = blocks
         self.directory.page[blocks] = pages
-        self.tick += 1
         self.directory.used_s[blocks] = self.clock()
-        self.policy.on_insert(blocks, self.tick, self.directory.depth[blocks])
+        self.note_new(blocks)
         self.note("computed", "device", blocks, "")
 
     def mark_written(self, block: int) -> None:
@@ -346,8 +360,8 @@ class BlockGroup:
         """Of disk, for one block."""
         return self.cold.block_bytes if self.cold is not None else self.layout.block_bytes
 
-    def nvme_room(self, asker: int | None = None) -> int:
-        return self.cold.room(asker) if self.cold is not None else 0
+    def nvme_room(self, asker: int | None = None, reason: str = "") -> int:
+        return self.cold.room(asker, reason) if self.cold is not None else 0
 
     def dirty_if_alone(self, blocks: IntArray) -> None:
         d = self.directory
@@ -531,10 +545,9 @@ class BlockGroup:
     def _remember_ghost(self, block: int, tier: str, reason: str) -> None:
         key = self.directory.key[block]
         if key is not None:
-            self.ghosts.remember(key, Ghost(tier, self.clock(), reason))
+            self.ghosts.remember(key, Ghost(tier, self.clock(), reason, int(self.directory.owner[block])))
 
     def count_eviction(self, tier: str, blocks: IntArray, reason: str) -> None:
-        self.policy.on_evict(blocks)
         self.note("evicted", tier, blocks, reason, self.policy.name)
         self.counters.add("evicted_blocks", len(blocks), tier=tier, reason=reason)
 

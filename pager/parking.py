@@ -285,6 +285,6 @@ def _recover_blocks(group: BlockGroup, slots: IntArray, stamps: Any) -> None:
     blocks = d.create(np.zeros(len(slots), np.int64), stamps["owner"])
     d.nvme_slot[blocks] = slots
     d.nvme_valid[blocks] = True
-    group.policy.on_insert(blocks, group.tick, d.depth[blocks])
+    group.note_new(blocks)
     twice = d.bind_many(blocks, stamps["key"].tolist(), stamps["tokens"])
     group.discard_dead(twice)

@@ -24,6 +24,7 @@ BENCHES = {
     "prefix": "what a prefix cache saves a RAG pipeline, and loading K/V against memcpy and the disk",
     "host": "moving scattered blocks between the memory tiers, against memcpy",
     "codecs": "how much smaller codecs make KV, how fast on one core, and what a store makes of it",
+    "policy": "the default policy against every other one and Belady, on two real traces",
     "tenants": "what encryption at rest costs, and whether a lookup tells what another tenant has",
     "daemon": "pagerd: look-ups by one and eight clients against a call in-process, blocks through its slab against memcpy",
     "inspect": "what looking costs: views at a million blocks, the ring of decisions, being watched",
@@ -98,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         one.set_defaults(run=_bench, bench=name)
     store = commands.add_parser("store", help="check, repair, slim or copy a store that nobody has open")
     import_module(f"{__package__}.store").add_arguments(store)
+    replay = commands.add_parser("replay", help="what each eviction policy would have hit on a recorded trace")
+    import_module(f"{__package__}.replay.command").add_arguments(replay)
     doctor = commands.add_parser("doctor", help="what this machine has, and what each missing thing costs")
     doctor.add_argument("--path", default=".", metavar="PATH", help="where a store would be")
     doctor.add_argument("--json", action="store_true")

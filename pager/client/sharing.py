@@ -121,8 +121,7 @@ class Sharing:
         new = np.flatnonzero(known < 0)
         blocks = d.create(depth[index[new]], owner)
         d.bind_many(blocks, [keys[i] for i in new.tolist()], tokens[index[new]])
-        group.tick += 1
-        group.policy.on_insert(blocks, group.tick, d.depth[blocks])
+        group.note_new(blocks)
         known[new] = blocks
         d.nvme_slot[known] = handles
         d.nvme_valid[known] = True

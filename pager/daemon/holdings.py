@@ -50,8 +50,7 @@ class Holdings:
         """Take free slots: STAGING, for blocks that have no name yet."""
         group = self.group
         blocks = group.directory.create(np.zeros(len(slots), np.int64), owner)
-        group.tick += 1
-        group.policy.on_insert(blocks, group.tick, group.directory.depth[blocks])
+        group.note_new(blocks)
         group.ref(blocks)
         group.host.stage(slots, blocks)
         group.directory.host_slot[blocks] = slots

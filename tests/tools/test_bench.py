@@ -29,6 +29,7 @@ SMALL = {
     "prefix": ["--tokens", "64", "--documents", "1", "--rounds", "1"],
     "inspect": ["--blocks", "2000", "--rounds", "1"],
     "metadata": ["--context", "512", "--rounds", "2"],
+    "policy": ["--requests", "300", "--capacity", "5%,50%", "--parts", "whole,shuffled"],
     "codecs": ["--blocks", "1", "--rounds", "1"],
     "recovery": ["--blocks", "3000", "--rounds", "1"],
     "endless": ["--tokens", "20000", "--window", "512"],
@@ -39,7 +40,9 @@ SMALL = {
         *("--device-bytes", "8MiB", "--host-bytes", "16MiB", "--nvme-bytes", "64MiB"),
     ],
 }
-MAY_BE_NONE = {"share computed again", "refused with 429", "failed", "spills", "needles found", "bytes read"}
+MAY_BE_NONE = {
+    *("share computed again", "refused with 429", "failed", "spills", "needles found", "bytes read", "way_to_belady"),
+}
 WITHOUT_LMCACHE = pytest.mark.skipif(find_spec("lmcache") is not None, reason="lmcache is installed here")
 FIELDS = {"case", "metric", "value", "unit", "reference", "reference_value", "ratio", "rounds"}
 
@@ -85,6 +88,10 @@ def test_a_benchmark_prints_one_object_and_keeps_it(name, capsys, tmp_path):
         (["serve", "--speed", "0"], "--speed 0"),
         (["serve", "--trace", "/nowhere"], "--trace '/nowhere' is not there"),
         (["serve", "--contexts", "16"], "--contexts 16, --turns 4, --answer 16"),
+        (["metadata", "--scale", "5,x"], "--scale '5,x'"),
+        (["metadata", "--scale", "5"], "--scale '5'"),
+        (["policy", "--parts", "third"], "--parts 'third'"),
+        (["policy", "--trace", "/nowhere"], "'/nowhere' is not there"),
         (["codecs", "--path", "/nowhere"], "--path '/nowhere'"),
     ],
 )
@@ -92,6 +99,15 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(argv, message, capsys):
     assert cli.main(["bench", *argv]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("kvtier: error: ") and err.count("\n") == 1 and message in err
+
+
+def test_costs_at_scale_stand_beside_those_of_the_smallest(capsys):
+    assert cli.main(["bench", "metadata", "--scale", "1024,4096", "--rounds", "1", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {row["case"] for row in rows} == {"1024 blocks", "4096 blocks"}
+    assert {row["metric"] for row in rows} >= {"lookup", "lru use", "auto evict"}
+    assert all(row["value"] > 0 for row in rows)
+    assert {row["ratio"] for row in rows if row["case"] == "1024 blocks"} == {1.0}
 
 
 def test_without_lmcache_its_rows_say_so_and_hold_no_ratio():

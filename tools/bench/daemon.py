@@ -92,7 +92,7 @@ def _in_process(count: int, seconds: float) -> list[float]:
         group.host.stage(slots, blocks)
         group.directory.host_slot[blocks] = slots
         group.host.publish(slots)
-        group.policy.on_insert(blocks, 1, np.arange(count))
+        group.note_new(blocks)
         spent, until_s = [], time.monotonic() + seconds
         while time.monotonic() < until_s:
             started_s = time.perf_counter()

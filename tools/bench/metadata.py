@@ -17,6 +17,7 @@ from kvtier import KVLayout, Pager, PagerConfig
 from kvtier.pager.lease import Span
 
 from ...tiers.errors import ConfigError
+from . import metadata_scale
 from .harness import Row, interleave, medians
 
 
@@ -24,12 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, default=131072, metavar="N", help="tokens of the prompt")
     parser.add_argument("--block-size", type=int, default=16, metavar="N")
     parser.add_argument("--rounds", type=int, default=9, metavar="N")
+    parser.add_argument(
+        "--scale",
+        nargs="?",
+        const=metadata_scale.DEFAULT,
+        metavar="N,..",
+        help="instead, whether directory and policies cost the same with so many blocks (default 10^4 to 10^7)",
+    )
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
     """Rows in nanoseconds per block. Raises ConfigError for a prompt of no whole block."""
     if arguments.context < arguments.block_size or arguments.rounds < 1:
         raise ConfigError(f"--context {arguments.context}, --rounds {arguments.rounds}: need one block and one round")
+    if arguments.scale is not None:
+        return metadata_scale.run(arguments.scale, arguments.rounds)
     layout = KVLayout(1, 1, head_dim=8, block_size=arguments.block_size, dtype="float32")
     blocks = arguments.context // arguments.block_size
     prompt = random.Random(0).choices(range(1 << 17), k=blocks * arguments.block_size)

@@ -12,7 +12,11 @@ from typing import Any
 
 from ....tiers.errors import ConfigError
 
-COLORS = ("#0b6e4f", "#c0392b", "#2c5d9b", "#b7791f")
+COLORS = (
+    *("#0b6e4f", "#c0392b", "#2c5d9b", "#b7791f", "#6b3fa0", "#1b9aaa", "#8c564b", "#d6568f"),
+    *("#556b2f", "#e07b39", "#4b5d67", "#93a000", "#264653", "#a83279", "#5f8dd3", "#7f7f7f"),
+)
+LEGEND_LINES = 3  # fit into a panel; more are listed under it
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 420, 280, 58, 12, 34, 44
 _STYLE = """body{font:15px/1.5 system-ui,sans-serif;margin:2em auto;max-width:1320px;padding:0 1em;color:#222}
 svg{max-width:100%}table{border-collapse:collapse;font-size:13px}td,th{padding:2px 10px;border-bottom:1px solid #ddd;
@@ -41,12 +45,7 @@ def save_html(path: Path, panels: Sequence[Panel], result: Mapping[str, Any]) ->
     """The panels, and below them the result's rows as a table."""
     machine = result["machine"]
     head = f"{result['command']} ({result['date']}, {machine['cpu']}, {machine['cores']} cores)"
-    page = [
-        "<!doctype html><html lang='en'><meta charset='utf-8'><title>kvtier bench serve</title>",
-        f"<style>{_STYLE}</style><h1>kvtier bench serve</h1><p>{html.escape(head)}</p>",
-        *(svg(panel) for panel in panels),
-        "<h2>All figures</h2><table><tr><th>case<th>metric<th>value<th>unit<th>reference<th>its value<th>ratio</tr>",
-    ]
+    page = ["<table><tr><th>case<th>metric<th>value<th>unit<th>reference<th>its value<th>ratio</tr>"]
     for row in result["rows"]:
         texts = [html.escape(str(row[name])) for name in ("case", "metric", "unit", "reference")]
         value, other, ratio = (_number(row[name]) for name in ("value", "reference_value", "ratio"))
@@ -54,8 +53,29 @@ def save_html(path: Path, panels: Sequence[Panel], result: Mapping[str, Any]) ->
             f"<tr><td>{texts[0]}<td>{texts[1]}<td class='n'>{value}<td>{texts[2]}<td>{texts[3]}"
             f"<td class='n'>{other}<td class='n'>{ratio}</tr>"
         )
+    save_page(path, "kvtier bench serve", head, panels, "\n".join([*page, "</table>"]))
+
+
+def save_page(path: Path, title: str, head: str, panels: Sequence[Panel], table: str) -> None:
+    """One page that loads nothing. `table` is HTML already, the other words are not."""
+    page = [
+        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>",
+        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1><p>{html.escape(head)}</p>",
+        *(svg(panel) + _legend(panel) for panel in panels),
+        f"<h2>All figures</h2>{table}</html>\n",
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([*page, "</table></html>\n"]))
+    path.write_text("\n".join(page))
+
+
+def _legend(panel: Panel) -> str:
+    """Names of more lines than a panel has room for."""
+    if len(panel.lines) <= LEGEND_LINES:
+        return ""
+    names = (
+        f"<span style='color:{color}'>&#9679; {html.escape(name)}</span>" for name, color in zip(panel.lines, COLORS)
+    )
+    return f"<p>{' &nbsp; '.join(names)}</p>"
 
 
 def save_png(path: Path, panels: Sequence[Panel]) -> None:
@@ -116,7 +136,8 @@ def svg(panel: Panel) -> str:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
         parts.append(f"<polyline points='{path}' fill='none' stroke='{color}' stroke-width='2'/>")
         parts += [f"<circle cx='{x:.1f}' cy='{y:.1f}' r='3' fill='{color}'/>" for x, y in points]
-        parts.append(f"<text x='{LEFT + 150 * number}' y='30' fill='{color}'>{html.escape(name)}</text>")
+        if len(panel.lines) <= LEGEND_LINES:
+            parts.append(f"<text x='{LEFT + 150 * number}' y='30' fill='{color}'>{html.escape(name)}</text>")
     return "\n".join([*parts, "</svg>"])
 
 

@@ -1,0 +1,78 @@
+"""Policies by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...tiers.errors import ConfigError
+from .arc import Arc
+from .auto import Auto
+from .base import Policy
+from .fifo import Fifo
+from .gdsf import Gdsf
+from .importance import Importance
+from .lfu import Lfu
+from .lru import Lru
+from .prefix_aware import PrefixAware
+from .s3fifo import S3Fifo
+from .sieve import Sieve
+from .slru import Slru
+from .two_queue import TwoQueue
+from .window import SlidingWindow
+from .wtinylfu import WTinyLfu
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a policy may want to know of where it is used."""
+
+    capacity: int
+    block_size: int
+    window: int | None = None
+    sinks: int = 4
+    clock: Callable[[], float] | None = None  # of a pager at work
+
+
+_MAKERS: dict[str, Callable[[Setting], Policy]] = {
+    "auto": lambda s: Auto(s.capacity, s.clock, s.block_size),
+    "lru": lambda s: Lru(s.capacity),
+    "sliding_window": lambda s: SlidingWindow(s.capacity, s.window or 0, s.sinks, s.block_size),
+    "fifo": lambda s: Fifo(s.capacity),
+    "lfu": lambda s: Lfu(s.capacity),
+    "slru": lambda s: Slru(s.capacity),
+    "2q": lambda s: TwoQueue(s.capacity),
+    "arc": lambda s: Arc(s.capacity),
+    "sieve": lambda s: Sieve(s.capacity),
+    "s3fifo": lambda s: S3Fifo(s.capacity),
+    "gdsf": lambda s: Gdsf(s.capacity),
+    "wtinylfu": lambda s: WTinyLfu(s.capacity),
+    "importance": lambda s: Importance(s.capacity),
+    "prefix": lambda s: PrefixAware(s.capacity, s.block_size),
+}
+NAMES = tuple(_MAKERS)
+# The others need what a pager does not tell its policies yet: ghosts beyond a block's id, whole chains, attention mass.
+LIVE_NAMES = ("auto", "lru", "sliding_window", "fifo", "lfu", "slru")
+
+
+def make_policy(name: str, setting: Setting) -> Policy:
+    """Raises: ConfigError naming the known ones."""
+    check_policy(name, setting.window)
+    return _MAKERS[name](setting)
+
+
+def check_live_policy(name: str, window: int | None) -> None:
+    """For a pager at work. Raises: ConfigError."""
+    if name in NAMES and name not in LIVE_NAMES:
+        raise ConfigError(f"policy={name!r} is for kvtier replay only so far; choose one of {', '.join(LIVE_NAMES)}")
+    if name not in NAMES:
+        raise ConfigError(f"policy={name!r} is unknown; choose one of {', '.join(LIVE_NAMES)}")
+    check_policy(name, window)
+
+
+def check_policy(name: str, window: int | None) -> None:
+    """Raises: ConfigError."""
+    if name not in _MAKERS:
+        raise ConfigError(f"policy={name!r} is unknown; choose one of {', '.join(NAMES)}")
+    if name == "sliding_window" and (window is None or window < 1):
+        raise ConfigError(f"window={window}: policy='sliding_window' needs a window of at least 1 token")

@@ -1,0 +1,1 @@
+"""`kvtier replay`: a recorded trace through the pager's policies, with a virtual clock. Start reading at `simulate`."""
