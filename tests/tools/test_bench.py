@@ -16,7 +16,6 @@ from kvtier.tools.bench import harness, lmcache
 from kvtier.tools.bench.harness import Row, interleave
 
 SMALL = {
-    "daemon": ["--seconds", "0.2", "--rounds", "1", "--blocks", "4", "--keys", "512"],
     "attention": [
         *("--contexts", "512", "--prefill-contexts", "256", "--rows", "8", "--rounds", "1"),
         *("--shapes", "GQA8", "--formats", "int4,hack8", "--device", "cpu"),
