@@ -25,6 +25,7 @@ from .plan import PagesPlan
 
 STAGED_BYTES = 4 << 20  # numbers of one piece of K, then of V; smaller ones spend their time starting operators
 FEW_ROWS = 64  # rows of one KV head; up to here scaling them is cheaper than scaling pages
+SCORED_ROWS = 256  # rows of one KV head whose scores are held at once, under a window and for HACK's formats
 MAX_QUERY_TILE = 4096  # rows of one sequence handled at once
 
 _codes = Scratch()
@@ -36,57 +37,45 @@ def compressed_attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Attend packed rows to compressed blocks; q is [turns, T, Hq, D], arguments are checked by the caller."""
     turns, tokens, query_heads, dim = q.shape
+    group, value_dim = query_heads // fmt.kv_heads, fmt.values.dim
     reader = PagesReader(pages, fmt, scale, softcap)
-    out = torch.empty(tokens, query_heads, fmt.values.dim, dtype=out_dtype)
-    lse = torch.empty(tokens, query_heads)
-    grouped = q.view(turns, tokens, fmt.kv_heads, query_heads // fmt.kv_heads, dim).permute(
-        0, 2, 3, 1, 4
-    )  # [turns, H, G, T, D]
+    out, lse = torch.empty(tokens, query_heads, value_dim, dtype=out_dtype), torch.empty(tokens, query_heads)
+    grouped = q.view(turns, tokens, fmt.kv_heads, group, dim).permute(0, 2, 3, 1, 4)  # [turns, H, G, T, D]
+    must_score = window is not None or fmt.is_hack
     for s in range(len(plan.kv_lens)):
         first, stop = int(plan.cu_q[s]), int(plan.cu_q[s + 1])
-        for a, b in _row_tiles(first, stop, grouped.shape[2], window is not None or fmt.is_hack):
+        step = max(1, SCORED_ROWS // group) if must_score else MAX_QUERY_TILE
+        for a in range(first, stop, step):
+            b = min(a + step, stop)
             position = int(plan.kv_lens[s] + plan.ahead[s]) + a - first
+            pieces = _pieces(plan, s, position, window, sinks, reader.pages_per_piece)
             rows = grouped[:, :, :, a:b]
-            blocks, skipped = _visible_blocks(plan, s, position, window, sinks)
-            if b - a > _few_tokens(rows.shape[2]) and window is None and not fmt.is_hack:
-                partial = Partial(fmt.kv_heads, rows.shape[2], b - a, fmt.values.dim)
-                for turn, ids, _ in _pieces(plan, s, blocks, skipped, reader.pages_per_piece):
+            if must_score or group * (b - a) <= FEW_ROWS:
+                running = Running(fmt.kv_heads, group, b - a, value_dim)
+                for turn, ids, starts in pieces:
+                    reader.add(rows[turn], ids, _visible(starts, fmt.block, position, b - a, window, sinks), running)
+                running.store(out[a:b], lse[a:b])
+            else:
+                partial = Partial(fmt.kv_heads, group, b - a, value_dim)
+                for turn, ids, _ in pieces:
                     reader.add_flash(rows[turn], ids, partial)
                 partial.store(out[a:b], lse[a:b])
-                continue
-            running = Running(fmt.kv_heads, rows.shape[2], b - a, fmt.values.dim)
-            for turn, ids, starts in _pieces(plan, s, blocks, skipped, reader.pages_per_piece):
-                visible = _visible(starts, fmt.block, position, b - a, window, sinks)
-                reader.add(rows[turn], ids, visible, running)
-            running.store(out[a:b], lse[a:b])
     return out, lse
 
 
-def _few_tokens(group: int) -> int:
-    return max(1, FEW_ROWS // group)
-
-
-def _row_tiles(first: int, stop: int, group: int, is_small: bool) -> Iterator[tuple[int, int]]:
-    """Cut a sequence's rows; the way that scales rows takes few of them at once."""
-    few = _few_tokens(group)
-    step = few if is_small or stop - first <= few else MAX_QUERY_TILE
-    for a in range(first, stop, step):
-        yield a, min(a + step, stop)
-
-
-def _visible_blocks(plan: PagesPlan, s: int, position: int, window: int | None, sinks: int) -> tuple[range, range]:
-    """Return the sequence's blocks from the window on, and those of the sinks before them."""
+def _visible_blocks(plan: PagesPlan, s: int, position: int, window: int | None, sinks: int) -> np.ndarray:
+    """Return the blocks of a sequence that hold its sinks, and those from the first row's window on."""
     block = plan.block_size
     count = int(plan.kv_lens[s]) // block
     lowest = 0 if window is None else min(max(position - window + 1, 0) // block, count)
-    return range(lowest, count), range(0, min(-(-sinks // block), lowest))
+    return np.r_[np.arange(min(-(-sinks // block), lowest)), np.arange(lowest, count)].astype(np.int64)
 
 
 def _pieces(
-    plan: PagesPlan, s: int, blocks: range, sinks: range, step: int
+    plan: PagesPlan, s: int, position: int, window: int | None, sinks: int, step: int
 ) -> Iterator[tuple[int, Tensor, np.ndarray]]:
-    """Yield turn, pages and first positions of a few blocks that share a turn."""
-    chosen = np.r_[np.arange(sinks.start, sinks.stop), np.arange(blocks.start, blocks.stop)].astype(np.int64)
+    """Yield turn, pages and first positions of a few visible blocks that share a turn."""
+    chosen = _visible_blocks(plan, s, position, window, sinks)
     turns = np.zeros(len(chosen), np.int64) if plan.turn_ids is None else plan.turn_ids[s, chosen]
     for turn in np.unique(turns).tolist():
         mine = chosen[turns == turn]

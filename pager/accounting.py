@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -34,11 +37,12 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Ghost:
-    """An evicted block: the lowest tier that it left, when, and why."""
+    """An evicted block: the lowest tier that it left, when, why, and whose it was."""
 
     tier: str
     evicted_s: float
     reason: str
+    owner: int = 0  # tag of its namespace
 
 
 class Ghosts:
@@ -59,6 +63,11 @@ class Ghosts:
 
     def get(self, key: bytes) -> Ghost | None:
         return self._by_key.get(key)
+
+    def owners(self, keys: list[bytes]) -> npt.NDArray[np.int64]:
+        """Whose block each of these keys was, -1 where it is not remembered. One path, whatever is found."""
+        ghosts = (self._by_key.get(key) for key in keys)
+        return np.array([-1 if ghost is None else ghost.owner for ghost in ghosts], np.int64)
 
     def recent(self) -> Iterator[tuple[bytes, Ghost]]:
         """Every key and its ghost, the latest first."""

@@ -547,7 +547,7 @@ class BlockGroup:
     def _remember_ghost(self, block: int, tier: str, reason: str) -> None:
         key = self.directory.key[block]
         if key is not None:
-            self.ghosts.remember(key, Ghost(tier, self.clock(), reason))
+            self.ghosts.remember(key, Ghost(tier, self.clock(), reason, int(self.directory.owner[block])))
 
     def count_eviction(self, tier: str, blocks: IntArray, reason: str) -> None:
         self.note("evicted", tier, blocks, reason, self.policy.name)

@@ -159,16 +159,13 @@ class Sharing:
         if group.awaited and len(blocks):
             blocks = blocks[~np.isin(blocks, np.concatenate(group.awaited)) | d.in_device(blocks)]
         group.leave_host(blocks)
+        slab.settle()
         rows = slab.take_releases()
-        if not self._wants_to_write(group):
-            rows = np.concatenate([rows, slab.take_surplus(0)])
+        if not group.moves and not slab.is_asking:
+            num_dirty = int((group.pages.state == PageState.DIRTY).sum())
+            rows = np.concatenate([rows, slab.take_surplus(num_dirty)])
         if len(rows):
             self._tier.release(group.index, rows)
-
-    def _wants_to_write(self, group: BlockGroup) -> bool:
-        d, pages = group.directory, group.pages
-        blocks = pages.block[pages.state == PageState.DIRTY]
-        return bool(group.moves) or group.slab.is_asking or bool(d.is_named[blocks].any())
 
     def _reconcile(self, group: BlockGroup) -> None:
         """Hold exactly what our sequences and sessions refer to. One exchange at a time per group."""

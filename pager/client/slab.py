@@ -31,6 +31,7 @@ class LeasedSlab:
         self.num_slots = max(1, lease_limit - self.spare_limit - self.stream_limit)
         self.rows: Rows = np.empty((0, 0), np.uint8)
         self.is_asking = False
+        self._has_answer = False  # to what was asked; the asking ends when the pager looks
         self.is_pinned = False  # the rows are page-locked for our device
         self.epoch = 0  # of the attachment whose memory this is
         self._ask: Callable[[int], None] = lambda count: None
@@ -60,7 +61,13 @@ class LeasedSlab:
         placed: IntArray = self._row[slots]
         return placed
 
+    def settle(self) -> None:
+        """Under the pager's lock: an answer that came is seen from here on, not in the middle of somebody's look."""
+        if self._has_answer:
+            self._has_answer = self.is_asking = False
+
     def room_to_write(self, wanted: int) -> int:
+        self.settle()
         short = min(wanted, self.spare_limit) - len(self._spare)
         if short > 0 and not self.is_asking:
             self.is_asking = True
@@ -113,7 +120,7 @@ class LeasedSlab:
         with self._lock:
             if epoch == self.epoch:
                 self._spare.extend(zip(rows.tolist(), generations.tolist(), strict=True))
-            self.is_asking = False
+            self._has_answer = True
 
     def take_releases(self) -> IntArray:
         """Rows that we need no longer, once each."""

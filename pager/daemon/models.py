@@ -141,7 +141,9 @@ class Models:
         found = []
         for store in list(self._stores.values()):
             with store.core.locked():
-                found.append(pager_status(store.core))
+                status = pager_status(store.core)
+                del status["tiers"]["device"]  # there is none
+                found.append(status)
         if not found:
             return _nothing_open(self._budget)
         return found[-1] | {"models": found[:-1]}

@@ -199,7 +199,7 @@ class SharedStore:
                     has = blocks[:end] >= 0
                     end = len(has) if has.all() else int(np.argmin(has))
             if prefix:
-                self.core.observer.looked_up(client.tenant.name, keys, end)
+                self.core.observer.looked_up(client.tenant.name, client.tenant.owns_tags, keys, end)
             return np.stack([self._answer(client, i, blocks[:end], hold) for i, blocks in enumerate(found)])
 
     def _answer(self, client: Client, index: int, blocks: IntArray, hold: bool) -> npt.NDArray[np.uint8]:

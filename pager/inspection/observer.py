@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from ..page_table import Sequence
     from ..prefix import Match
 
+Owns = Callable[[npt.NDArray[Any]], npt.NDArray[np.bool_]]  # which of these tags are the asker's namespaces
 MAX_LOOKUPS, MAX_REQUESTS, MAX_GHOST_HITS = 4096, 1024, 8192
 HEAD_BLOCKS = 16  # of each look-up, to notice that prompts begin differently than they did
 
@@ -107,14 +109,16 @@ class Observer:
             self._count_ghosts(lookup, keys[match.tokens // self.block_size :])
         self.recorder.asked(seq.id, num_tokens, keys)
 
-    def looked_up(self, namespace: str, keys: list[bytes], num_hit: int) -> None:
-        """Keys in a row were asked for by somebody whose prompt is not known here, and so many of them found."""
-        self.reuse.used(tags_of(keys))
-        ghosts = 0
-        for key in keys[num_hit:]:
-            if self._ghosts.get(key) is None:
-                break
-            ghosts += 1
+    def looked_up(self, namespace: str, owns: Owns, keys: list[bytes], num_hit: int) -> None:
+        """Keys in a row were asked for by somebody whose prompt is not known here, and so many of them found.
+
+        What others have had must not show, not even in time: keys are sampled under the asker's name, and a ghost of
+        somebody else's block counts as no ghost.
+        """
+        self.reuse.used(tags_of(keys) ^ np.uint32(crc32(namespace.encode())))
+        owners = self._ghosts.owners(keys[num_hit:])
+        is_ghost = (owners >= 0) & owns(owners)
+        ghosts = len(is_ghost) if is_ghost.all() else int(np.argmin(is_ghost))
         size, nothing = self.block_size, np.zeros(0, np.uint32)
         tokens = (len(keys) * size, num_hit * size, ghosts * size)
         self.lookups.append(Lookup(self.clock(), namespace, None, 0, *tokens, nothing))

@@ -245,9 +245,11 @@ def test_foreign_and_absent_keys_take_one_path(tmp_path, prefix):
     """Call by call and line by line; what they cost is measured by `kvtier bench tenants`."""
     store = make_store(tmp_path)
     alice, bob = (Tenant(name, {name: b"s" * 32}, maps_slab=False) for name in ("alice", "bob"))
-    foreign, own = random_keys(20, 1), random_keys(10, 2)
-    fill(store, alice, foreign, "alice")
+    hers, own = random_keys(70, 1), random_keys(10, 2)
+    fill(store, alice, hers, "alice")
     fill(store, bob, own, "bob")
+    store.lookup(store.attach(alice), hers, prefix=True, hold=False)  # what she asked for lately must not show either
+    foreign, others, more = hers[:20], hers[20:30], hers[30:50]  # a key that we asked for before is none of these
     client = store.attach(bob)
 
     def path(keys):
@@ -255,7 +257,7 @@ def test_foreign_and_absent_keys_take_one_path(tmp_path, prefix):
 
     path(own)  # whatever is imported or cached at the first call
     assert path(foreign) == path(random_keys(20, 3))
-    mixed = [*own, *foreign[:10]], [*own, *random_keys(10, 4)]
+    mixed = [*own, *others], [*own, *random_keys(10, 4)]
     assert path(mixed[0]) == path(mixed[1])
     assert path(own + own) != path(foreign)  # the probe does see a difference where there is one
 
@@ -263,5 +265,5 @@ def test_foreign_and_absent_keys_take_one_path(tmp_path, prefix):
         return path_of(lambda: store.lease(client, 0, keys, 0.0))
 
     lease_path(random_keys(20, 5))
-    assert lease_path(foreign) == lease_path(random_keys(20, 6))
+    assert lease_path(more) == lease_path(random_keys(20, 6))
     store.close(5)

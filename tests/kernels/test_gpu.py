@@ -7,13 +7,18 @@ import pytest
 import torch
 
 from kvtier.kernels import (
+    PageFormat,
     block_attention,
+    compressed_attention,
     copy_blocks,
+    dequantize_blocks,
     merge_many,
     merge_states,
     paged_attention,
     paged_prefill,
+    quantize_blocks,
     reference,
+    score_pages,
     write_kv,
 )
 
@@ -74,3 +79,42 @@ def test_block_table_on_the_device_is_checked_in_debug_mode(make_case, monkeypat
     case.table = torch.from_numpy(case.table).cuda()
     with pytest.raises(ValueError, match="block_table"):
         case.run(paged_attention)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "int2", "hack8", "hack4", "hack2"])
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_compressed_pages_match_the_reference(make_pages, assert_close, name, rules):
+    """Folded scales meet q in bfloat16, fp8's codes in float16; HACK rounds q and p to 8 bits on top."""
+    for dims, size, group in (((128, 128), 128, 4), ((64, 64), 64, 1), ((256, 256), 64, 2), ((128, 128), 64, 8)):
+        if name == "hack8" and size < dims[0]:
+            continue
+        fmt = PageFormat(name, 2, 64, *dims, group=size)
+        spans = [(1, 20, 3), (130, 4, 0), (1, 0, 2), (5, 1, 70)]
+        case = make_pages(fmt, spans, group=group, device="cuda", **rules)
+        found = compressed_attention(
+            case.q, case.pages, fmt, case.table, case.kv_lens, case.cu_q, case.ahead, scale=case.scale, **rules
+        )
+        tolerances = (4e-2, 4e-2) if fmt.is_hack else (2e-2, 1e-2)
+        assert_close(tuple(x.cpu() for x in found), case.expected(), *tolerances)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "int2", "hack8"])
+def test_quantised_bytes_are_those_of_the_cpu(name):
+    fmt = PageFormat(name, 2, 64, 128, group=128)
+    k, v = torch.randn(2, 5, 2, 64, 128)
+    here, there = (torch.zeros(5, fmt.layer_bytes, dtype=torch.uint8, device=d) for d in ("cpu", "cuda"))
+    quantize_blocks(k, v, range(5), here, range(5), fmt)
+    quantize_blocks(k.cuda(), v.cuda(), range(5), there, range(5), fmt)
+    assert torch.equal(here, there.cpu())
+    out = torch.empty(2, 5, 2, 64, 128), torch.empty(2, 5, 2, 64, 128, device="cuda")
+    for pages, (keys, values) in ((here, out[0]), (there, out[1])):
+        dequantize_blocks(pages, range(5), keys, values, range(5), fmt)
+    assert torch.allclose(out[0], out[1].cpu(), atol=1e-6, rtol=1e-6)
+
+
+def test_pages_are_scored_as_on_the_cpu():
+    summaries = torch.randn(300, 2, 2, 128).sort(2).values
+    q, table = torch.randn(3, 8, 128), torch.stack([torch.randperm(300) for _ in range(3)])
+    expected = score_pages(q, summaries, table, [300, 7, 0])
+    found = score_pages(q.cuda(), summaries.cuda(), table, [300, 7, 0]).cpu()
+    assert torch.allclose(found, expected, atol=1e-3, rtol=1e-4)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
+import tomllib
 
 import pytest
 
@@ -100,14 +102,33 @@ def test_inspect_reads_a_running_pager_and_then_its_store_at_rest(capsys, tmp_pa
     assert code == 3 and "no such socket or store" in err
 
 
-def test_pagerd_checks_a_configuration_and_says_that_it_serves_nobody_yet(capsys, tmp_path):
+def test_pagerd_checks_and_prints_a_configuration(capsys, tmp_path):
     file = tmp_path / "c.toml"
-    file.write_text('device_bytes = "1GiB"\n')
+    file.write_text('device_bytes = "1GiB"\nhost_bytes = "2GiB"\n')  # one that engines read too
     assert run(capsys, pagerd.main, "--config", file, "--check-config")[:2] == (0, "config ok\n")
+    code, out, _ = run(capsys, pagerd.main, "--config", file, "--print-config", "--host-bytes", "3GiB")
+    assert code == 0 and tomllib.loads(out)["host_bytes"] == "3GiB" and "device_bytes" not in out
     file.write_text("nonsense = 1\n")
-    assert run(capsys, pagerd.main, "--config", file, "--check-config")[0] == 2
-    code, _, err = run(capsys, pagerd.main)
-    assert code == 2 and "not in this version" in err
+    code, _, err = run(capsys, pagerd.main, "--config", file, "--check-config")
+    assert code == 2 and "'nonsense' is an unknown setting" in err
+    code, _, err = run(capsys, pagerd.main, "--config", tmp_path / "none.toml")
+    assert code == 2 and "cannot read config file" in err
+    code, _, err = run(capsys, pagerd.main, "--socket", tmp_path)
+    assert code == 2 and "is no socket" in err
+
+
+def test_pagerd_makes_secrets_and_tokens(capsys, tmp_path, monkeypatch):
+    assert run(capsys, pagerd.main, "--new-secret", tmp_path / "secret")[0] == 0
+    assert (tmp_path / "secret").stat().st_mode & 0o777 == 0o600
+    code, _, err = run(capsys, pagerd.main, "--new-secret", tmp_path / "secret")
+    assert code == 2 and "cannot be made" in err
+    code, out, _ = run(capsys, pagerd.main, "--new-token")
+    token, kept = (line.rpartition(": ")[2] for line in out.splitlines())
+    monkeypatch.setattr("sys.stdin", io.StringIO(token + "\n"))
+    assert code == 0 and run(capsys, pagerd.main, "--hash-token")[1].strip() == kept
+    monkeypatch.setattr("sys.stdin", io.StringIO("my password\n"))
+    code, _, err = run(capsys, pagerd.main, "--hash-token")
+    assert code == 2 and "my password" not in err
 
 
 def test_doctor_says_what_each_missing_thing_costs(capsys, tmp_path):

@@ -161,7 +161,8 @@ class _Disk:
         best = min(theirs, key=lambda engine: theirs[engine])
         said = f"{_fio_version()} {best}, no checksum"
         limit = theirs[best]
-        return Row(case, f"{name}_checksummed CPU", ours, "s/GB", said, limit, limit / ours, self._rounds)
+        ratio = limit / ours if limit else None  # a short run of fio takes less than its clock shows
+        return Row(case, f"{name}_checksummed CPU", ours, "s/GB", said, limit, ratio, self._rounds)
 
     def _paired(self, ours: str, theirs: str) -> float:
         """Median of same-round ratios: a disk that slows down slows both."""
