@@ -48,9 +48,9 @@ class ColdSide:
         """Of disk, for one block."""
         return self.ring.geometry(self.index).stride if self.ring is not None else self.group.layout.block_bytes
 
-    def room(self, asker: int | None = None) -> int:
+    def room(self, asker: int | None = None, reason: str = "") -> int:
         """Slots that could be had now for that namespace: free ones, and those of blocks that nobody refers to."""
-        return self.tier.free_slots(self.index) + len(self._victims(1 << 30, asker))
+        return self.tier.free_slots(self.index) + len(self._victims(1 << 30, asker, reason))
 
     def is_near(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
         """Whether the copies below lie in memory, of whoever keeps them."""
@@ -70,15 +70,18 @@ class ColdSide:
             self.drop_copies(victims, "quota")
         return admitted
 
-    def _victims(self, n: int, asker: int | None) -> IntArray:
+    def _victims(self, n: int, asker: int | None, reason: str) -> IntArray:
+        """For write-back none that the host holds too: that copy would have to go down next, and so on for ever."""
         d = self.group.directory
         blocks = self.group.unpinned_by_ttl(np.flatnonzero(d.nvme_valid & (d.refs == 0) & (d.nvme_holds == 0)))
+        if reason == "writeback":
+            blocks = blocks[d.host_slot[blocks] == NOWHERE]
         return self.group.policy.victims(n, self.quotas.spare(self.group, "nvme", blocks, asker))
 
-    def _take_slots(self, n: int, asker: int | None) -> IntArray | None:
+    def _take_slots(self, n: int, asker: int | None, reason: str) -> IntArray | None:
         short = n - self.tier.free_slots(self.index)
         if short > 0:
-            victims = self._victims(short, asker)
+            victims = self._victims(short, asker, reason)
             if len(victims) < short:
                 return None
             self.drop_copies(victims, "pressure")
@@ -134,7 +137,7 @@ class ColdSide:
         Returns how many were submitted (0: no room below).
         """
         group, d = self.group, self.group.directory
-        targets = self._take_slots(len(blocks), int(d.owner[blocks[0]]))
+        targets = self._take_slots(len(blocks), int(d.owner[blocks[0]]), reason)
         if targets is None:
             return 0
         self.quotas.wrote(group, blocks)

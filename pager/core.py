@@ -255,7 +255,7 @@ class Core:
             return 0
         for own in self.quotas.by_owner(group, blocks):
             for batch in group.batches(own):
-                batch = group.cold.admit(batch[: group.nvme_room(int(group.directory.owner[batch[0]]))])
+                batch = group.cold.admit(batch[: group.nvme_room(int(group.directory.owner[batch[0]]), reason)])
                 if len(batch):
                     started += group.cold.write(batch, reason)
         return started

@@ -39,10 +39,8 @@ from .states import (
 )
 
 MoveKind = Literal["host_to_device", "device_to_host", "nvme_to_host", "host_to_nvme", "nvme_to_nvme"]
-WINDOW_PAGES, PAGES_PER_VICTIM = (
-    4096,
-    32,
-)  # victims are the coldest 3 % of what is looked at: so choosing costs the same in any pool
+# Victims are the coldest 3 % of what is looked at, so choosing costs the same in any pool.
+WINDOW_PAGES, PAGES_PER_VICTIM = 4096, 32
 MAX_MOVE_BYTES = 32 << 20  # completions come one per move: smaller moves let copies and their followers overlap
 
 
@@ -201,8 +199,8 @@ class BlockGroup:
         return self.pages.take_free(n)
 
     def clean_pages(self) -> int:
-        """Pages that could be freed without any copy."""
-        return int(self._evictable().sum())
+        """Pages that could be freed without any copy: their blocks lie below too, and no pin keeps them."""
+        return len(self.unpinned_by_ttl(self.pages.block[self._evictable()]))
 
     def _evictable(self) -> npt.NDArray[np.bool_]:
         if not self.rules.holds(Rule.NO_EVICTION_OF_PINNED_OR_DIRTY):
@@ -362,8 +360,8 @@ class BlockGroup:
         """Of disk, for one block."""
         return self.cold.block_bytes if self.cold is not None else self.layout.block_bytes
 
-    def nvme_room(self, asker: int | None = None) -> int:
-        return self.cold.room(asker) if self.cold is not None else 0
+    def nvme_room(self, asker: int | None = None, reason: str = "") -> int:
+        return self.cold.room(asker, reason) if self.cold is not None else 0
 
     def dirty_if_alone(self, blocks: IntArray) -> None:
         d = self.directory

@@ -296,3 +296,26 @@ def test_a_full_disk_between_two_parks_loses_nothing_that_was_parked(tmp_path, m
 
 
 assert LAYOUT.block_bytes < DISK_BLOCK
+
+
+def test_write_back_ends_where_the_disk_holds_only_what_the_host_holds_too(tmp_path):
+    """Evicting such a copy for another one would be for nothing: it has to go down again itself."""
+    rig = Rig(pages=8, host=16, path=tmp_path / "s", nvme_bytes=4 * DISK_BLOCK, low_watermark=0.5, high_watermark=0.9)
+    for i in range(8):
+        seq = rig.start([100 * i + t for t in range(2 * BLOCK)])
+        rig.prefill(seq)
+        rig.pager.finish(seq)
+    core = rig.pager._core
+
+    def beats() -> int:
+        """How many it takes until nothing moves."""
+        for beat in range(1000):
+            with core.locked():
+                core.advance()
+            if not core.in_flight():
+                return beat
+            rig.backend.run_one()
+        return 1000
+
+    assert beats() < 1000
+    finish(rig)

@@ -154,6 +154,19 @@ def test_pinned_blocks_outlive_their_sequence_until_the_ttl_ends():
     assert rig.pager.match(ids(8)).tokens == 8
 
 
+def test_pinned_pages_are_no_room_though_they_are_clean(rig):
+    seq = rig.start(ids(16))
+    rig.prefill(seq)
+    core, group = rig.pager._core, rig.pager._core.groups[0]
+    with core.locked():
+        core.write_back(group, 4, "pressure")
+    rig.settle()
+    assert group.clean_pages() == 4
+    rig.pager.pin(seq, ttl_s=3600)
+    assert group.clean_pages() == 0 and group.take_pages(len(group.pages)) is None
+    rig.pager.release(seq)
+
+
 def test_tiers_never_hold_more_than_their_caps(rig):
     for seed in range(6):
         rig.prefill(rig.start(ids(30, seed)))

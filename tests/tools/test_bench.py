@@ -26,6 +26,8 @@ SMALL = {
     "host": ["--blocks", "4", "--rounds", "2"],
     "nvme": ["--blocks", "16", "--rounds", "1"],
     "prefix": ["--tokens", "64", "--documents", "1", "--rounds", "1"],
+    "daemon": ["--keys", "64", "--seconds", "0.2", "--blocks", "4", "--batch", "2", "--rounds", "1"],
+    "tenants": ["--blocks", "2", "--rounds", "1", "--lookups", "40"],
     "inspect": ["--blocks", "2000", "--rounds", "1"],
     "metadata": ["--context", "512", "--rounds", "2"],
     "policy": ["--requests", "300", "--capacity", "5%,50%", "--parts", "whole,shuffled"],

@@ -32,6 +32,7 @@ from .harness import Row, interleave
 
 VIEW_S, START_S, EVENT_NS = 0.3, 0.15, 100.0
 SEQUENCES = 100
+STEPS_EACH = 100
 _WATCH = """
 import sys, time
 from pathlib import Path
@@ -150,32 +151,31 @@ def _views(target: Target, prompt: list[int], blocks: int, rounds: int) -> Itera
 
 
 def _watched(pager: Pager, directory: Path, rounds: int) -> Row:
-    """Steps of one token, alone and while a process watches the snapshot page."""
-    seq = pager.begin()
+    """Steps of one token, alone and while a process watches the snapshot page; the two take turns."""
     command = [sys.executable, "-c", _WATCH, str(directory / "sock.page")]
-
-    def steps() -> None:
-        until_s = time.monotonic() + 1.0
-        while time.monotonic() < until_s:
-            done = pager.num_computed(seq)
-            pager.append(seq, [done])
-            with pager.lease([Span(seq, done, done + 1)]) as lease:
-                lease.commit()
-
-    rates: dict[str, list[float]] = {"alone": [], "watched": []}
-    for number in range(2 * rounds):
-        name = ("alone", "watched")[number % 2]
-        before = pager.num_computed(seq)
-        if name == "watched":
-            with subprocess.Popen(command) as watcher:
-                time.sleep(0.5)
-                steps()
-                watcher.terminate()
-        else:
-            steps()
-        rates[name].append(pager.num_computed(seq) - before)
-        pager.finish(seq)
-        seq = pager.begin()
+    rates: dict[str, list[int]] = {"alone": [], "watched": []}
+    for _ in range(rounds):
+        rates["alone"].append(_steps(pager))
+        with subprocess.Popen(command) as watcher:
+            time.sleep(0.5)
+            rates["watched"].append(_steps(pager))
+            watcher.terminate()
     alone, watched = statistics.median(rates["alone"]), statistics.median(rates["watched"])
     case = "steps of one token while watched"
     return Row(case, "rate", watched, "steps/s", "the pager alone", alone, watched / alone, rounds)
+
+
+def _steps(pager: Pager) -> int:
+    """Steps in one second, by sequences that end after a hundred of them and leave nothing."""
+    until_s, steps = time.monotonic() + 1.0, 0
+    while time.monotonic() < until_s:
+        seq = pager.begin()
+        for position in range(STEPS_EACH):
+            pager.append(seq, [position])
+            with pager.lease([Span(seq, position, position + 1)]) as lease:
+                lease.commit()
+            steps += 1
+            if time.monotonic() >= until_s:
+                break
+        pager.release(seq)
+    return steps

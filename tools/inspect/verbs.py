@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...pager.inspection.asking import ConfigError, Target
-from . import answers, screens
+from . import answers, arguments, screens
 from .text import Style, size
 from .tokens import read_tokens
 
@@ -261,160 +261,48 @@ def _completion(context: Context) -> int:
     return 0
 
 
-# ---------------------------------------------------------------------- grammar
-def _none(sub: argparse.ArgumentParser) -> None:
-    pass
-
-
-def _status_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("target", nargs="?", metavar="PATH|SOCKET", help="as -s")
-    sub.add_argument("--exit-code", action="store_true", help="1 unless the verdict is ok")
-    sub.add_argument("--offline", action="store_true", help="what the pager last published; for one that is stuck")
-
-
-def _pages(sub: argparse.ArgumentParser, limit: int = 50) -> None:
-    sub.add_argument("--limit", type=int, default=limit, metavar="N", help=f"rows (default {limit}, at most 1000)")
-    sub.add_argument("--offset", type=int, metavar="N", help="skip so many")
-
-
-def _sessions_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--sort", choices=("device", "host", "nvme", "tokens", "idle", "name"), help="default device")
-    sub.add_argument("--namespace", metavar="NAME", help="only this one's")
-    _pages(sub)
-
-
-def _session_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("session", metavar="ID", help="as `sessions` lists it (seq:N for sequences without a session)")
-
-
-def _blocks_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--tier", choices=("device", "host", "nvme"), help="whose fastest copy is there")
-    sub.add_argument("--state", choices=("clean", "dirty", "pinned", "moving", "unreferenced"))
-    sub.add_argument("--group", type=int, metavar="N", help="one layer group")
-    sub.add_argument("--key", metavar="DIGITS", help="the first eight hexadecimal digits")
-    sub.add_argument("--sort", choices=("idle", "refs", "depth", "tokens", "block"), help="default idle, longest first")
-    sub.add_argument("--reverse", action="store_true", default=None)
-    _pages(sub)
-
-
-def _prefix_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument(
-        "prompt", metavar="FILE|TOKENS", help="a file of token ids (text, JSON list, .npy), - for stdin, or 1,2,3"
-    )
-    sub.add_argument("--namespace", default="default", metavar="NAME")
-
-
-def _explain_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("about", metavar="BLOCK|SESSION", help="eight digits of a key, or a session")
-    sub.add_argument("--limit", type=int, default=50, metavar="N")
-
-
-def _trace_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("-f", "--follow", action="store_true", help="go on until interrupted")
-    sub.add_argument(
-        "--types", metavar="KIND,..", help="evicted, dropped, promoted, demoted, read, written, pinned, ..."
-    )
-    sub.add_argument("--interval", type=float, default=0.5, metavar="SEC")
-    sub.add_argument("--limit", type=int, default=20, metavar="N", help="how many to begin with")
-
-
-def _thrash_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--since", dest="since_s", type=_seconds, metavar="AGE", help="e.g. 90s, 10m (default), 1h")
-
-
-def _why_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("request", nargs="?", metavar="REQUEST", help="its x-request-id, or req-N")
-    sub.add_argument("--last", action="store_true", help="the last one (default)")
-    sub.add_argument("--slowest", type=int, metavar="N")
-
-
-def _stat_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("interval", nargs="?", type=float, default=1.0, metavar="SEC")
-    sub.add_argument("count", nargs="?", type=int, metavar="COUNT")
-
-
-def _top_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--once", action="store_true", help="print one screen and end")
-    sub.add_argument("--offline", action="store_true", help="never ask the pager, only read what it publishes")
-    sub.add_argument("--sort", choices=("device", "host", "nvme", "tokens", "idle", "name"), default="device")
-    sub.add_argument("--filter", default="", metavar="TEXT", help="sessions and namespaces that contain it")
-    sub.add_argument("--interval", type=float, default=1.0, metavar="SEC")
-
-
-def _advise_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--tier", choices=("device", "host", "nvme"), help="which one to size (default host)")
-    sub.add_argument("--factor", type=float, metavar="X", help="also this size (default 2)")
-
-
-def _history_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--hours", type=float, default=24.0, metavar="H", help="how far back (default 24)")
-
-
-def _record_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--out", metavar="FILE", help="default stdout")
-    sub.add_argument("--seconds", type=float, metavar="SEC", help="end then; else at Ctrl-C")
-
-
-def _export_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--html", metavar="FILE", required=True, help="one page with everything in it; - is stdout")
-
-
-def _completion_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("shell", choices=("bash", "zsh", "fish"))
-
-
-def _seconds(text: str) -> float:
-    factor = {"s": 1.0, "m": 60.0, "h": 3600.0}.get(text[-1:])
-    try:
-        return float(text[:-1]) * factor if factor else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no age; write 90s, 10m or 1h") from None
-
-
 VERBS = (
-    Verb("status", "verdict, tiers, what a restart would cost", _status_arguments, _status),
-    Verb("stat", "one line of rates per tick", _stat_arguments, _stat),
-    Verb("top", "live: tiers, rates, sessions", _top_arguments, _top),
+    Verb("status", "verdict, tiers, what a restart would cost", arguments.status, _status),
+    Verb("stat", "one line of rates per tick", arguments.stat, _stat),
+    Verb("top", "live: tiers, rates, sessions", arguments.top, _top),
     Verb(
         "sessions",
         "sessions and sequences with their bytes by tier",
-        _sessions_arguments,
+        arguments.sessions,
         _asking("sessions", screens.sessions, "sort", "namespace", "limit", "offset"),
     ),
     Verb(
         "session",
         "one session and the map of its blocks",
-        _session_arguments,
+        arguments.session,
         _asking("session", screens.session, "session"),
     ),
     Verb(
         "blocks",
         "blocks by tier, state, age",
-        _blocks_arguments,
+        arguments.blocks,
         _asking("blocks", screens.blocks, "tier", "state", "group", "key", "sort", "reverse", "limit", "offset"),
     ),
-    Verb("prefix", "how far a prompt would hit, and where it breaks", _prefix_arguments, _prefix),
-    Verb("why", "a request's time to first token as a ledger that sums", _why_arguments, _why),
+    Verb("prefix", "how far a prompt would hit, and where it breaks", arguments.prefix, _prefix),
+    Verb("why", "a request's time to first token as a ledger that sums", arguments.why, _why),
     Verb(
         "explain",
         "why a block or a session is where it is",
-        _explain_arguments,
+        arguments.explain,
         _asking("explain", answers.explain, "about", "limit"),
     ),
-    Verb("trace", "decisions as they are made", _trace_arguments, _trace),
+    Verb("trace", "decisions as they are made", arguments.trace, _trace),
     Verb(
         "thrash",
         "what was evicted and asked for again",
-        _thrash_arguments,
+        arguments.thrash,
         _asking("thrash", answers.thrash, "since_s"),
     ),
-    Verb("doctor", "what is wrong and what to change", _none, _findings("doctor", answers.doctor)),
-    Verb("check", "invariants by name; for probes", _none, _findings("check", answers.check)),
-    Verb(
-        "advise", "what more memory would hit", _advise_arguments, _asking("advise", answers.advise, "tier", "factor")
-    ),
-    Verb("history", "the last day in sparklines", _history_arguments, _history),
-    Verb("record", "live requests as a replay trace", _record_arguments, _record),
-    Verb("export", "everything on one HTML page", _export_arguments, _export),
-    Verb("completion", "a script for bash, zsh or fish", _completion_arguments, _completion),
+    Verb("doctor", "what is wrong and what to change", arguments.nothing, _findings("doctor", answers.doctor)),
+    Verb("check", "invariants by name; for probes", arguments.nothing, _findings("check", answers.check)),
+    Verb("advise", "what more memory would hit", arguments.advise, _asking("advise", answers.advise, "tier", "factor")),
+    Verb("history", "the last day in sparklines", arguments.history, _history),
+    Verb("record", "live requests as a replay trace", arguments.record, _record),
+    Verb("export", "everything on one HTML page", arguments.export, _export),
+    Verb("completion", "a script for bash, zsh or fish", arguments.completion, _completion),
 )
