@@ -8,6 +8,7 @@ Only `hash_ids` must be there. `release` (ours, optional): true when the chain w
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import math
 import random
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ...pager.directory import Directory
+from ...pager.keys import KEY_BYTES
 from ...pager.policies.base import IntArray, Request
 from ...pager.states import HostSlots, Pages
 from ...tiers.errors import ConfigError
@@ -82,7 +84,7 @@ def trace_of(name: str, lines: list[Recorded], block_tokens: int | None = None) 
                 first_seen[hash_id] = len(depth)
                 depth.append(place)
     blocks = directory.create(np.array(depth, np.int64), 0)
-    keys = [repr(hash_id).encode() for hash_id in first_seen]
+    keys = [key_of_id(hash_id) for hash_id in first_seen]
     directory.bind_many(blocks, keys, np.full(len(keys), size, np.int64))
     chains, requests = [], []
     key_of = dict(zip(first_seen, keys, strict=True))
@@ -93,6 +95,11 @@ def trace_of(name: str, lines: list[Recorded], block_tokens: int | None = None) 
         chains.append(chain)
         requests.append(Request(one.at_ms / 1e3, tokens, max(0, one.output_tokens), has_tail))
     return Trace(name, size, chains, requests, [one.is_released for one in lines], directory, len(depth))
+
+
+def key_of_id(hash_id: Any) -> bytes:
+    """A key as the directory has them, for an id that only the trace knows."""
+    return hashlib.blake2b(repr(hash_id).encode(), digest_size=KEY_BYTES).digest()
 
 
 def part(trace: Trace, start: int, stop: int) -> Trace:

@@ -7,7 +7,7 @@ import pytest
 
 from kvtier.tiers.errors import ConfigError
 from kvtier.tools.replay.convert import convert
-from kvtier.tools.replay.trace import part, read, sessions_of, shuffled_starts
+from kvtier.tools.replay.trace import key_of_id, part, read, sessions_of, shuffled_starts
 
 
 def written(path, lines):
@@ -28,7 +28,7 @@ def test_plain_and_gzip_traces_read_alike_and_in_order_of_time(tmp_path, name):
     assert (trace.footprint, trace.block_tokens, trace.total_tokens) == (3, 512, 2524)
     assert trace.chains[1][:2].tolist() == trace.chains[0].tolist()
     assert [r.has_partial_tail for r in trace.requests] == [False, True]
-    assert trace.directory.find([b"1"])[0] == trace.chains[0][0]
+    assert trace.directory.find([key_of_id(1)])[0] == trace.chains[0][0]
 
 
 @pytest.mark.parametrize("size", [16, 64, 512])
