@@ -154,6 +154,16 @@ def test_pinned_blocks_outlive_their_sequence_until_the_ttl_ends():
     assert rig.pager.match(ids(8)).tokens == 8
 
 
+def test_what_is_appended_after_attach_is_named_by_itself(rig):
+    """attach is given more than it finds; a sequence that goes on otherwise must not take over the keys of that."""
+    seq = rig.pager.begin("default")
+    rig.pager.attach(seq, ids(16, 1))
+    rig.pager.append(seq, ids(16, 2))
+    rig.prefill(seq)
+    rig.pager.finish(seq)
+    assert rig.pager.match(ids(16, 1)).tokens == 0 and rig.pager.match(ids(16, 2)).tokens == 16
+
+
 def test_pinned_pages_are_no_room_though_they_are_clean(rig):
     seq = rig.start(ids(16))
     rig.prefill(seq)
