@@ -31,7 +31,7 @@ class Reclaimer:
         assert cold.ring is not None
         self._cold, self._group, self._tier, self._index = cold, cold.group, cold.ring, cold.index
         self._size = self._tier.geometry(self._index).slots_per_segment
-        self._cap = max(1, int(self._size * MOVED_SHARE))
+        self._cap = int(self._size * MOVED_SHARE)  # none of a small segment: moving all of it would go on for ever
         self._rests_until_s = float("-inf")
 
     def keep_clean(self) -> None:

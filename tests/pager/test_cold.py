@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from harness import BLOCK, LAYOUT, Rig
 
 DISK_BLOCK = 4096  # what a block of LAYOUT takes on disk
+MANY = 1000
 
 
 def ids(n: int, seed: int) -> list[int]:
@@ -49,6 +50,18 @@ def finish(rig: Rig) -> None:
 
 def nvme(rig: Rig) -> dict:
     return rig.pager.status()["tiers"]["nvme"]
+
+
+def beats(rig: Rig) -> int:
+    """How many heartbeats it takes until nothing moves; MANY if it never ends."""
+    core = rig.pager._core
+    for beat in range(MANY):
+        with core.locked():
+            core.advance()
+        if not core.in_flight():
+            return beat
+        rig.backend.run_one()
+    return MANY
 
 
 # ---------------------------------------------------------------------- the ring
@@ -298,6 +311,16 @@ def test_a_full_disk_between_two_parks_loses_nothing_that_was_parked(tmp_path, m
 assert LAYOUT.block_bytes < DISK_BLOCK
 
 
+def test_segments_of_one_block_are_not_moved_round_and_round(tmp_path):
+    rig = Rig(pages=8, host=16, path=tmp_path / "s", nvme_bytes=15 * DISK_BLOCK)
+    assert rig.pager._core.nvme.geometry(0).slots_per_segment == 1
+    for i in range(7):
+        park(rig, f"s{i}", ids(2 * BLOCK, i))
+    assert beats(rig) < MANY
+    assert nvme(rig)["write_amplification"] == 1
+    finish(rig)
+
+
 def test_write_back_ends_where_the_disk_holds_only_what_the_host_holds_too(tmp_path):
     """Evicting such a copy for another one would be for nothing: it has to go down again itself."""
     rig = Rig(pages=8, host=16, path=tmp_path / "s", nvme_bytes=4 * DISK_BLOCK, low_watermark=0.5, high_watermark=0.9)
@@ -305,17 +328,5 @@ def test_write_back_ends_where_the_disk_holds_only_what_the_host_holds_too(tmp_p
         seq = rig.start([100 * i + t for t in range(2 * BLOCK)])
         rig.prefill(seq)
         rig.pager.finish(seq)
-    core = rig.pager._core
-
-    def beats() -> int:
-        """How many it takes until nothing moves."""
-        for beat in range(1000):
-            with core.locked():
-                core.advance()
-            if not core.in_flight():
-                return beat
-            rig.backend.run_one()
-        return 1000
-
-    assert beats() < 1000
+    assert beats(rig) < MANY
     finish(rig)
