@@ -57,7 +57,7 @@ class Machine:
     def node_of_pci(self, address: str) -> int | None:
         """The node that a PCI device hangs on, or None where the machine does not say."""
         text = self._text(f"sys/bus/pci/devices/{address.lower()}/numa_node").strip()
-        return int(text) if text.isdigit() else None  # -1: no node
+        return int(text) if text.isdecimal() else None  # -1: no node
 
     # ------------------------------------------------------------------ limits
     def memory_limit_bytes(self) -> int | None:
@@ -108,7 +108,7 @@ def parse_list(text: str) -> set[int]:
     found: set[int] = set()
     for part in text.strip().split(","):
         first, _, last = part.partition("-")
-        if first.isdigit():
+        if first.isdecimal():
             found |= set(range(int(first), int(last or first) + 1))
     return found
 
@@ -122,4 +122,4 @@ def _read(path: Path) -> str:
 
 def _number(path: Path) -> int | None:
     text = _read(path).strip()
-    return int(text) if text.isdigit() else None
+    return int(text) if text.isdecimal() else None

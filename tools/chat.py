@@ -87,7 +87,7 @@ class _Chat:
             (self._session,) = session.resume().fork()
             _say(f"now in session {self._session.id!r}; {session.id!r} is parked as it was")
             session.park()
-        elif verb == "/rollback" and len(rest) == 1 and rest[0].isdigit():
+        elif verb == "/rollback" and len(rest) == 1 and rest[0].isdecimal():
             session.rollback(int(rest[0]))
             _say(f"{len(session.token_ids)} tokens known")
         elif verb == "/stats" and not rest:

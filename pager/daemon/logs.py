@@ -68,7 +68,7 @@ def _one_line(record: logging.LogRecord, formatter: logging.Formatter) -> str:
 
 
 def _plain(value: str) -> object:
-    if value.isdigit() and len(value) < 16:
+    if value.isdecimal() and len(value) < 16:
         return int(value)
     return value
 

@@ -56,7 +56,7 @@ def inherited_sockets(env: MutableMapping[str, str]) -> dict[str, socket.socket]
     """
     is_ours = env.get("LISTEN_PID") == str(os.getpid())
     count, names = env.get("LISTEN_FDS", ""), env.get("LISTEN_FDNAMES", "").split(":")
-    if not is_ours or not count.isdigit():
+    if not is_ours or not count.isdecimal():
         return {}
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         env.pop(name, None)

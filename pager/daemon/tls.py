@@ -44,7 +44,7 @@ def parse_address(text: str, *, name: str) -> tuple[str, int]:
     """Host and port of "host:port" or "[::1]:port". Raises ConfigError."""
     host, colon, port = text.rpartition(":")
     host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isdigit() or not 0 <= int(port) < 65536:
+    if not colon or not host or not port.isdecimal() or not 0 <= int(port) < 65536:
         raise ConfigError(f"{name}={text!r}: give host:port, such as 192.0.2.7:7070 or [::1]:7070")
     return host, int(port)
 

@@ -37,7 +37,7 @@ def _lock_holders() -> set[int]:
         holders = {int(row[4]) for row in fields if len(row) > 4 and row[1] == "FLOCK" and int(row[4]) > 0}
     except (OSError, ValueError):
         holders = set()
-    return holders or {int(name) for name in os.listdir("/proc") if name.isdigit()}
+    return holders or {int(name) for name in os.listdir("/proc") if name.isdecimal()}
 
 
 def _locked_stores(pid: int) -> list[Path]:

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     if not arguments.aot:
         raise ConfigError("kernels: say --aot; speed is measured by `kvtier bench attention`")
     archs = [part for part in arguments.archs.split(",") if part]
-    if not archs or not all(part.isdigit() for part in archs):
+    if not archs or not all(part.isdecimal() for part in archs):
         raise ConfigError(f"--archs {arguments.archs!r}: need numbers such as 90,80")
     rows = _compile(archs, arguments.only)
     if broken := [row for row in rows if "error" in row]:
