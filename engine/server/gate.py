@@ -75,7 +75,7 @@ class Guard:
             if scope["path"] not in _WHILE_DRAINING:
                 self._gate.check_open()
             length = headers.get(b"content-length", b"0")
-            if length.isdecimal() and int(length) > self._limit:
+            if length.isdigit() and int(length) > self._limit:
                 await _read_away(receive)
                 raise self._too_large()
         except ApiError as error:

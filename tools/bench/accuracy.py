@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
 
 def _numbers(text: str, name: str) -> list[int]:
     parts = [part for part in text.split(",") if part]
-    if not all(part.isdigit() for part in parts):
+    if not all(part.isdecimal() for part in parts):
         raise ConfigError(f"--{name} {text!r}: need numbers such as 8,16")
     return [int(part) for part in parts]
 

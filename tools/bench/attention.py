@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
 def _numbers(arguments: argparse.Namespace, name: str) -> list[int]:
     text = getattr(arguments, name)
     parts = [part for part in text.split(",") if part]
-    if not all(part.isdigit() and int(part) % 256 == 0 and int(part) for part in parts):
+    if not all(part.isdecimal() and int(part) % 256 == 0 and int(part) for part in parts):
         raise ConfigError(f"--{name.replace('_', '-')} {text!r}: need multiples of 256 tokens, as in 4096,32768")
     return [int(part) for part in parts]
 
