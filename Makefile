@@ -24,7 +24,7 @@ demo: setup
 
 # two tests at a time, each with one thread for its tiny models
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 bench: setup
 	for name in attention accuracy metadata policy inspect decode recovery host nvme codecs tenants daemon prefix endless \

@@ -45,9 +45,10 @@ class Slab(Protocol):
 
 
 class Ticket(Protocol):
-    """One call under way; `ok[i]` says whether slot i is good, once `event` is done."""
+    """One call under way; `ok[i]` says whether slot i is good, once `event` is done. `unreadable`: of a relocation."""
 
     ok: npt.NDArray[np.bool_]
+    unreadable: npt.NDArray[np.bool_]
 
     @property
     def event(self) -> Event: ...

@@ -220,6 +220,12 @@ class ColdSide:
         self.tier.free(self.index, move.target[~moved])
         self._left += zip(move.blocks[moved].tolist(), move.source[moved].tolist(), strict=True)
         self.give_back_left()
+        lost = move.ticket.unreadable & (not failed)
+        unread = move.blocks[lost & (d.nvme_holds[move.blocks] == 0)]  # who reads one of the others finds out by itself
+        if len(unread):
+            self.lose_copies(unread)
+        if not lost.all():
+            self._note_writes(moved)
 
     def give_back_left(self) -> None:
         """Free the slots that blocks were moved out of, but for those that a reader still has."""

@@ -39,6 +39,8 @@ class Reclaimer:
         self._cold.give_back_left()
         if self._tier.num_segments(self._index) < MIN_SEGMENTS or self._tier.num_clean(self._index) >= CLEAN_SEGMENTS:
             return
+        if not self._cold.takes_writes:
+            return
         if self._group.clock() < self._rests_until_s or any(m.kind == "nvme_to_nvme" for m in self._group.moves):
             return
         if not any(self._reclaim(int(segment)) for segment in self._candidates()):

@@ -311,6 +311,23 @@ def test_a_full_disk_between_two_parks_loses_nothing_that_was_parked(tmp_path, m
 assert LAYOUT.block_bytes < DISK_BLOCK
 
 
+def test_a_block_that_cannot_be_read_is_lost_when_it_should_move(tmp_path):
+    """And not tried again for ever: its segment becomes clean."""
+    rig = Rig(0, pages=10, host=24, path=tmp_path / "s", nvme_bytes=256 * DISK_BLOCK)
+    park(rig, "chat", ids(3 * BLOCK, 1))
+    group = rig.pager._core.groups[0]
+    segment = group.cold.tier.geometry(0).place(int(group.directory.nvme_slot[group.directory.nvme_valid][0]))[0]
+    file = next((tmp_path / "s" / "blocks.zarr" / "g0").glob(f"c.{segment}.*"))
+    file.write_bytes(b"x" * file.stat().st_size)
+    for i in range(70):
+        cache(rig, ids(6 * BLOCK, 100 + i))
+        assert beats(rig) < MANY
+    assert rig.pager.counters.get("corrupt_blocks", tier="nvme") == 3
+    assert nvme(rig)["clean_segments"][0] >= 2
+    rig.pager.forget("chat")
+    finish(rig)
+
+
 def test_segments_of_one_block_are_not_moved_round_and_round(tmp_path):
     rig = Rig(pages=8, host=16, path=tmp_path / "s", nvme_bytes=15 * DISK_BLOCK)
     assert rig.pager._core.nvme.geometry(0).slots_per_segment == 1

@@ -41,6 +41,7 @@ class IoTicket:
 
     def __init__(self, n: int) -> None:
         self.ok: npt.NDArray[np.bool_] = np.zeros(n, bool)
+        self.unreadable: npt.NDArray[np.bool_] = np.zeros(n, bool)  # of blocks to be moved
         self.checksums = np.zeros(n, np.uint64)
         self.event: AllDone = AllDone([])
 
@@ -279,13 +280,13 @@ class NvmeTier:
     def relocate(self, group: int, slots: IntArray, targets: IntArray) -> IoTicket:
         """Copy listed blocks to other slots, durably, and list them there instead.
 
-        Where the ticket says ok, give `slots` back afterwards, elsewhere `targets`.
+        Where the ticket says ok, give `slots` back afterwards, elsewhere `targets`; `unreadable` are not what is listed.
         """
         ticket = IoTicket(len(slots))
 
         def job() -> None:
             with self._relocating:
-                self._relocate(group, slots, targets, ticket.ok)
+                self._relocate(group, slots, targets, ticket)
 
         ticket.event = AllDone([self._backend.write_io.submit(job)])
         return ticket
@@ -417,7 +418,7 @@ class NvmeTier:
         if self._committer is not None:
             self._committer.wrote(self._footprint(group, stamps[good]))
 
-    def _relocate(self, group: int, slots: IntArray, targets: IntArray, ok: npt.NDArray[np.bool_]) -> None:
+    def _relocate(self, group: int, slots: IntArray, targets: IntArray, ticket: IoTicket) -> None:
         """New bytes are durable before the journal says so, and the journal before the old slots are used again."""
         book, geometry = self._books[group], self._books[group].geometry
         stamps = book.listing.stamps[slots].copy()
@@ -425,6 +426,7 @@ class NvmeTier:
         places, good = np.arange(len(slots)), np.zeros(len(slots), bool)
         for run in plan_runs(geometry, slots):
             good[run.part] = self._movers[group].read(group, run, rows, places[run.part], stamps[run.part])
+        ticket.unreadable = ~good
         self._number(stamps)
         for run in plan_runs(geometry, targets):
             good[run.part] &= self._write_run(group, run, rows, places, stamps)
@@ -438,7 +440,7 @@ class NvmeTier:
         if self._durability != "none":
             self._listing.commit_quietly()
         self.moved_bytes += self._footprint(group, stamps[good])
-        ok[:] = good
+        ticket.ok[:] = good
 
     def _lost(self, group: int, slots: IntArray) -> None:
         """A segment cannot be relied upon: what it held is corrupt as far as anybody can tell."""
