@@ -214,18 +214,20 @@ class ColdSide:
         assert move.ticket is not None
         d = self.group.directory
         d.nvme_holds[move.blocks] -= 1
-        moved = move.ticket.ok & (not failed)
+        is_there = d.nvme_slot[move.blocks] == move.source  # else its copy was dropped meanwhile
+        moved = move.ticket.ok & is_there & (not failed)
         d.nvme_slot[move.blocks[moved]] = move.target[moved]
         d.nvme_hit[move.blocks[moved]] = False
         self.tier.free(self.index, move.target[~moved])
         self._left += zip(move.blocks[moved].tolist(), move.source[moved].tolist(), strict=True)
         self.give_back_left()
-        lost = move.ticket.unreadable & (not failed)
+        lost = move.ticket.unreadable & is_there & (not failed)
         unread = move.blocks[lost & (d.nvme_holds[move.blocks] == 0)]  # who reads one of the others finds out by itself
         if len(unread):
             self.lose_copies(unread)
-        if not lost.all():
-            self._note_writes(moved)
+        tried = is_there & ~lost
+        if tried.any():
+            self._note_writes(moved[tried])
 
     def give_back_left(self) -> None:
         """Free the slots that blocks were moved out of, but for those that a reader still has."""

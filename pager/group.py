@@ -164,7 +164,8 @@ class BlockGroup:
         held = np.zeros(len(blocks), bool)
         if len(self.host):
             held = hosted & ((self.host.holds[slots] > 0) | (self.host.state[slots] == SlotState.STAGING))
-        return ~copying & ~held & ~((d.nvme_slot[blocks] >= 0) & ~d.nvme_valid[blocks])
+        below = (d.nvme_holds[blocks] > 0) | ((d.nvme_slot[blocks] >= 0) & ~d.nvme_valid[blocks])
+        return ~copying & ~held & ~below
 
     def _tear_out(self, blocks: IntArray) -> None:
         pages = self.directory.page[blocks]
@@ -374,6 +375,8 @@ class BlockGroup:
         """Host -> device for blocks VALID in the host tier, into FREE pages."""
         d, stream = self.directory, self.backend.promote
         slots = d.host_slot[blocks]
+        if len(slots) and int(slots.min()) < 0:
+            raise InvariantError(f"group {self.index}: a block is promoted from a host slot that it has no more")
         self.pages.step(pages, COPY_IN.begins)
         self.pages.block[pages] = blocks
         d.page[blocks] = pages

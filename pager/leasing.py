@@ -239,6 +239,7 @@ class LeaseFiller:
         from_nvme = still[(d.host_slot[still] < 0) & d.nvme_valid[still]]
         if len(from_host) or len(from_nvme):
             core.make_room(group, len(from_host) + len(from_nvme))
+            from_host = from_host[d.in_host(from_host)]  # unless a lease awaits them, room may be made with them
         if len(from_host):
             fit = min(len(from_host), group.pages.num_free + group.clean_pages())
             for batch in group.batches(from_host[:fit]):
