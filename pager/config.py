@@ -6,7 +6,7 @@ Every refusal names the setting, its value and what would be accepted. Nothing h
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -79,6 +79,11 @@ class PagerConfig:
     @property
     def device_size(self) -> int:
         return parse_bytes(self.device_bytes, name="device_bytes")
+
+    @property
+    def staging_size(self) -> int | None:
+        """None: a share of the device tier."""
+        return None if self.staging_bytes is None else parse_bytes(self.staging_bytes, name="staging_bytes")
 
     @property
     def host_size(self) -> int:
@@ -210,8 +215,7 @@ class PagerConfig:
             if self.quota(check_namespace(name)).is_of_nvme and self.nvme_path is None:
                 raise ConfigError(f"namespace_quotas[{name!r}] is of the nvme tier; say where it is with nvme_path")
         check_floors(self.quotas(), {"host": self.host_size, "nvme": self.nvme_size})
-        if len({owner_tag(check_namespace(name)) for name in self.namespace_secrets}) < len(self.namespace_secrets):
-            raise ConfigError("namespace_secrets: two names have one 32-bit tag; rename one of them")
+        check_tags([check_namespace(name) for name in self.namespace_secrets], where="namespace_secrets")
         for name, secret in self.namespace_secrets.items():
             check_namespace(name)
             try:
@@ -220,6 +224,12 @@ class PagerConfig:
                 raise ConfigError(f"namespace_secrets[{name!r}] is not hexadecimal text") from None
             if too_long:
                 raise ConfigError(f"namespace_secrets[{name!r}] is longer than 64 bytes")
+
+
+def check_tags(names: Collection[str], *, where: str) -> None:
+    """Raises ConfigError where two names would be one to the blocks that are tagged with them."""
+    if len({owner_tag(name) for name in names}) < len(names):
+        raise ConfigError(f"{where}: two names have one 32-bit tag; rename one of them")
 
 
 def check_namespace(name: str) -> str:

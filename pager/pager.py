@@ -88,7 +88,7 @@ class Pager:
             layouts,
             config.device_size,
             config.host_size,
-            None if config.staging_bytes is None else int(_size(config.staging_bytes)),
+            config.staging_size,
             config.nvme_path is not None,
         )
         owned = backend is None
@@ -769,12 +769,6 @@ def _layouts(layout: KVLayout | Sequence[KVLayout]) -> tuple[KVLayout, ...]:
     if not layouts or len({g.block_size for g in layouts}) != 1:
         raise ConfigError(f"layout: need at least one layer group, all of one block_size; got {layouts}")
     return layouts
-
-
-def _size(value: int | str) -> int:
-    from ..tiers.layout import parse_bytes
-
-    return parse_bytes(value, name="staging_bytes")
 
 
 __all__ = ["Match", "Pager", "ParkedSession", "Span", "open_pager", "stored_block_size"]

@@ -207,9 +207,7 @@ def _slabs_for(attachment: Attachment) -> list[LeasedSlab] | None:
 
 
 def _sizes(layouts: tuple[KVLayout, ...], config: PagerConfig, slabs: list[LeasedSlab] | None) -> Sizes:
-    from ...tiers.layout import parse_bytes
-
-    staging = None if config.staging_bytes is None else parse_bytes(config.staging_bytes, name="staging_bytes")
+    staging = config.staging_size
     if slabs is None:
         return plan_sizes(layouts, config.device_size, config.host_size or PRIVATE_HOST_BYTES, staging, True)
     sizes = plan_sizes(layouts, config.device_size, 0, staging, False)

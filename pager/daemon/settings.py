@@ -17,8 +17,7 @@ from typing import Any
 from ...tiers.errors import ConfigError
 from ...tiers.layout import parse_bytes
 from ...tiers.nvme.codecs import is_encrypted
-from ...tiers.owners import owner_tag
-from ..config import PagerConfig, check_namespace
+from ..config import PagerConfig, check_namespace, check_tags
 from ..quota import NamespaceQuota, Size
 from ..settings import names_of, read_settings, to_toml
 from .secret_files import check_token_hash, derive_secret, read_secret
@@ -121,8 +120,7 @@ class DaemonConfig(PagerConfig):
                 check_token_hash(token_hash, name=f"{where}.tokens")
             if settings.secret_file is None and self.root_secret_file is None:
                 raise ConfigError(f"{where} has no secret: give {where}.secret_file, or root_secret_file for all")
-        if len({owner_tag(name) for name in self.namespaces}) < len(self.namespaces):
-            raise ConfigError("namespaces: two names have one 32-bit tag; rename one of them")
+        check_tags(self.namespaces, where="namespaces")
         if self._is_encrypted() and not self.namespaces:
             raise ConfigError(
                 f"nvme_codec={self.nvme_codec!r} encrypts with the secrets of [namespaces]; there is none"

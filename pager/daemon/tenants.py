@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ..keys import owner_tag, unsalted
+from ...tiers.owners import owner_of, unsalted
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Tenant:
     tags: npt.NDArray[np.uint32] = field(init=False)
 
     def __post_init__(self) -> None:
-        tags = sorted({owner_tag(unsalted(name)) for name in self.namespaces})
+        tags = sorted({owner_of(name) for name in self.namespaces})
         object.__setattr__(self, "tags", np.array(tags, np.uint32))
 
     @property

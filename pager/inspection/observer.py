@@ -10,11 +10,11 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
-from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
 
+from ...tiers.owners import owner_tag
 from .events import EventRing, tags_of
 from .recorder import Recorder
 from .reuse import ReuseSampler
@@ -115,7 +115,7 @@ class Observer:
         What others have had must not show, not even in time: keys are sampled under the asker's name, and a ghost of
         somebody else's block counts as no ghost.
         """
-        self.reuse.used(tags_of(keys) ^ np.uint32(crc32(namespace.encode())))
+        self.reuse.used(tags_of(keys) ^ np.uint32(owner_tag(namespace)))
         owners = self._ghosts.owners(keys[num_hit:])
         is_ghost = (owners >= 0) & owns(owners)
         ghosts = len(is_ghost) if is_ghost.all() else int(np.argmin(is_ghost))

@@ -32,6 +32,7 @@ from ...tiers.nvme.store import STAMP, IoTicket, NvmeTier, StoreIdentity
 from . import lmcache
 from .harness import Row
 from .lmcache import LmcachePeer
+from .page_cache import sync_files
 
 LAYOUT = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, block_size=32, dtype="bfloat16")  # 2 MiB blocks
 FIO_ENGINES = {"psync": ["--ioengine=psync", "--thread"], "io_uring": ["--ioengine=io_uring"]}
@@ -327,27 +328,20 @@ class _StockZarr:
         start_s = time.perf_counter()
         for i in range(len(self._blocks)):
             self._array[i] = self._blocks[i]
-        self._sync()
+        sync_files(self._path)
         return float(self._blocks.nbytes / (time.perf_counter() - start_s) * _GB)
 
     def read(self) -> float:
-        self._sync(drop=True)
+        sync_files(self._path, drop=True)
         start_s = time.perf_counter()
         for i in range(len(self._blocks)):
             self._array[i]
         return float(self._blocks.nbytes / (time.perf_counter() - start_s) * _GB)
 
-    def _sync(self, *, drop: bool = False) -> None:
-        with _descriptors([p for p in self._path.rglob("*") if p.is_file()], direct=False) as fds:
-            for fd in fds:
-                os.fdatasync(fd)
-                if drop:
-                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-
 
 @contextmanager
-def _descriptors(paths: list[Path], *, direct: bool = True) -> Iterator[list[int]]:
-    fds = [os.open(path, os.O_RDWR | (os.O_DIRECT if direct else 0)) for path in paths]
+def _descriptors(paths: list[Path]) -> Iterator[list[int]]:
+    fds = [os.open(path, os.O_RDWR | os.O_DIRECT) for path in paths]
     try:
         yield fds
     finally:

@@ -6,7 +6,6 @@ one-token turn: opening the store, finding the session and reading its context a
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from typing import Any
 from kvtier import Engine, PagerConfig, SamplingParams
 
 from .harness import Row
+from .page_cache import sync_files
 
 DEVICE_SHARE = 1.25  # of the session's K/V: the session fits once it is back
 SPARE_TOKENS = 4096
@@ -43,7 +43,7 @@ def resume_row(make_model: Callable[[], Any], context: int, vocab: int, token_by
 
 
 def _resume(model: Any, config: PagerConfig, store: Path, params: SamplingParams) -> float:
-    _drop_from_page_cache(store)
+    sync_files(store, drop=True)
     started_s = time.perf_counter()
     with Engine.from_model(model, config) as engine:
         session = engine.session("bench")
@@ -55,14 +55,3 @@ def _resume(model: Any, config: PagerConfig, store: Path, params: SamplingParams
         session.rollback(before)
         session.park()
     return seconds
-
-
-def _drop_from_page_cache(store: Path) -> None:
-    os.sync()
-    for path in store.rglob("*"):
-        if path.is_file():
-            fd = os.open(path, os.O_RDONLY)
-            try:
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            finally:
-                os.close(fd)
