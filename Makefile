@@ -30,6 +30,7 @@ bench: setup
 	for name in attention accuracy metadata policy inspect decode recovery host nvme codecs tenants daemon prefix endless \
 			sessions serve; do \
 		$(BIN)/kvtier bench $$name --out benchmarks/results/$$name-cpu.json || exit 1; done
+	$(BIN)/kvtier bench metadata --scale --out benchmarks/results/metadata-scale-cpu.json
 	$(BIN)/kvtier bench kernels --aot --out benchmarks/results/kernels-aot.json
 
 soak: setup

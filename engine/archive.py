@@ -1,8 +1,8 @@
 """One session as one file that travels: a Zarr v3 hierarchy in a zip, with its token ids and its K/V.
 
 Any Zarr client opens it. It fits the model that made it, in any store, namespace and block size. K/V of windowed layers
-are only there for the window, which is not enough to continue from: such a session travels as token ids and is computed
-again at its next turn.
+are only there for the window, which is not enough to continue from, and packed K/V are no plain numbers: such a session
+travels as token ids and is computed again at its next turn.
 """
 
 from __future__ import annotations
@@ -38,10 +38,17 @@ def export_sequence(pager: Pager, seq: int, path: Path, about: dict[str, Any]) -
     from zarr.codecs import BytesCodec, Crc32cCodec
     from zarr.storage import ZipStore
 
+    if pager.is_branched(seq):
+        raise ConfigError(
+            "this session holds K/V of attention='window' or 'select', which are approximate; roll it back to before that "
+            "to export it"
+        )
     if path.exists():
         raise ConfigError(f"{path} exists already; choose another name, or remove it")
     computed = pager.num_computed(seq)
-    groups = KVCopier(pager).read(seq, torch.device("cpu"), in_one=True, timeout_s=READ_TIMEOUT_S)
+    groups = list[GroupKV]()
+    if _travels(pager.layouts):
+        groups = KVCopier(pager).read(seq, torch.device("cpu"), in_one=True, timeout_s=READ_TIMEOUT_S)
     part = path.with_name(path.name + ".part")
     try:
         with ZipStore(part, mode="w") as store:
@@ -54,9 +61,8 @@ def export_sequence(pager: Pager, seq: int, path: Path, about: dict[str, Any]) -
             }
             root = zarr.create_group(store, zarr_format=3, attributes=said)
             arrays = {"token_ids": np.asarray(pager.token_ids(seq), np.uint32)}
-            if _travels(pager.layouts):
-                for index, group in enumerate(groups):
-                    arrays |= {f"g{index}_{name}": _raw(kv) for name, kv in zip("kv", _stacked(group), strict=True)}
+            for index, group in enumerate(groups):
+                arrays |= {f"g{index}_{name}": _raw(kv) for name, kv in zip("kv", _stacked(group), strict=True)}
             for name, values in arrays.items():
                 chunks = (
                     (*values.shape[:-2], CHUNK_TOKENS, values.shape[-1]) if values.ndim > 2 else (TOKENS_PER_CHUNK,)

@@ -17,7 +17,7 @@ from .request import Request
 from .sampling import Sampler
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from .stepping import Stepper
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +35,13 @@ class BeamGroup:
     def __init__(self, first: Request) -> None:
         params = self._params = first.params
         spare = range(params.num_beams - params.n)
-        extra = [Request(-1, params, Sampler(params), first.prompt_tokens, namespace=first.namespace) for _ in spare]
-        self._requests = [first, *first.twins, *extra]
+        extra = [
+            Request(
+                -1, params, Sampler(params), first.prompt_tokens, namespace=first.namespace, priority=first.priority
+            )
+            for _ in spare
+        ]
+        self._requests = [first, *first.twins, *extra]  # of one priority, or some wait for others that are never let in
         for request in self._requests:
             request.beams = self
         self._running = [first]
@@ -44,13 +49,23 @@ class BeamGroup:
         self._finished: list[Hypothesis] = []
         self._offered: dict[int, Tensor] = {}  # by place among the running
 
-    def offer(self, engine: Engine, request: Request, logits: Tensor) -> None:
-        """Logits [vocab] of one beam's next token; with those of the last beam, all of them take a step."""
+    def offer(self, stepper: Stepper, request: Request, logits: Tensor) -> None:
+        """Logits [vocab] of one beam's next token; with those of the last beam, all of them take a step.
+
+        A beam that was preempted while it waited for the others is computed again and offers a second time. Where the
+        others have taken their step by then it has a new token: what it offers belongs to the step before.
+        """
+        if request.is_done or stepper.pager.num_computed(request.seq) < stepper.pager.num_tokens(request.seq):
+            return
         self._offered[self._running.index(request)] = logits.float().log_softmax(-1)
         if len(self._offered) == len(self._running):
             scores = torch.stack([self._offered[i] + self._scores[i] for i in range(len(self._running))])
             self._offered.clear()
-            self._advance(engine, scores)
+            self._advance(stepper, scores)
+
+    def has_offered(self, request: Request) -> bool:
+        """Whether this beam has nothing to do until the others have offered theirs."""
+        return request in self._running and self._running.index(request) in self._offered
 
     def give_up(self, ended: Request) -> None:
         """One beam ended before the search did: all of them do."""
@@ -58,7 +73,7 @@ class BeamGroup:
             if not request.is_done:
                 request.end(ended.output.finish_reason, ended.error)
 
-    def _advance(self, engine: Engine, scores: Tensor) -> None:
+    def _advance(self, stepper: Stepper, scores: Tensor) -> None:
         """One token further. scores: accumulated log probabilities [beams, vocab]."""
         params, vocab = self._params, scores.shape[1]
         keep = min(max(2, 1 + len(params.stop_token_ids)) * params.num_beams, scores.numel())
@@ -78,9 +93,9 @@ class BeamGroup:
         self._finished.sort(key=lambda found: -found.score)
         del self._finished[params.num_beams :]
         if not going or self._is_over(going[0][0], length):
-            self._end(engine)
+            self._end(stepper)
         else:
-            self._go_on(engine, going)
+            self._go_on(stepper, going)
 
     def _is_over(self, best_score: float, length: int) -> bool:
         """Whether no running beam can still be among the best."""
@@ -89,30 +104,30 @@ class BeamGroup:
         best_possible = best_score / length**self._params.length_penalty
         return self._params.early_stopping or best_possible <= self._finished[-1].score
 
-    def _go_on(self, engine: Engine, going: list[tuple[float, int, int]]) -> None:
+    def _go_on(self, stepper: Stepper, going: list[tuple[float, int, int]]) -> None:
         """Every parent's first child takes over its sequence, the others fork it; who has no child ends."""
-        pager, parents = engine.pager, [request.seq for request in self._running]
+        pager, parents = stepper.pager, [request.seq for request in self._running]
         forked = [parent in [p for _, p, _ in going[:i]] for i, (_, parent, _) in enumerate(going)]
         seqs = [
             pager.fork(parents[parent]) if is_fork else parents[parent]
             for (_, parent, _), is_fork in zip(going, forked, strict=True)
         ]
         for seq in set(parents) - set(seqs):
-            pager.finish(seq)
+            pager.release(seq)
         for request, seq, (_, _, token) in zip(self._requests, seqs, going, strict=False):
             if request not in self._running:
                 request.known_tokens = self._requests[0].known_tokens
-                engine.scheduler.add_twin(self._requests[0], request)
+                stepper.scheduler.add_twin(self._requests[0], request)
             request.seq = seq
             pager.append(seq, [token])
         self._tokens = [[*self._tokens[parent], token] for _, parent, token in going]
         self._scores = [score for score, _, _ in going]
         self._running = self._requests[: len(going)]
 
-    def _end(self, engine: Engine) -> None:
+    def _end(self, stepper: Stepper) -> None:
         for request in self._requests:
             if request not in self._running:
-                engine.scheduler.add_twin(self._requests[0], request)
+                stepper.scheduler.add_twin(self._requests[0], request)
         for request, found in zip(self._requests[: self._params.n], self._finished, strict=False):
             request.output.score = found.score
             request.output.token_ids = list(found.tokens)

@@ -85,7 +85,7 @@ class Conversations:
         """Raises UnknownSessionError."""
         found = next((one for one in self.list_sessions(namespace) if one.id == session_id), None)
         if found is None:
-            raise UnknownSessionError(f"session {session_id!r} is unknown in namespace {namespace!r}")
+            raise _unknown(session_id, namespace)
         return found
 
     def list_sessions(self, namespace: str = "default") -> list[ConversationInfo]:
@@ -211,13 +211,13 @@ class Conversations:
         return self.info(session_id, namespace=namespace)
 
     def delete(self, session_id: str, *, namespace: str = "default") -> None:
-        """Forget the session; its blocks become ordinary cache."""
+        """Forget the session; its own blocks are the first to leave every tier."""
         with self._hold(session_id, namespace) as held:
 
             def end(engine: Engine) -> None:
-                held.session.close()
+                held.session.close(released=True)
                 if session_id in engine.pager.sessions():
-                    engine.pager.forget(session_id)
+                    engine.pager.forget(session_id, released=True)
 
             self._loop.call(end).result()
             with self._lock:
@@ -271,16 +271,23 @@ class Conversations:
         self.info(session_id, namespace=namespace)  # or it is unknown
         session = None
         if session_id not in self._held:
-            session = self._loop.call(lambda engine: Session.known(engine, session_id, namespace)).result()
+            session = self._loop.call(lambda engine: self._known(engine, session_id, namespace)).result()
         with self._lock:
             held = self._held.get(session_id)
             if held is None:
-                assert session is not None
+                if session is None:
+                    raise _unknown(session_id, namespace)  # deleted meanwhile
                 held = self._held[session_id] = _Held(session)
             if held.is_busy:
                 raise Busy(f"session {session_id!r} is at work; wait for its answer", retry_after_s=0.5)
             held.is_busy, held.used_s, held.used_at_s = True, time.monotonic(), time.time()
             return held
+
+    @staticmethod
+    def _known(engine: Engine, session_id: str, namespace: str) -> Session:
+        if not engine.has_session(session_id):
+            raise _unknown(session_id, namespace)  # deleted meanwhile
+        return Session.known(engine, session_id, namespace)
 
     def _let_go(self, held: _Held) -> None:
         with self._lock:
@@ -317,6 +324,10 @@ class Conversations:
                     self.park(name, namespace=namespace)
                 except KvTierError as error:
                     _LOG.info("event=idle_not_parked session=%s reason=%s", name, error)
+
+
+def _unknown(session_id: str, namespace: str) -> UnknownSessionError:
+    return UnknownSessionError(f"session {session_id!r} is unknown in namespace {namespace!r}")
 
 
 class _Turn:

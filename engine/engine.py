@@ -1,40 +1,41 @@
-"""Engine: an unmodified Hugging Face decoder over the pager's pages. Runs what its scheduler plans, step by step.
+"""Engine: an unmodified Hugging Face decoder over the pager's pages. Opening, sessions, requests, and their ends.
 
-Where the device tier cannot hold a step after all, the step shrinks; where it cannot hold one sequence, that sequence
-streams alone; where no tier has room, somebody waits. A lost block costs computing it again and never an answer.
-Invariant: before a forward, a sequence has at least one token that is not computed. One thread runs an engine: its
-caller's, or that of an EngineLoop.
+The scheduler plans a step and the stepper runs it; here is who comes and who goes. Invariant: a request that ended has
+given back what it held, whatever ended it. One thread runs an engine: its caller's, or that of an EngineLoop.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor
 
+from ..kernels.tuning import current
 from ..pager.client.remote import block_size_at
-from ..pager.config import PagerConfig
-from ..pager.lease import Span
-from ..pager.pager import Pager, open_pager, stored_block_size
-from ..tiers.errors import BlockMissError, ConfigError, TierFullError, TierUnavailableError
+from ..pager.config import PagerConfig, with_changes
+from ..pager.pager import Match, Pager, open_pager, stored_block_size
+from ..pager.tier_formats import device_layouts, split_device
+from ..tiers.errors import ConfigError
+from .attending import Attention
 from .beam import BeamGroup
 from .hf import ModelSpec, StreamingWindow, describe, discover, fingerprint
 from .loading import load_checkpoint
+from .modes import EXACT, Modes
 from .request import Request, phase
 from .runner import ModelRunner, Progress
 from .sampling import Output, Sampler, SamplingParams
-from .scheduler import Scheduler, SchedulerLimits, Work
+from .scheduler import Scheduler, SchedulerLimits
 from .session import Session
-from .speculative import Drafter, ModelDrafter, NgramDrafter
+from .speculative import Drafters
+from .stepping import Stepper
 
 MAX_BATCH_TOKENS = 2048
-CPU_BLOCK_SIZE, GPU_BLOCK_SIZE, SMALLEST_BLOCK_SIZE = 256, 64, 16
+SMALLEST_BLOCK_SIZE = 16
 MIN_PAGES_WANTED = 32  # a smaller device tier gets smaller blocks
-SPARE_MISSES = 16  # lost blocks per request beyond two for each of its blocks, before the disk is given up on
+SELECTION_SHARE = 8  # 1/8 of the device tier for selected attention unless told otherwise
 
 
 class Engine:
@@ -49,6 +50,7 @@ class Engine:
         max_batch_tokens: int,
         limits: SchedulerLimits | None = None,
         draft: Engine | None = None,
+        attention: Attention = EXACT,
     ) -> None:
         self.model, self.spec, self.pager, self.tokenizer = model, spec, pager, tokenizer
         self.progress: Progress | None = None
@@ -57,8 +59,12 @@ class Engine:
         if budget < 1:
             raise ConfigError("device_bytes: the device tier is too small for a single step; give it more")
         self.scheduler = Scheduler(pager, budget, limits)
-        self._draft = draft
+        self._drafters = Drafters(pager, draft)
         self._runner = ModelRunner(model, spec, pager)
+        self._modes = Modes(pager, spec, next(model.parameters()).dtype)
+        self.attention = attention
+        self._modes.check(attention)
+        self._stepper = Stepper(pager, self.scheduler, self._runner, self._modes, self._drafters)
         self._is_closed = False
 
     @classmethod
@@ -73,26 +79,37 @@ class Engine:
         limits: SchedulerLimits | None = None,
         draft: Engine | None = None,
         streaming: StreamingWindow | None = None,
+        attention: Attention | str = "full",
         pager: str | None = None,
     ) -> Engine:
         """Put a loaded Hugging Face decoder over a new pager.
 
-        `pager` is the address of a daemon (unix:///run/kvtier/pagerd.sock) whose memory is shared with its other clients.
+        `pager` is the address of a daemon (unix:///run/kvtier/pagerd.sock, or tls://host:port) whose memory is shared with
+        its other clients.
 
         `block_size` is that of the store at config.nvme_path or of the daemon where there is one, else chosen from device and
         size.
         `draft` is an engine of a smaller model with the same vocabulary, for SamplingParams(speculation="model").
         `streaming` gives full-attention layers a window and sinks, for texts without end.
+        `attention` is what requests use that ask for nothing else (attending.py); "select" takes an eighth of device_bytes
+        for its own unless selection_bytes says how much.
         Raises: UnsupportedModelError, ConfigError; nothing is written before all checks have passed.
         """
         config.validate()
+        config = _beside(model, config)
+        attention = Attention.parse(attention)
+        if attention.kind == "select" and not config.selection_size:
+            config = with_changes(config, selection_bytes=config.device_size // SELECTION_SHARE)
         spec = discover(model) if streaming is None else discover(model).streamed(streaming)
         named = fingerprint(model)
-        stored = stored_block_size(config.nvme_path) if pager is None else block_size_at(pager, named)
-        layouts = spec.layouts(block_size or stored or _default_block_size(model, spec, config))
+        stored = stored_block_size(config.nvme_path) if pager is None else block_size_at(pager, named, config)
+        size = block_size or stored or _default_block_size(model, spec, config)
+        config, cut = split_device(config, spec.layouts(size))
+        spec = spec.split(cut)
+        layouts = device_layouts(config, spec.layouts(size))
         opened = open_pager(pager, layouts, config, model_fingerprint=named, about=describe(model))
         try:
-            return cls(model, spec, opened, tokenizer, max_batch_tokens, limits, draft)
+            return cls(model, spec, opened, tokenizer, max_batch_tokens, limits, draft, attention)
         except BaseException:
             opened.close()
             raise
@@ -179,7 +196,8 @@ class Engine:
         Raises: ConfigError for a prompt that is empty or too long.
         """
         self.check_length(len(prompt) + params.max_tokens)
-        drafter = self._drafter(params, namespace)
+        params = self._attending(params)
+        drafter = self._drafters.make(params, namespace)
         seq = self.pager.begin(namespace)
         self.pager.append(seq, list(prompt))
         request = Request(seq, params, Sampler(params), len(prompt), namespace=namespace, drafter=drafter)
@@ -192,6 +210,13 @@ class Engine:
             BeamGroup(request)
         return request
 
+    def _attending(self, params: SamplingParams) -> SamplingParams:
+        """With the engine's own attention where the request asks for none. Raises ConfigError."""
+        if params.attention is not None:
+            self._modes.check(params.attention)
+            return params
+        return params if self.attention.is_exact else replace(params, attention=self.attention)
+
     def drop(self, request: Request) -> None:
         """Give back what a request and its twins hold; their blocks stay as cache. Those that ended need it no more."""
         for one in (request, *request.twins):
@@ -202,30 +227,28 @@ class Engine:
             request.drafter.close()
             request.drafter = None
         if request.seq >= 0 and not request.keeps_sequence:
-            self.pager.finish(request.seq)
+            end = self.pager.release if request.is_last else self.pager.finish
+            end(request.seq)
             request.seq = -1
 
-    def _drafter(self, params: SamplingParams, namespace: str) -> Drafter | None:
-        if params.speculation == "ngram":
-            return NgramDrafter(self.pager)
-        if params.speculation == "model":
-            if self._draft is None:
-                raise ConfigError("speculation='model' needs an engine with a draft model; open it with draft=...")
-            return ModelDrafter(self.pager, self._draft, namespace)
-        return None
-
     def continue_request(
-        self, seq: int, num_new: int, params: SamplingParams, rng_state: bytes | None = None
+        self,
+        seq: int,
+        num_new: int,
+        params: SamplingParams,
+        rng_state: bytes | None = None,
+        match: Match | None = None,
     ) -> Request:
         """A request over a sequence that exists already and has new tokens appended (a session's turn).
 
-        `rng_state` is where an earlier turn's random numbers stopped.
+        `rng_state` is where an earlier turn's random numbers stopped, `match` what the cache held when the turn came
+        (else what it holds now).
         """
-        total = self.pager.num_tokens(seq)
+        total, params = self.pager.num_tokens(seq), self._attending(params)
         request = Request(seq, params, Sampler(params, state=rng_state), total, max(0, total - num_new - 1))
         request.keeps_sequence, request.namespace = True, self.pager.namespace(seq)
-        request.drafter = self._drafter(params, request.namespace)
-        request.found(self.pager.residency(seq))
+        request.drafter = self._drafters.make(params, request.namespace)
+        request.found(match or self.pager.residency(seq))
         return request
 
     def run(self, requests: Iterable[Request]) -> None:
@@ -253,7 +276,7 @@ class Engine:
         if work:
             busy = {id(request) for request, _ in work}
             with phase((r for r in self.scheduler.requests() if id(r) not in busy), "queued"):
-                self._step_shrinking(work)
+                self._stepper.run(work)
         return ended + self.settle_ended()
 
     def settle_ended(self) -> list[Request]:
@@ -307,118 +330,6 @@ class Engine:
         total = request.prompt_tokens + len(request.output.token_ids)
         return total, total
 
-    # ------------------------------------------------------------------ one step
-    def _step_shrinking(self, work: Work) -> None:
-        """Run one step over as much of the work as the device tier can hold."""
-        while True:
-            try:
-                self._step(work)
-                return
-            except BlockMissError as error:
-                self._undraft(work)
-                self._count_miss(next(r for r, _ in work if r.seq == error.seq), error)
-                return  # the pager has cut the sequence; the next plan computes what is missing
-            except TierFullError as error:
-                if any(request.draft for request, _ in work):
-                    self._undraft(work)
-                    work = [(request, 1 if self._is_decode(request) else count) for request, count in work]
-                elif len(work) > 1:
-                    work = work[: len(work) // 2]
-                elif work[0][1] > 1:
-                    work = [(work[0][0], work[0][1] // 2)]
-                elif not self.scheduler.relieve(work[0][0]):
-                    work[0][0].end("error", error)
-                    return
-
-    def _is_decode(self, request: Request) -> bool:
-        return self.pager.num_tokens(request.seq) - self.pager.num_computed(request.seq) == 1
-
-    def _undraft(self, work: Work) -> None:
-        for request, _ in work:
-            self.scheduler.undraft(request)
-
-    def _count_miss(self, request: Request, error: BlockMissError) -> None:
-        request.num_misses += 1
-        limit = SPARE_MISSES + 2 * self.pager.num_tokens(request.seq) // self.pager.block_size
-        if request.num_misses > limit:
-            lost = TierUnavailableError(
-                f"sequence {request.seq} lost a block {request.num_misses} times; the store keeps losing what is "
-                "written to it: check the disk under nvme_path"
-            )
-            lost.__cause__ = error
-            request.end("error", lost)
-
-    def _step(self, work: Work) -> None:
-        starts = [self.pager.num_computed(request.seq) for request, _ in work]
-        spans = [Span(r.seq, start, start + count) for (r, count), start in zip(work, starts, strict=True)]
-        reads = [
-            (i, 1 + len(request.draft))
-            for i, ((request, _), span) in enumerate(zip(work, spans, strict=True))
-            if span.end == self.pager.num_tokens(span.seq)
-        ]
-        requests = [request for request, _ in work]
-        with phase(requests, "wait_for_blocks"):
-            lease = self.pager.lease(spans)
-        started_s = time.perf_counter()
-        with phase(requests, "decode" if all(count == 1 for _, count in work) else "prefill"), lease:
-            logits = self._runner.forward(lease, spans, reads)
-            lease.commit()
-        self.scheduler.ran(work, time.perf_counter() - started_s)
-        with phase(requests, "sample"):
-            for request, span in zip(requests, spans, strict=True):
-                request.computed(span.start, span.end)
-            row = 0
-            for index, count in reads:
-                self._take_tokens(requests[index], logits[row : row + count])
-                row += count
-
-    def _take_tokens(self, request: Request, logits: Tensor) -> None:
-        """Sample for the request from logits [1 + drafted tokens, vocab], and at its first token for its twins."""
-        if request.on_prompt is not None and request.ledger.ttft_s is None:
-            request.on_prompt(request)
-        request.ledger.first_token()
-        if request.beams is not None:
-            request.beams.offer(self, request, logits[0])
-            return
-        for twin in request.twins:
-            if twin.seq < 0:
-                self._begin_twin(request, twin, logits[0])
-        if request.params.max_tokens == 0:
-            request.end_if_full()
-            return
-        draft, request.draft = request.draft, []
-        known, num_right = self.pager.num_tokens(request.seq) - len(draft), 0
-        for place, row in enumerate(logits):
-            token = self._choose(request, row)
-            is_right = place < len(draft) and draft[place] == token
-            num_right += is_right
-            if request.is_done or not is_right:
-                break
-        if draft:
-            self.pager.truncate(request.seq, known + num_right)
-            request.usage.drafted_tokens += len(draft)
-            request.usage.accepted_tokens += num_right
-        if not is_right:
-            self.pager.append(request.seq, [token])
-
-    def _choose(self, request: Request, logits: Tensor) -> int:
-        token = request.sampler.choose(logits)
-        request.output.note(request.params, logits, token)
-        request.take(token)
-        request.end_if_full()
-        return token
-
-    def _begin_twin(self, first: Request, twin: Request, logits: Tensor) -> None:
-        twin.seq, twin.known_tokens = self.pager.fork(first.seq), first.known_tokens
-        twin.drafter = self._drafter(twin.params, twin.namespace)
-        twin.on_token = twin.on_token or first.on_token
-        self.scheduler.add_twin(first, twin)
-        twin.ledger.first_token()
-        if twin.params.max_tokens > 0:
-            self.pager.append(twin.seq, [self._choose(twin, logits)])
-        else:
-            twin.end_if_full()
-
     # ------------------------------------------------------------------ prebuilt caches
     def inject(self, seq: int, cache: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Write the K/V of the sequence's uncomputed tokens from a prebuilt cache; see ModelRunner.inject."""
@@ -441,9 +352,24 @@ class Engine:
         self.close()
 
 
+def _beside(model: Any, config: PagerConfig) -> PagerConfig:
+    """The configuration with its backend chosen: pages lie where the model is, also on a machine that has a GPU besides.
+
+    Raises: ConfigError for a backend of another kind of device.
+    """
+    device = next(model.parameters()).device
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    if config.backend not in ("auto", kind):
+        raise ConfigError(
+            f"backend={config.backend!r}: the model is on {str(device)!r} and attends to pages where it is; leave backend "
+            "at 'auto', or move the model"
+        )
+    return with_changes(config, backend=kind)
+
+
 def _default_block_size(model: Any, spec: ModelSpec, config: PagerConfig) -> int:
-    """256 tokens on a CPU, 64 on a GPU; halved while the device tier would hold too few blocks to page well."""
-    size = GPU_BLOCK_SIZE if next(model.parameters()).is_cuda else CPU_BLOCK_SIZE
+    """As the kernels like it (256 tokens on a CPU, 64 on a GPU); halved while the device tier would hold too few blocks."""
+    size = current("cuda" if next(model.parameters()).is_cuda else "cpu").block
     token_bytes = sum(layout.token_bytes for layout in spec.layouts(SMALLEST_BLOCK_SIZE))
     while size > SMALLEST_BLOCK_SIZE and config.device_size // (token_bytes * size) < MIN_PAGES_WANTED:
         size //= 2

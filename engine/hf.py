@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..tiers.errors import ConfigError, UnsupportedModelError
 from ..tiers.layout import KVLayout
+from ..tiers.parts import GroupPart
 
 SPY = "kvtier_spy"
 _HARMLESS = {
@@ -56,13 +57,44 @@ class StreamingWindow:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerPart:
+    """Where K and V of a layer, or of some of its KV heads, are: the layer group, and the layer's number within it."""
+
+    group: int
+    number: int
+    heads: tuple[int, ...] | None = None  # all
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A model's attention layers, and for each the layer group and its number within it."""
+    """A model's attention layers, and where each has its K and V: in one layer group, or by heads in several."""
 
     layers: tuple[LayerSpec, ...]
-    group_of: tuple[tuple[int, int], ...]
+    parts_of: tuple[tuple[LayerPart, ...], ...]
     groups: tuple[LayerSpec, ...]
     dtype: str
+    names: tuple[str, ...]  # of the groups
+
+    @property
+    def group_of(self) -> list[tuple[int, int]]:
+        """Of each layer its group and its number there, where no layer is cut by heads."""
+        return [(part.group, part.number) for (part,) in self.parts_of]
+
+    def split(self, cut: Sequence[Sequence[GroupPart]]) -> ModelSpec:
+        """The same model with every group cut into these parts."""
+        made = [(old, part) for old, parts in enumerate(cut) for part in parts]
+
+        def of_layer(old: int, number: int) -> tuple[LayerPart, ...]:
+            return tuple(
+                LayerPart(index, part.layers.index(number), part.heads if len(part.heads) < all_heads else None)
+                for index, (of_group, part) in enumerate(made)
+                if of_group == old and number in part.layers
+                for all_heads in [self.groups[old].num_kv_heads]
+            )
+
+        groups = [_of_heads(self.groups[old], len(part.heads)) for old, part in made]
+        parts_of = tuple(of_layer(*where) for where in self.group_of)
+        return ModelSpec(self.layers, parts_of, tuple(groups), self.dtype, tuple(part.name for _, part in made))
 
     def streamed(self, streaming: StreamingWindow) -> ModelSpec:
         """The same model with a window, and sinks, in every layer that has none."""
@@ -77,7 +109,7 @@ class ModelSpec:
         """One layout per layer group: layers of the same window and shapes."""
         return [
             KVLayout(
-                num_layers=sum(g == index for g, _ in self.group_of),
+                num_layers=sum(part.group == index for parts in self.parts_of for part in parts),
                 num_kv_heads=group.num_kv_heads,
                 head_dim=group.head_dim,
                 block_size=block_size,
@@ -85,7 +117,7 @@ class ModelSpec:
                 value_dim=None if group.value_dim == group.head_dim else group.value_dim,
                 window=group.window,
                 sinks=group.sinks,
-                name=f"window{group.window}" if group.window else "full",
+                name=self.names[index],
             )
             for index, group in enumerate(self.groups)
         ]
@@ -138,7 +170,7 @@ def _grouped(seen: Mapping[int, LayerSpec], dtype: str) -> ModelSpec:
     layers = tuple(seen[index] for index in sorted(seen))
     kinds: list[tuple[Any, ...]] = []
     groups: list[LayerSpec] = []
-    group_of, counts = [], []
+    parts_of, counts = [], []
     for layer in layers:
         kind = (layer.window, layer.sinks, layer.num_kv_heads, layer.head_dim, layer.value_dim)
         if kind not in kinds:
@@ -146,9 +178,15 @@ def _grouped(seen: Mapping[int, LayerSpec], dtype: str) -> ModelSpec:
             groups.append(layer)
             counts.append(0)
         index = kinds.index(kind)
-        group_of.append((index, counts[index]))
+        parts_of.append((LayerPart(index, counts[index]),))
         counts[index] += 1
-    return ModelSpec(layers, tuple(group_of), tuple(groups), dtype)
+    names = tuple(f"window{group.window}" if group.window else "full" for group in groups)
+    return ModelSpec(layers, tuple(parts_of), tuple(groups), dtype, names)
+
+
+def _of_heads(layer: LayerSpec, num_kv_heads: int) -> LayerSpec:
+    """So many KV heads of a layer, with the query heads that read them."""
+    return replace(layer, num_kv_heads=num_kv_heads, num_heads=layer.num_heads // layer.num_kv_heads * num_kv_heads)
 
 
 def _refuse_by_config(model: Any) -> None:

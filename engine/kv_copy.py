@@ -1,8 +1,9 @@
 """Copies K/V between a pager's blocks and plain tensors with one token axis.
 
 Knows nothing of where the tensors come from (a transformers cache, somebody's own model) nor of what names the blocks:
-it works on a sequence of the pager, whatever made its block table. Guards: a token is written once, in order, and what
-is read is what the blocks held; a lost block is a BlockMissError and no tensor comes back.
+it works on a sequence of the pager, whatever made its block table. Of a packed layer group it writes to the tail, packs
+what becomes whole there (packed.py), and unpacks when it reads: what comes back is what the format kept. Guards: a token is
+written once, in order, and what is read is what the blocks held; a lost block is a BlockMissError and no tensor comes back.
 
 On a CPU the copies are numpy's, in the calling thread: torch's parallel copies wait for each other's threads, and on a
 machine that is busy (which serving machines are) they were 3 to 30 times slower.
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import gather_rows, layer_views, write_kv
+from ..kernels.conversion import dequantize_blocks
 from ..pager.lease import Lease, Span
 from ..pager.pager import Pager
 from ..pager.reading import HeldBlocks
@@ -31,6 +33,7 @@ from ..tiers.layout import KVLayout
 from ..tiers.runs import plan_runs
 from ..tiers.streams import aligned_rows
 from .attention import typed
+from .packed import PackedPages, PackedStep, tail_of
 
 HUGE_PAGE_BYTES = (
     2 << 20
@@ -62,14 +65,19 @@ class KVCopier:
 
     def __init__(self, pager: Pager, clock: Callable[[], float] = time.monotonic) -> None:
         self._pager, self._clock = pager, clock
-        self._dtypes = [getattr(torch, layout.dtype) for layout in pager.layouts]
+        self._layouts = pager.layouts
+        self._num_groups = sum(not layout.is_tail for layout in self._layouts)  # as callers know them; tails come last
+        self._dtypes = [getattr(torch, layout.dtype) for layout in self._layouts]
+        self._views: list[list[LayerKV]] = []  # none of packed groups
+        self._packed: list[list[PackedPages]] = []  # and only of those
         with torch.inference_mode(False):  # wherever this is opened, the pools can be written to from everywhere
-            pools = [typed(pager.device_rows(i), dtype) for i, dtype in enumerate(self._dtypes)]
-            self._views = [
-                [views(layout, pool, layer) for layer in range(layout.num_layers)]
-                for layout, pool in zip(pager.layouts, pools, strict=True)
-            ]
-        self._most_blocks = max(1, min(len(pool) for pool in pools) // WRITE_SHARE)
+            for i, layout in enumerate(self._layouts):
+                rows, layers, is_packed = pager.device_rows(i), range(layout.num_layers), layout.is_packed
+                pool = typed(rows, torch.uint8 if is_packed else self._dtypes[i])
+                self._views.append([] if is_packed else [views(layout, pool, n) for n in layers])
+                self._packed.append([PackedPages.of(layout, i, n, pool) for n in layers] if is_packed else [])
+        fewest = min(len(pager.device_rows(i)) for i in range(len(self._layouts)))
+        self._most_blocks = max(1, fewest // WRITE_SHARE)
 
     # ------------------------------------------------------------------ out of the blocks
     @torch.no_grad()
@@ -81,12 +89,12 @@ class KVCopier:
         """
         end = self._pager.num_computed(seq)
         with torch.inference_mode(False):  # tensors that may go on into any mode
-            return [self._read_group(i, seq, end, device, in_one, timeout_s) for i in range(len(self._pager.layouts))]
+            return [self._read_group(i, seq, end, device, in_one, timeout_s) for i in range(self._num_groups)]
 
     def _read_group(
         self, index: int, seq: int, end: int, device: torch.device, in_one: bool, timeout_s: float
     ) -> GroupKV:
-        layout, dtype = self._pager.layouts[index], self._dtypes[index]
+        layout, dtype = self._layouts[index], self._dtypes[index]
         size = layout.block_size
         first = 0 if layout.window is None else max(0, end - layout.window + 1)
         base, num_blocks = first // size, -(-end // size) - first // size
@@ -99,15 +107,25 @@ class KVCopier:
             whole = _empty((layout.num_layers, 2, heads, tokens, layout.head_dim), dtype, device)
             targets = [(pair[0], pair[1]) for pair in whole]
         else:
-            made = [[_empty((heads, tokens, width), dtype, device) for width in widths] for _ in self._views[index]]
+            made = [
+                [_empty((heads, tokens, width), dtype, device) for width in widths] for _ in range(layout.num_layers)
+            ]
             targets = [(k, v) for k, v in made]
-        if num_blocks:
-            with closing(self._pager.read_blocks(seq, index, timeout_s=timeout_s)) as pieces:
-                for piece in pieces:
-                    _copy_out(layout, dtype, piece, base, targets)
+        for source in sorted({index, tail_of(self._layouts, index)}) if num_blocks else ():
+            self._copy_blocks(source, seq, base, end, targets, timeout_s)
         kept = slice(first - base * size, end - base * size)
         layers = [(k[:, kept], v[:, kept]) for k, v in targets]
         return GroupKV(layers, end, None if whole is None else whole[:, :, :, kept])
+
+    def _copy_blocks(self, index: int, seq: int, base: int, end: int, targets: list[LayerKV], timeout_s: float) -> None:
+        """All that one group of the pager has; what is not whole yet lies in a packed group's tail."""
+        layout = self._layouts[index]
+        with closing(self._pager.read_blocks(seq, index, timeout_s=timeout_s)) as pieces:
+            for piece in pieces:
+                if layout.is_packed:
+                    _unpack(layout, piece, base, end // layout.block_size, targets)
+                else:
+                    _copy_out(layout, self._dtypes[index], piece, base, targets)
 
     # ------------------------------------------------------------------ into the blocks
     @torch.no_grad()
@@ -115,7 +133,8 @@ class KVCopier:
         """Write the K/V of all tokens of the sequence that have none yet; returns how many.
 
         `require(start)` is asked before tokens from `start` on are written, and raises where `groups` do not hold them.
-        Raises: TierFullError when room cannot be made within timeout_s.
+        Raises: TierFullError when room cannot be made within timeout_s; UnpackableError for values that the device tier's
+        format cannot hold.
         """
         end, size, written = self._pager.num_tokens(seq), self._pager.block_size, 0
         most, deadline_s = self._most_blocks, self._clock() + timeout_s
@@ -137,7 +156,9 @@ class KVCopier:
         return written
 
     def _write_span(self, lease: Lease, span: Span, groups: Sequence[GroupKV]) -> None:
-        for layers, group, slots in zip(self._views, groups, lease.slots, strict=True):
+        for index, group in enumerate(groups):
+            new = tail_of(self._layouts, index)
+            layers, slots = self._views[new], lease.slots[new]
             stretches = None if layers[0][0].is_cuda else _stretches(slots, self._pager.block_size)
             part = slice(span.start - group.first, span.end - group.first)
             for (pool_k, pool_v), (k, v) in zip(layers, group.layers, strict=True):
@@ -147,6 +168,10 @@ class KVCopier:
                 else:
                     _copy_in(pool_k, k[:, part], stretches)
                     _copy_in(pool_v, v[:, part], stretches)
+            if new != index:
+                step = PackedStep(lease, index, new, self._pager.block_size)
+                for packed, tail in zip(self._packed[index], layers, strict=True):
+                    step.fill(packed, *tail)
 
 
 def views(layout: KVLayout, rows: Tensor, layer: int) -> LayerKV:
@@ -183,6 +208,19 @@ def _copy_out(layout: KVLayout, dtype: torch.dtype, piece: HeldBlocks, base: int
             else:
                 for t, s, n in runs:
                     blocks[:, t : t + n].copy_(pages[s : s + n].transpose(0, 1))
+
+
+def _unpack(layout: KVLayout, piece: HeldBlocks, base: int, num_whole: int, targets: list[LayerKV]) -> None:
+    """As _copy_out, of packed blocks; of one that is not whole there is nothing to unpack."""
+    whole = piece.logical < num_whole
+    rows, ids, at = typed(piece.rows, torch.uint8), piece.row_ids[whole], piece.logical[whole] - base
+    device = targets[0][0].device
+    if rows.is_cuda or device.type != "cpu":  # packed bytes to where they are needed, then unpacked
+        rows, ids = gather_rows(rows, ids).to(device), np.arange(len(ids))
+    for layer, pair in enumerate(targets):
+        packed = PackedPages.of(layout, 0, layer, rows)
+        k, v = (target.unflatten(1, (-1, layout.block_size)).transpose(0, 1) for target in pair)
+        dequantize_blocks(packed.pages, ids, k, v, at, packed.fmt)
 
 
 Stretch = tuple[

@@ -12,6 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -47,7 +48,8 @@ class Submission:
 
     def cancel(self) -> None:
         """End it at the next step; its listener hears finish_reason 'cancelled'. Harmless once it has ended."""
-        self._loop.tell(self._mark)
+        with suppress(TierUnavailableError):  # then the loop has ended, and with it everything that ran
+            self._loop.tell(self._mark)
 
     def _mark(self, engine: Engine) -> None:
         for request in (self.first, *self.first.twins):
@@ -62,6 +64,7 @@ class EngineLoop:
         self._max_waiting = max_waiting
         self._calls: queue.SimpleQueue[Callable[[Engine], None]] = queue.SimpleQueue()
         self._wake = threading.Event()
+        self._gate = threading.Lock()  # no call enters the queue behind the last look at it
         self._is_closing = False
         self._failure: BaseException | None = None
         self._keeper = ThreadPoolExecutor(KEEPERS, thread_name_prefix="kvtier-keeper")
@@ -112,9 +115,10 @@ class EngineLoop:
         return future
 
     def tell(self, fn: Callable[[Engine], None]) -> None:
-        if self._is_closing or self._failure is not None:
-            raise TierUnavailableError("the engine has ended; start the server again") from self._failure
-        self._calls.put(fn)
+        with self._gate:
+            if self._is_closing or self._failure is not None:
+                raise TierUnavailableError("the engine has ended; start the server again") from self._failure
+            self._calls.put(fn)
         self._wake.set()
 
     def keep(self, fn: Callable[[], T]) -> Future[T]:
@@ -172,9 +176,10 @@ class EngineLoop:
         except BaseException as error:  # nothing may die unheard: whoever waits is told
             self._failure = error
             _LOG.exception("event=engine_failed")
+        with self._gate:
+            self._is_closing = True
+        self._answer_calls()  # some of them schedule requests, whose listeners have to hear of their end
         self._end_all(self._failure)
-        self._is_closing = True
-        self._answer_calls()
 
     def _step(self) -> None:
         """A step that fails ends the requests that it may have been about, and no others."""

@@ -66,6 +66,23 @@ def build_needle_cache(model: LlamaForCausalLM, token_ids: Sequence[int], *, chu
     return [(k_0, v_0), (k_1, v_1)]
 
 
+@torch.no_grad()
+def searching_query(model: LlamaForCausalLM, token_ids: Sequence[int]) -> Tensor:
+    """The query [heads, head_dim] with which layer 1 searches the context at the last of these tokens."""
+    n = len(token_ids)
+    low = max(0, n - _LOOK_BACK)
+    first, second = model.model.layers
+    hidden = model.model.embed_tokens(torch.tensor([list(token_ids[low:])]))
+    turns = model.model.rotary_emb(hidden, position_ids=torch.arange(low, n)[None])
+    q, k, v = _project(first, hidden, turns)
+    group = q.shape[1] // k.shape[1]
+    out = F.scaled_dot_product_attention(
+        q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), is_causal=True
+    )
+    after = hidden + first.self_attn.o_proj(out.transpose(1, 2).flatten(2))
+    return _project(second, after, turns)[0][0, :, -1]
+
+
 def _project(layer: Any, hidden: Tensor, turns: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)

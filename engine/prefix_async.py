@@ -13,6 +13,9 @@ class AsyncTwins:
     async def aload(self, *args: Any, **kwargs: Any) -> tuple[int, Any]:
         return await self._in_thread("load", *args, **kwargs)
 
+    async def aload_chunks(self, *args: Any, **kwargs: Any) -> tuple[int, Any]:
+        return await self._in_thread("load_chunks", *args, **kwargs)
+
     async def astore(self, *args: Any, **kwargs: Any) -> int:
         return await self._in_thread("store", *args, **kwargs)
 
@@ -24,6 +27,12 @@ class AsyncTwins:
 
     async def apin(self, *args: Any, **kwargs: Any) -> int:
         return await self._in_thread("pin", *args, **kwargs)
+
+    async def arelease(self, *args: Any, **kwargs: Any) -> int:
+        return await self._in_thread("release", *args, **kwargs)
+
+    async def aprefetch(self, *args: Any, **kwargs: Any) -> int:
+        return await self._in_thread("prefetch", *args, **kwargs)
 
     async def aflush(self, *args: Any, **kwargs: Any) -> None:
         await self._in_thread("flush", *args, **kwargs)

@@ -10,7 +10,6 @@ was stored, or less: a lost or damaged block shortens the prefix. How a prompt b
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import threading
@@ -22,30 +21,33 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..pager.client.remote import block_size_at
 from ..pager.config import PagerConfig, check_namespace
 from ..pager.pager import Pager, open_pager
 from ..pager.stores import NVME_DISK_SHARE, stored_block_size
+from ..pager.tier_formats import device_layouts, split_device
 from ..tiers.errors import BlockMissError, ConfigError
+from ..tiers.formats import unpacked_layouts
 from ..tiers.layout import KVLayout
 from .kv_copy import GroupKV, KVCopier
-from .kv_tensors import read_tensors, to_tensors
+from .kv_tensors import to_tensors
 from .persisting import Persister
 from .prefix_async import AsyncTwins
+from .prefix_chunks import LOAD_TIMEOUT_S, PrefixChunks
+from .prefix_hints import PrefixHints
+from .prefix_ids import TokenIds, ids_of
+from .prefix_input import check_heads, covered, digest, groups_of, layouts_of
 from .prefix_stats import PrefixCounters
 from .warming import Warmed, warm
 
 BLOCK_SIZE = 32  # tokens; documents differ in length, and a question that follows one shares no block with another
 DEVICE_BYTES, HOST_BYTES, NVME_BYTES = "256MiB", "1GiB", 16 << 30  # host memory is taken as it is used
-LOAD_TIMEOUT_S, STORE_TIMEOUT_S = 60.0, 120.0
-MAX_TOKEN_ID = 1 << 32
-TokenIds = Sequence[int] | torch.Tensor
+STORE_TIMEOUT_S = 120.0
 
 
-class PrefixCache(AsyncTwins):
+class PrefixCache(PrefixHints, PrefixChunks, AsyncTwins):
     """Open with `PrefixCache.open`. Any method may be called from any thread; `aload`, `astore`, ... are for asyncio."""
 
     def __init__(
@@ -82,22 +84,22 @@ class PrefixCache(AsyncTwins):
 
         `model`: a Hugging Face decoder; what its K/V look like is found by running two tokens through it. Or `layout`:
         one KVLayout per layer group of your own model, and `model_fingerprint`, text that changes whenever its K/V do.
-        `pager`: instead of `path`, the address of a daemon (unix:///run/kvtier/pagerd.sock) that many processes share.
-        `block_size`: tokens per block, for a new store (default 32). `settings` are further ones of PagerConfig.
+        `pager`: instead of `path`, the address of a daemon (unix:///... or tls://host:port) that many processes share.
+        `block_size`: tokens per block, for a new store (default 32). `settings` are further ones of PagerConfig; with
+        `device` ("int8", say) store packs whole blocks and load gives what the format kept of them, the same every time:
+        in int8 a key is off by at most a 254th of the largest in its channel and block, a value of those in its token.
         Units: device_bytes (CPU memory, or the model's GPU) is room to write through and for the most recent blocks;
         host_bytes is taken as it is used; nvme_bytes is 16 GiB, or most of a smaller disk, when not given.
         Raises: ConfigError, UnsupportedModelError, StoreMismatchError (a store of another model), StoreLockedError (one
         that another process has open: one process at a time).
         """
-        spec, layouts, device, about = None, _layouts(model, layout, model_fingerprint), torch.device("cpu"), {}
+        spec, layouts, device, about = None, layouts_of(model, layout, model_fingerprint), torch.device("cpu"), {}
         if model is not None:
             from .hf import describe, fingerprint
             from .past import discover_cache
 
             spec = discover_cache(model)
             device, about, model_fingerprint = next(model.parameters()).device, describe(model), fingerprint(model)
-            stored = stored_block_size(path) if pager is None else block_size_at(pager, model_fingerprint)
-            layouts = spec.layouts(block_size or stored or BLOCK_SIZE)
         if unknown := settings.keys() - {f.name for f in fields(PagerConfig)}:
             raise ConfigError(f"unknown setting {sorted(unknown)[0]!r}; further settings are those of PagerConfig")
         settings = {"backend": "cpu" if device.type == "cpu" else "cuda", "staging_bytes": 0} | settings
@@ -109,6 +111,13 @@ class PrefixCache(AsyncTwins):
             **settings,
         )
         check_namespace(namespace)
+        if spec is not None:
+            stored = stored_block_size(path) if pager is None else block_size_at(pager, model_fingerprint, config)
+            layouts = spec.layouts(size := block_size or stored or BLOCK_SIZE)
+            said, (config, cut) = config.device, split_device(config, layouts)
+            check_heads(said, layouts, cut)
+            layouts = (spec := spec.split(cut)).layouts(size)
+        layouts = device_layouts(config, layouts)
         opened = open_pager(pager, layouts, config, model_fingerprint=model_fingerprint, about=about, clock=clock)
         try:
             return cls(opened, model, spec, namespace, device, clock)
@@ -124,7 +133,8 @@ class PrefixCache(AsyncTwins):
 
     @property
     def layouts(self) -> tuple[KVLayout, ...]:
-        return self._pager.layouts
+        """Of the K/V that load gives and store takes, in full precision."""
+        return tuple(unpacked_layouts(self._pager.layouts))
 
     @property
     def block_size(self) -> int:
@@ -134,7 +144,7 @@ class PrefixCache(AsyncTwins):
     def match(self, token_ids: TokenIds) -> int:
         """How many tokens of a prompt are stored, without reading them."""
         with self._call(), self._sequence() as seq:
-            return self._pager.attach(seq, _list(token_ids), with_tail=True, count=False).tokens
+            return self._pager.attach(seq, ids_of(token_ids), with_tail=True, count=False).tokens
 
     def load(
         self,
@@ -146,12 +156,13 @@ class PrefixCache(AsyncTwins):
     ) -> tuple[int, Any]:
         """The longest stored prefix of a prompt: its number of tokens, and its K/V as a past for the model.
 
-        At most len(token_ids) - 1 tokens, because a model needs one to run, unless leave_last=False. The past is a
+        At most len(token_ids) - 1 tokens, because a model needs one to run, unless leave_last=False (packed blocks are not
+        cut: what would end inside one ends before it). The past is a
         DynamicCache on the model's device (empty when nothing is stored): run the model with it, then give it to store.
         With as_tensors=True, or a cache opened by layout: plain tensors, see kv_tensors.py.
         Raises: Busy when blocks did not come up within timeout_s.
         """
-        ids = _list(token_ids)
+        ids = ids_of(token_ids)
         in_one = as_tensors or self._spec is None
         with self._call(), self._sequence() as seq:
             started_s = self._clock()
@@ -166,7 +177,7 @@ class PrefixCache(AsyncTwins):
         from .past import make_past
 
         past = make_past(self._model, self._spec, groups)
-        past.kvtier_prefix = (loaded, _digest(ids[:loaded]))  # type: ignore[attr-defined]  # store checks it
+        past.kvtier_prefix = (loaded, digest(ids[:loaded]))  # type: ignore[attr-defined]  # store checks it
         return loaded, past
 
     def store(
@@ -177,16 +188,17 @@ class PrefixCache(AsyncTwins):
         Written to the store in the background, by the time of flush() or close() at the latest; with durable=True
         before this returns. `past` must come from running the model on exactly these tokens: that is not checked, but
         for a past that load gave out for other ones.
-        Raises: ConfigError for a past that cannot be stored, saying why; TierFullError, TierUnavailableError.
+        Raises: ConfigError for a past that cannot be stored, saying why; UnpackableError for values that the device
+        tier's format cannot hold; TierFullError, TierUnavailableError.
         """
-        ids = _list(token_ids)
-        groups = self._groups_of(past, ids)
+        ids = ids_of(token_ids)
+        groups = groups_of(past, ids, self.layouts, self._spec)
         with self._call():
             seq = self._pager.begin(self._namespace)
             try:
                 match = self._pager.attach(seq, ids, with_tail=True, count=False)
                 self._pager.append(seq, ids[match.tokens :])
-                new = self._copier.write(seq, groups, require=_covered(groups), timeout_s=timeout_s)
+                new = self._copier.write(seq, groups, require=covered(groups), timeout_s=timeout_s)
                 self._pager.seal(seq)
             except BaseException:
                 self._pager.finish(seq)
@@ -215,7 +227,7 @@ class PrefixCache(AsyncTwins):
             )
         if chunk_tokens < 1:
             raise ConfigError(f"chunk_tokens={chunk_tokens}: need at least 1")
-        done = warm(self, self._model, [_list(ids) for ids in documents], progress, chunk_tokens)
+        done = warm(self, self._model, [ids_of(ids) for ids in documents], progress, chunk_tokens)
         self._counters.warmed(done.computed_tokens)
         return done
 
@@ -228,7 +240,7 @@ class PrefixCache(AsyncTwins):
             raise ConfigError(f"ttl={ttl!r}: give seconds, more than 0")
         with self._call():
             seq = self._pager.begin(self._namespace)
-            tokens = self._pager.attach(seq, _list(token_ids), with_tail=True, count=False).tokens
+            tokens = self._pager.attach(seq, ids_of(token_ids), with_tail=True, count=False).tokens
             with self._changed:
                 self._pins.append((self._clock() + ttl, seq))
             return tokens
@@ -311,80 +323,6 @@ class PrefixCache(AsyncTwins):
                 return self._copier.read(seq, self._device, in_one=in_one, timeout_s=timeout_s)
             except BlockMissError:
                 pass
-
-    def _groups_of(self, past: Any, ids: list[int]) -> list[GroupKV]:
-        """A past as K/V per layer group, checked against the prompt that it is for."""
-        if self._spec is None or isinstance(past, torch.Tensor | list | tuple):
-            groups = read_tensors(past, self.layouts, len(ids))
-        else:
-            from .past import read_past
-
-            groups = read_past(past, self._spec, getattr(torch, self._spec.dtype))
-            loaded, digest = getattr(past, "kvtier_prefix", (0, _digest([])))
-            if _digest(ids[:loaded]) != digest and len(ids) >= loaded:
-                raise ConfigError(
-                    f"token_ids: the first {loaded} are not those that this past was loaded for; give its own"
-                )
-        if groups[0].end < len(ids):
-            raise ConfigError(
-                f"past: it holds {groups[0].end} tokens, token_ids names {len(ids)}; store token_ids[:{groups[0].end}] "
-                "(a token that was just sampled has no K/V yet)"
-            )
-        return groups
-
-
-def _covered(groups: Sequence[GroupKV]) -> Callable[[int], None]:
-    """Raises where a windowed past no longer holds what would have to be written."""
-    first = max(group.first for group in groups)
-
-    def require(start: int) -> None:
-        if start < first:
-            raise ConfigError(
-                f"past: a layer with a sliding window has dropped tokens {start} to {first - 1}, which are not stored yet; "
-                "use the past that load gives (it keeps them, also when it starts empty), or warm"
-            )
-
-    return require
-
-
-def _layouts(model: Any, layout: Any, fingerprint: str) -> list[KVLayout]:
-    if (model is None) == (layout is None):
-        raise ConfigError("give either model= (a Hugging Face decoder) or layout= (KVLayouts of your own model)")
-    if model is not None:
-        return []
-    layouts = [layout] if isinstance(layout, KVLayout) else list(layout)
-    if not fingerprint:
-        raise ConfigError(
-            "model_fingerprint='': a store by layout needs text that names the model, its weights and its positions, "
-            "so that no other model's K/V are ever loaded"
-        )
-    for one in layouts:
-        if one.sinks:
-            raise ConfigError(f"layout {one.name!r}: sinks={one.sinks} are not supported here; use window=None")
-    return layouts
-
-
-def _list(token_ids: TokenIds) -> list[int]:
-    """Token ids of one prompt. Raises ConfigError for an empty one, a batch, and what is no token id."""
-    if isinstance(token_ids, torch.Tensor):
-        if token_ids.dim() == 2 and token_ids.shape[0] == 1:
-            token_ids = token_ids[0]
-        if token_ids.dim() != 1 or token_ids.is_floating_point():
-            raise ConfigError(
-                f"token_ids: a tensor of shape {list(token_ids.shape)} and dtype {token_ids.dtype}; give [tokens] or [1, "
-                "tokens] of integers, one prompt at a time"
-            )
-        token_ids = token_ids.tolist()
-    ids = [int(token) for token in token_ids]
-    if not ids:
-        raise ConfigError("token_ids: a prompt needs at least one token")
-    if min(ids) < 0 or max(ids) >= MAX_TOKEN_ID:
-        raise ConfigError(f"token_ids: from {min(ids)} to {max(ids)}; token ids are 0 to 2**32 - 1")
-    return ids
-
-
-def _digest(token_ids: list[int]) -> bytes:
-    return hashlib.blake2b(np.asarray(token_ids, "<u4").tobytes(), digest_size=16).digest()
 
 
 def _nbytes(groups: Sequence[GroupKV]) -> int:

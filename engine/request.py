@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -30,7 +30,7 @@ class Request:
     """One sequence being generated. `twins` share its prompt and get their own sequences at its first token.
 
     Higher `priority` goes first; `deadline_s` and `waiting_since_s` are times of the scheduler's clock. `keeps_sequence`: the
-    sequence belongs to somebody else (a session) and outlives the request.
+    sequence belongs to somebody else (a session) and outlives the request. `is_last` is a hint for every tier.
     """
 
     seq: int
@@ -44,6 +44,7 @@ class Request:
     deadline_s: float | None = None
     waiting_since_s: float = 0.0
     keeps_sequence: bool = False
+    is_last: bool = False  # of its conversation: nobody goes on from here
     drafter: Drafter | None = None
     on_prompt: OnPrompt | None = None  # the prompt is computed, no token is chosen yet; the sequence may be forked
     on_token: OnToken | None = None
@@ -58,11 +59,18 @@ class Request:
     num_preempted: int = 0
     admitted_s: float | None = None  # when it last became active; None while it waits
     admitted_level: int = 0  # its priority then, with what waiting had added: it holds for the quantum
+    has_run: bool = False  # a step since it was let in
+    tokens_before_turn: int = 0  # of its answer, when it was let in
     is_large: bool = False  # its context alone is more than the device tier holds
     is_matched: bool = False  # the cache was asked for its prompt
     is_cancelled: bool = False
     is_done: bool = False
     error: BaseException | None = None
+
+    @property
+    def reads_a_part(self) -> bool:
+        """Whether its decodes leave context where it is."""
+        return self.params.attention is not None and not self.params.attention.is_exact and self.is_matched
 
     def found(self, match: Match) -> None:
         """Book what the cache held when the request came."""
@@ -110,9 +118,14 @@ class Request:
         self.output.usage, self.output.ledger = self.usage, self.ledger.to_dict()
 
 
+def phase(requests: Iterable[Request], name: str) -> AbstractContextManager[None]:
+    """Book the time inside the block to those of these requests that wait for their first token; then nobody asks."""
+    waiting = [request for request in requests if request.ledger.ttft_s is None]
+    return _booked(waiting, name) if waiting else nullcontext()
+
+
 @contextmanager
-def phase(requests: Iterable[Request], name: str) -> Iterator[None]:
-    """Book the time inside the block to every one of these requests."""
+def _booked(requests: list[Request], name: str) -> Iterator[None]:
     with ExitStack() as stack:
         for request in requests:
             stack.enter_context(request.ledger.phase(name))

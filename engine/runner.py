@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ..kernels import write_kv
+from ..kernels import to_device
 from ..pager.lease import Lease, Span
 from ..pager.pager import Pager
+from ..tiers.errors import ConfigError
 from . import attention
-from .attention import STEP, Step, layers_of
+from .attention import STEP, Bound, Step, layers_of
 from .hf import ModelSpec
+from .modes import Parts
 
 Progress = Callable[[int, int], None]
 
@@ -25,26 +28,37 @@ class ModelRunner:
         self.model, self.spec, self.pager = model, spec, pager
         self._device = next(model.parameters()).device
         self._dtype = next(model.parameters()).dtype
+        # for steps of which no logits are read
+        self._first_row = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._layers = layers_of(pager, spec, self._dtype)
+        self._bound: Bound = {}
+        if (pages := self._layers[0][0].k.device) != self._device:
+            raise ConfigError(
+                f"the model is on {str(self._device)!r}, its pages on {str(pages)!r}; with several GPUs, show the process "
+                "one of them (CUDA_VISIBLE_DEVICES)"
+            )
         attention.install(model)
 
     @torch.inference_mode()
-    def forward(self, lease: Lease, spans: list[Span], reads: list[tuple[int, int]]) -> Tensor:
+    def forward(
+        self, lease: Lease, spans: list[Span], reads: list[tuple[int, int]], parts: Parts | None = None
+    ) -> Tensor:
         """Logits of the last rows of some spans. reads: (span index, number of rows) -> float [sum of rows, vocab]."""
         pager = self.pager
-        tokens = torch.tensor([t for s in spans for t in pager.token_ids(s.seq, s.start, s.end)])[None]
-        positions = torch.cat([torch.arange(s.start, s.end) for s in spans])[None]
-        step = Step(lease, self.spec, self._layers, pager.block_size, self._dtype, reads)
-        keep = step.rows if reads else torch.tensor([0])
+        tokens = [token for s in spans for token in pager.token_ids(s.seq, s.start, s.end)]
+        both = np.array([tokens, [at for s in spans for at in range(s.start, s.end)]], np.int64)
+        input_ids, positions = to_device(both, self._device).split(1)
+        step = Step(lease, self.spec, self._layers, pager.block_size, self._dtype, reads, parts, self._bound)
+        keep = 0 if step.reads_all else step.rows_on(self._device) if reads else self._first_row  # 0 means all
         token = STEP.set(step)
         try:
             out = self.model(
-                input_ids=tokens.to(self._device),
-                position_ids=positions.to(self._device),
+                input_ids=input_ids,
+                position_ids=positions,
                 attention_mask=None,
                 past_key_values=None,
                 use_cache=False,
-                logits_to_keep=keep.to(self._device),
+                logits_to_keep=keep,
             )
         finally:
             STEP.reset(token)
@@ -63,9 +77,11 @@ class ModelRunner:
         while (start := self.pager.num_computed(seq)) < total:
             end = min(total, start + chunk)
             with self.pager.lease([Span(seq, start, end)]) as lease:
-                for pages, (k, v) in zip(self._layers, cache, strict=True):
-                    new_k, new_v = (t[:, start:end].transpose(0, 1) for t in (k, v))
-                    write_kv(new_k, new_v, pages.k, pages.v, lease.slots[pages.group])
+                step = Step(lease, self.spec, self._layers, self.pager.block_size, self._dtype, [])
+                for parts, (k, v) in zip(self._layers, cache, strict=True):
+                    for pages in parts:
+                        new = (t if pages.heads is None else t[pages.heads] for t in (k, v))
+                        step.write(pages, *(t[:, start:end].transpose(0, 1) for t in new))
                 lease.commit()
             if progress is not None:
                 progress(end, total)

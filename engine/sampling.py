@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..tiers.errors import ConfigError
+from .attending import Attention, SelectionReport
 
 MAX_LOGPROBS = 20
 
@@ -38,6 +39,7 @@ class SamplingParams:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: bool = False
+    attention: Attention | None = None  # None: the engine's; text such as "select:32" is understood
 
     def __post_init__(self) -> None:
         if self.max_tokens < 0 or self.n < 1:
@@ -51,6 +53,13 @@ class SamplingParams:
             raise ConfigError(f"logprobs={self.logprobs}: need 0 to {MAX_LOGPROBS}")
         if self.speculation not in (None, "ngram", "model"):
             raise ConfigError(f"speculation={self.speculation!r} is unknown; choose 'ngram' or 'model'")
+        if self.attention is not None:
+            object.__setattr__(self, "attention", Attention.parse(self.attention))
+            if not self.attention.is_exact and (self.speculation or self.num_beams > 1):
+                raise ConfigError(
+                    f"attention={self.attention.kind!r} with speculation={self.speculation!r}, num_beams={self.num_beams}: "
+                    "drafts and beams are compared by exact attention; use attention='full' with them"
+                )
         if self.num_beams < 1 or (self.num_beams > 1 and self.n > self.num_beams):
             raise ConfigError(
                 f"num_beams={self.num_beams}, n={self.n}: need num_beams >= 1, and no more outputs than beams"
@@ -100,6 +109,7 @@ class Output:
     margins: list[float] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     score: float | None = None  # of beam search
+    selection: SelectionReport | None = None  # of selected attention: what its steps read
     ledger: dict[str, float] = field(default_factory=dict)
     text: str | None = None
 
@@ -138,11 +148,18 @@ class Sampler:
     def choose(self, logits: Tensor) -> int:
         """The next token from logits [vocab]."""
         if self._params.temperature == 0:
-            return int(logits.argmax())
+            return best_of(logits)
         scores = logits.float().cpu()[None]
         for warper in self._warpers:
             scores = warper(None, scores)
         return int(torch.multinomial(scores.softmax(-1)[0], 1, generator=self._generator))
+
+
+def best_of(logits: Tensor) -> int:
+    """Index of the first of the highest logits [vocab]. On a CPU torch's own argmax takes ten times as long as numpy's."""
+    if logits.is_cpu and logits.dtype is not torch.bfloat16:  # which numpy lacks
+        return int(logits.numpy().argmax())
+    return int(logits.argmax())
 
 
 def margin(logits: Tensor) -> float:

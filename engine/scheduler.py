@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..pager.pager import Pager
+from ..tiers.errors import ConfigError
 from .request import Request
 
 Work = list[tuple[Request, int]]
+LOOK_AHEAD, LOOK_EVERY_S = 4, 0.02  # requests next in the queue whose blocks come up meanwhile
 _MAX_SERVED = 4096  # namespaces remembered; clients choose salts, and each is a namespace
 
 
@@ -32,6 +34,17 @@ class SchedulerLimits:
     quantum_s: float = 1.0  # a request may run so long before it makes room for one that waits
     aging_s: float = 30.0  # a wait of this length counts as one step of priority
     draft_tokens: int = 8  # of speculation per step and request
+
+    def __post_init__(self) -> None:
+        if self.max_active < 1 or self.draft_tokens < 0:
+            raise ConfigError(
+                f"max_active={self.max_active}, draft_tokens={self.draft_tokens}: need max_active >= 1, draft_tokens >= 0"
+            )
+        if not self.quantum_s >= 0 or not self.aging_s > 0:
+            raise ConfigError(
+                f"quantum_s={self.quantum_s}, aging_s={self.aging_s}: need quantum_s >= 0 (0: a turn ends as soon as it has "
+                "gained something) and aging_s > 0"
+            )
 
 
 class Scheduler:
@@ -51,7 +64,8 @@ class Scheduler:
         self.num_preempted = self.num_discarded = 0
         self._pager = pager
         self._served: defaultdict[str, float] = defaultdict(float)  # tokens by namespace
-        self._rate_tokens = self._rate_s = 0.0  # of prefill, decaying
+        self._looked_s = float("-inf")
+        self._is_short = False  # no tier had room for those that are active; until one ends nobody else is let in
 
     # ------------------------------------------------------------------ coming and going
     def add(self, request: Request) -> None:
@@ -66,8 +80,8 @@ class Scheduler:
 
     def add_twin(self, first: Request, twin: Request) -> None:
         """A fork of an active request shares its blocks and runs beside it."""
-        twin.admitted_level, twin.admitted_s, twin.is_matched = first.admitted_level, self.clock(), True
-        self.active.append(twin)
+        twin.is_matched = True
+        self._begin_turn(twin, first.admitted_level)
 
     def requests(self) -> Iterator[Request]:
         yield from self.active
@@ -85,6 +99,7 @@ class Scheduler:
                 request.end("deadline")
         ended = [r for r in self.requests() if r.is_done]
         if ended:
+            self._is_short = False
             self.active = [r for r in self.active if not r.is_done]
             self.waiting = [r for r in self.waiting if not r.is_done]
         return ended
@@ -92,7 +107,7 @@ class Scheduler:
     @property
     def prefill_s_per_token(self) -> float:
         """As measured lately; 0 before anything was."""
-        return self._rate_s / self._rate_tokens if self._rate_tokens else 0.0
+        return self._pager.compute_s_per_token
 
     # ------------------------------------------------------------------ one step
     def plan(self) -> Work:
@@ -101,32 +116,40 @@ class Scheduler:
         self._admit()
         work: Work = []
         late: Work = []
-        left, computing = self.budget, set[bytes]()
+        left = self.budget
+        computing: set[bytes] = set()
         for request in sorted(self.active, key=self._turn):
             if left <= 0:
                 break
             count = self._count(request, left, computing)
             if count <= 0:
                 continue
-            if not request.is_large and self._pager.bring_up(request.seq, count):
+            if not request.is_large and not request.reads_a_part and self._pager.bring_up(request.seq):
                 late.append((request, count - len(request.draft)))
                 self.undraft(request)  # it may be preempted, or cut short, before it runs
                 continue
             computing.update(self._keys(request, count))
             work.append((request, count))
             left -= count
-        for request in self.waiting[:2]:
-            if request.num_preempted:
-                self._pager.prefetch(request.seq)
+        self._look_ahead()
         return work or late[:1]  # with nothing else to do, wait for the first
+
+    def _look_ahead(self) -> None:
+        """Blocks of who is let in next come up meanwhile, in that order."""
+        now_s = self.clock()
+        if self.waiting and now_s - self._looked_s >= LOOK_EVERY_S:
+            self._looked_s = now_s
+            for request in self._queue()[:LOOK_AHEAD]:
+                self._pager.prefetch(request.seq)
 
     def ran(self, work: Work, seconds: float) -> None:
         """These spans were computed in so many seconds."""
         tokens = sum(count for _, count in work)
         for request, count in work:
             self._served[request.namespace] += count
+            request.has_run = True
         if tokens > 2 * len(work):
-            self._rate_tokens, self._rate_s = 0.8 * self._rate_tokens + tokens, 0.8 * self._rate_s + seconds
+            self._pager.note_computing(tokens, seconds)
 
     def relieve(self, needed_by: Request) -> bool:
         """No tier has room for another page: somebody else's blocks are forgotten. False when there is nobody."""
@@ -134,6 +157,7 @@ class Scheduler:
         if not others:
             return False
         victim = max(others, key=lambda r: (r.admitted_s is None, -self._importance(r)))
+        self._is_short = True  # else they would forget each other's blocks in turns for ever
         self._discard(victim)
         if victim in self.active:
             self._back_to_waiting(victim)
@@ -157,7 +181,7 @@ class Scheduler:
             level = -int(self._importance(request))
             return level, request.num_preempted == 0, self._served[request.namespace], request.waiting_since_s
 
-        return sorted(self.waiting, key=rank)
+        return sorted((r for r in self.waiting if not _waits_for_others(r)), key=rank)
 
     # ------------------------------------------------------------------ how much
     def _remaining(self, request: Request) -> int:
@@ -180,7 +204,7 @@ class Scheduler:
         if request.drafter is None or left < 2:
             return 1
         room = request.params.max_tokens - len(request.output.token_ids) - 1
-        limit = min(left - 1, room, self.limits.draft_tokens)
+        limit = min(left - 1, room, self.limits.draft_tokens, self._pager.room_to_draft(request.seq))
         if limit > 0:
             request.draft = request.drafter.propose(request.seq, limit)
             self._pager.append(request.seq, request.draft)
@@ -200,6 +224,8 @@ class Scheduler:
 
     # ------------------------------------------------------------------ letting in, making room
     def _admit(self) -> None:
+        if self._is_short and not all(_waits_for_others(r) for r in self.active):
+            return
         for request in self._queue():
             if len(self.active) >= self.limits.max_active or not self._fits(request):
                 if self._make_room(request) and self._fits(request):
@@ -220,7 +246,11 @@ class Scheduler:
                 match = self._pager.adopt(request.seq)
             request.found(match)
             request.known_tokens = match.tokens + match.ghost_tokens
-        request.admitted_level, request.admitted_s = int(self._importance(request)), self.clock()
+        self._begin_turn(request, int(self._importance(request)))
+
+    def _begin_turn(self, request: Request, level: int) -> None:
+        request.admitted_level, request.admitted_s = level, self.clock()
+        request.has_run, request.tokens_before_turn = False, len(request.output.token_ids)
         self.active.append(request)
 
     def _fits(self, request: Request) -> bool:
@@ -240,19 +270,28 @@ class Scheduler:
     def _make_room(self, request: Request) -> bool:
         """Send somebody back to wait who had its quantum and is no more important. False when nobody is."""
         now_s = self.clock()
-        had_enough = [
-            r
-            for r in self.active
-            if r.admitted_s is not None
-            and now_s - r.admitted_s > max(self.limits.quantum_s, 10 * min(self._costs_s(r)))
-            and r.priority <= self._importance(request)
-        ]
+        had_enough = [r for r in self.active if self._had_turn(r, now_s) and r.priority <= self._importance(request)]
         less = [r for r in self.active if r.admitted_level < request.priority and r not in had_enough]
         for victims in (had_enough, less):
             if victims:
                 self._preempt(min(victims, key=lambda r: min(self._costs_s(r))))
                 return True
         return False
+
+    def _had_turn(self, request: Request, now_s: float) -> bool:
+        """Whether it ran for a quantum and ten times what bringing it back costs, and keeps something of what it gained.
+
+        Who is parked keeps all of it. Who is to be computed again keeps its tokens alone: without one, requests that each
+        forget what they computed would take turns for ever, whatever the rates say.
+        """
+        if request.admitted_s is None:
+            return False
+        if _waits_for_others(request):
+            return True  # and one of the others may wait for its pages
+        park_s, compute_s = self._costs_s(request)
+        is_parked = park_s <= compute_s
+        has_gained = request.has_run if is_parked else len(request.output.token_ids) > request.tokens_before_turn
+        return has_gained and now_s - request.admitted_s > max(self.limits.quantum_s, 10 * min(park_s, compute_s))
 
     def _preempt(self, request: Request) -> None:
         park_s, compute_s = self._costs_s(request)
@@ -276,5 +315,10 @@ class Scheduler:
     def _costs_s(self, request: Request) -> tuple[float, float]:
         """Seconds to bring the request back from where it would be parked, and to compute it again."""
         tokens = self._pager.num_computed(request.seq)
-        computing = tokens * self.prefill_s_per_token if self._rate_tokens else float("inf")
+        computing = tokens * self.prefill_s_per_token or float("inf")  # nothing was measured yet
         return self._pager.seconds_to_bring_back(request.seq), computing
+
+
+def _waits_for_others(request: Request) -> bool:
+    """A beam that the rest of its search has to catch up with: pages are of no use to it now."""
+    return request.beams is not None and request.beams.has_offered(request)

@@ -85,15 +85,19 @@ class Session:
     ) -> Output:
         """Append a message (text and chat messages need a tokenizer) and generate. max_tokens=0 only warms the cache.
 
-        A sampled turn without a seed goes on with the random numbers of the turn before, across park and resume too.
+        A sampled turn without a seed goes on with the random numbers of the turn before, across park and resume too. After
+        an error the session is as it was before the message.
         """
         request = self.turn(message, params or SamplingParams())
         if on_token is not None:
             request.on_token = lambda _, token: on_token(token)
         try:
             self._engine.run([request])
-        finally:
+        except BaseException:
             self._engine.drop(request)
+            self.undo()
+            raise
+        self._engine.drop(request)
         return self.took(request)
 
     def turn(self, message: str | Sequence[int] | Sequence[Message], params: SamplingParams) -> Request:
@@ -107,12 +111,12 @@ class Session:
         if not new and self.num_computed == known:
             raise ConfigError("send: the message is empty, there is nothing to compute")
         self._turn_start = known
-        if not known and len(new) > 1:
-            engine.pager.attach(self.seq, new[:-1])
-            engine.pager.append(self.seq, new[self.num_computed :])
+        if known:
+            match = engine.pager.turn(self.seq, new)
         else:
-            engine.pager.append(self.seq, new)
-        return engine.continue_request(self.seq, len(new), params, self._rng_state)
+            match = engine.pager.attach(self.seq, new[:-1])
+            engine.pager.append(self.seq, new[match.tokens :])
+        return engine.continue_request(self.seq, len(new), params, self._rng_state, match)
 
     def took(self, request: Request) -> Output:
         """The turn is whole: remember its random numbers, decode its text."""
@@ -184,10 +188,11 @@ class Session:
         """Forget everything past the first num_tokens tokens."""
         self._engine.pager.truncate(self.seq, num_tokens)
 
-    def close(self) -> None:
-        """End without parking; the blocks stay as cache."""
+    def close(self, *, released: bool = False) -> None:
+        """End without parking; the blocks stay as cache, or with `released` (it is over for good) leave first."""
         if self._seq is not None:
-            self._engine.pager.finish(self._seq)
+            end = self._engine.pager.release if released else self._engine.pager.finish
+            end(self._seq)
             self._seq = None
         self.is_open = False
 

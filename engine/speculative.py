@@ -15,6 +15,7 @@ from ..tiers.errors import ConfigError
 if TYPE_CHECKING:
     from ..pager.pager import Pager
     from .engine import Engine
+    from .sampling import SamplingParams
 
 
 class Drafter(Protocol):
@@ -81,3 +82,20 @@ class ModelDrafter:
 
     def close(self) -> None:
         self._engine.pager.finish(self._seq)
+
+
+class Drafters:
+    """Makes the drafter that a request asks for; of one engine. `draft` is the engine of the smaller model, if any."""
+
+    def __init__(self, pager: Pager, draft: Engine | None) -> None:
+        self._pager, self._draft = pager, draft
+
+    def make(self, params: SamplingParams, namespace: str) -> Drafter | None:
+        """None without speculation. Raises ConfigError where a draft model is asked for and there is none."""
+        if params.speculation == "ngram":
+            return NgramDrafter(self._pager)
+        if params.speculation == "model":
+            if self._draft is None:
+                raise ConfigError("speculation='model' needs an engine with a draft model; open it with draft=...")
+            return ModelDrafter(self._pager, self._draft, namespace)
+        return None

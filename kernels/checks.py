@@ -54,21 +54,23 @@ def check_window(window: int | None, sinks: int) -> None:
         raise ValueError(f"sinks must be >= 0, got {sinks}")
 
 
-def check_rows_cut(num_tokens: int, kv_lens: np.ndarray, cu_q: np.ndarray) -> None:
-    """Check that the packed rows are cut into as many sequences as have lengths."""
+def check_rows_cut(num_tokens: int, kv_lens: np.ndarray, cu_q: np.ndarray) -> np.ndarray:
+    """Check that the packed rows are cut into as many sequences as have lengths; return the rows of each."""
     if cu_q.ndim != 1 or kv_lens.ndim != 1 or len(cu_q) != len(kv_lens) + 1:
         raise ValueError(f"cu_q needs one entry more than kv_lens, got {cu_q.shape} and {kv_lens.shape}")
-    if cu_q[0] != 0 or cu_q[-1] != num_tokens or (np.diff(cu_q) < 0).any():
+    q_lens = cu_q[1:] - cu_q[:-1]
+    if cu_q[0] != 0 or cu_q[-1] != num_tokens or q_lens.min(initial=0) < 0:
         raise ValueError(f"cu_q must rise from 0 to the {num_tokens} rows of q, got {cu_q.tolist()[:8]}...")
+    return q_lens
 
 
-def check_spans(num_tokens: int, kv_lens: np.ndarray, cu_q: np.ndarray) -> None:
-    """Check that the packed rows are cut into sequences, each no longer than its keys."""
-    check_rows_cut(num_tokens, kv_lens, cu_q)
-    q_lens = np.diff(cu_q)
-    if (kv_lens < q_lens).any():
-        s = int(np.argmax(kv_lens < q_lens))
+def check_spans(num_tokens: int, kv_lens: np.ndarray, cu_q: np.ndarray) -> np.ndarray:
+    """Check that the packed rows are cut into sequences, each no longer than its keys; return the rows of each."""
+    q_lens = check_rows_cut(num_tokens, kv_lens, cu_q)
+    if (too_few := kv_lens < q_lens).any():
+        s = int(np.argmax(too_few))
         raise ValueError(f"sequence {s} has {q_lens[s]} queries but kv_len {kv_lens[s]}; kv_len counts the new tokens")
+    return q_lens
 
 
 def check_whole_blocks(kv_lens: np.ndarray, ahead: np.ndarray, block: int) -> None:
@@ -88,10 +90,12 @@ def check_table(table: np.ndarray, kv_lens: np.ndarray, block: int, num_pages: i
     if table.ndim != 2 or table.shape[0] != len(kv_lens):
         raise ValueError(f"block_table must be [{len(kv_lens)} sequences, max_blocks], got {table.shape}")
     used = -(-kv_lens // block)
-    if len(used) and used.max(initial=0) > table.shape[1]:
+    if used.max(initial=0) > table.shape[1]:
         s = int(np.argmax(used))
         raise ValueError(f"sequence {s} needs {used[s]} blocks, block_table has room for {table.shape[1]}")
-    bad = (np.arange(table.shape[1])[None, :] < used[:, None]) & ((table < 0) | (table >= num_pages))
+    bad = (table < 0) | (table >= num_pages)
+    if bad.any():
+        bad &= np.arange(table.shape[1])[None, :] < used[:, None]  # behind the end of a row anything may stand
     if bad.any():
         s, i = (int(x) for x in np.argwhere(bad)[0])
         raise ValueError(f"block_table[{s}, {i}] = {table[s, i]} is not a page of the pool (0..{num_pages - 1})")

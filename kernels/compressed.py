@@ -21,6 +21,7 @@ from .cpu_quant import hadamard
 from .formats import PageFormat
 from .plan import PagesPlan
 from .rope import Turns, turn_back
+from .uploads import to_device
 
 
 @torch.no_grad()
@@ -155,7 +156,7 @@ def _tail_attention(
     lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     sequence_of = np.repeat(np.arange(len(before)), np.diff(cu_q))
     for mine, count in ((has_sinks, sinks), (~has_sinks, 0)):
-        rows = torch.from_numpy(np.flatnonzero(mine[sequence_of])).to(q.device)
+        rows = to_device(np.flatnonzero(mine[sequence_of]), q.device)
         bounds = np.cumsum([0, *np.diff(cu_q)[mine]])
         out[rows], lse[rows] = dispatch.paged_attention(
             q[rows], k, v, to_host(table)[mine], lens[mine], bounds, sinks=count, **rules

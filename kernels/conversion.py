@@ -16,6 +16,7 @@ from . import cpu_quant
 from .checks import IntArray, check_rows, check_unique, is_debug, to_host
 from .cpu_quant import PartViews, check_tables, hadamard, part_views
 from .formats import PART_ALIGNMENT, PageFormat
+from .uploads import to_device
 
 
 @torch.no_grad()
@@ -33,7 +34,7 @@ def quantize_blocks(
         check_unique(target, "target_ids")
     if not len(source):
         return
-    at, to = torch.from_numpy(source).to(k.device), torch.from_numpy(target).to(k.device)
+    at, to = to_device(source, k.device), to_device(target, k.device)
     for x, views, rotates in zip((k, v), part_views(pages, fmt), (fmt.rotates, False)):
         _quantize(x, at, views, to, rotates)
 
@@ -66,9 +67,21 @@ def dequantize_blocks(
         check_unique(target, "target_ids")
     if not len(source):
         return
-    at, to = torch.from_numpy(source).to(k.device), torch.from_numpy(target).to(k.device)
+    at, to = to_device(source, k.device), to_device(target, k.device)
     for x, views, rotates in zip((k, v), part_views(pages, fmt), (fmt.rotates, False)):
         _dequantize(views, at, x, to, rotates)
+
+
+@torch.no_grad()
+def read_keys(pages: Tensor, ids: IntArray, fmt: PageFormat) -> Tensor:
+    """Return the keys of compressed pages, float32 [n, Hkv, block, D]. Raises ValueError for shapes and ids that do not fit."""
+    check_pages(pages, fmt)
+    rows = to_host(ids)
+    check_rows(pages, rows, "page ids")
+    keys = torch.empty(len(rows), fmt.kv_heads, fmt.block, fmt.head_dim, device=pages.device)
+    at = to_device(rows, pages.device)
+    _dequantize(part_views(pages, fmt)[0], at, keys, torch.arange(len(rows), device=pages.device), fmt.rotates)
+    return keys
 
 
 def _dequantize(views: PartViews, at: Tensor, x: Tensor, to: Tensor, rotates: bool) -> None:

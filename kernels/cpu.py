@@ -32,13 +32,14 @@ def paged_attention(
     sinks: int,
     softcap: float | None,
     out_dtype: torch.dtype,
+    with_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attend a packed batch; arguments are checked by the caller."""
     layer, group = PagedLayer(k, v, scale, softcap), q.shape[1] // k.shape[1]
     key = ("cpu", k.shape[1:], v.shape[3], k.dtype, group, window, sinks, layer.use_flash)
-    singles = plan.remember(key, lambda: _plan_singles(layer, plan, group, window, sinks))
+    singles = plan.remember(key, lambda: plan_singles(layer, plan, group, window, sinks))
     if singles is not None and singles.is_all:
-        return _decode(layer, q, singles, out_dtype)
+        return _decode(layer, q, singles, out_dtype, with_lse=with_lse)
     out = torch.empty(q.shape[0], q.shape[1], v.shape[3], dtype=out_dtype)
     lse = torch.empty(q.shape[:2])
     if singles is not None:
@@ -69,7 +70,7 @@ class Singles:
     reading: Reading
 
 
-def _plan_singles(layer: PagedLayer, plan: StepPlan, group: int, window: int | None, sinks: int) -> Singles | None:
+def plan_singles(layer: PagedLayer, plan: StepPlan, group: int, window: int | None, sinks: int) -> Singles | None:
     """None when there are no single rows, or when they are better served by a copy."""
     sequences = np.flatnonzero(plan.q_lens == 1)
     if not len(sequences) or not is_in_place(layer, group):
@@ -81,16 +82,18 @@ def _plan_singles(layer: PagedLayer, plan: StepPlan, group: int, window: int | N
         if min(sinks, lowest):
             ranges.append((i, plan.table[s], 0, min(sinks, lowest)))
         ranges.append((i, plan.table[s], lowest, end))
-    rows = torch.from_numpy(np.ascontiguousarray(plan.cu_q[:-1][sequences]))
+    rows = torch.from_numpy(plan.cu_q[sequences])
     return Singles(rows, len(rows) == plan.num_tokens, plan_reading(layer, len(rows), ranges))
 
 
-def _decode(layer: PagedLayer, q: Tensor, singles: Singles, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _decode(
+    layer: PagedLayer, q: Tensor, singles: Singles, out_dtype: torch.dtype, *, with_lse: bool = True
+) -> tuple[Tensor, Tensor]:
     """Attend one row [n, Hq, D] of each of these sequences in place."""
     rows, query_heads, _ = q.shape
     grouped = q.to(layer.k.dtype).reshape(rows, layer.heads, query_heads // layer.heads, -1)
-    out, lse = attend_in_place(layer, grouped, singles.reading)
-    return out.to(out_dtype).reshape(rows, query_heads, -1), lse.reshape(rows, query_heads)
+    out, lse = attend_in_place(layer, grouped, singles.reading, with_lse=with_lse)
+    return out.to(out_dtype).reshape(rows, query_heads, -1), lse.reshape(rows, query_heads) if with_lse else lse[:0]
 
 
 def _attend_span(
@@ -144,6 +147,11 @@ def block_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attend every row to every token of these pages; arguments are checked by the caller."""
     layer = PagedLayer(k, v, scale, softcap)
+    # A decode step streams its context in many such chunks: one row needs no tiles and no running result.
+    if len(q) == 1 and len(pages) and is_in_place(layer, q.shape[1] // k.shape[1]):
+        reading = plan_reading(layer, 1, [(0, pages, 0, len(pages) * k.shape[2])])
+        one, its_lse = attend_in_place(layer, layer.fold(q).flatten(1, 2)[None], reading)
+        return one.reshape(1, q.shape[1], v.shape[3]).to(out_dtype), its_lse.reshape(1, q.shape[1])
     out = torch.empty(q.shape[0], q.shape[1], v.shape[3], dtype=out_dtype)
     lse = torch.empty(q.shape[:2])
     for a in range(0, q.shape[0], MAX_QUERY_TILE):
@@ -168,12 +176,16 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
 
 def merge_many(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Combine partial results outs [P, T, H, D], lses [P, T, H]."""
-    lse = torch.logsumexp(lses, 0) if len(lses) else lses.new_full(lses.shape[1:], float("-inf"))
-    weights = torch.exp(lses - torch.where(torch.isneginf(lse), 0.0, lse))
+    if not len(lses):
+        return outs.new_zeros(outs.shape[1:]), lses.new_full(lses.shape[1:], float("-inf"))
+    top = lses.amax(0)
+    weights = torch.exp(lses - torch.where(torch.isneginf(top), 0.0, top))
+    sums = weights.sum(0)
+    weights /= torch.where(sums > 0, sums, 1.0)  # not exp(lse - total lse): large ones have lost their last digits
     total = torch.zeros(outs.shape[1:])
     for out, weight in zip(outs, weights):
         total += torch.where(weight[..., None] > 0, out, 0.0) * weight[..., None]
-    return total.to(outs.dtype), lse
+    return total.to(outs.dtype), sums.log() + top
 
 
 def write_kv(k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, plan: SlotPlan) -> None:
@@ -185,15 +197,16 @@ def write_kv(k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, plan: SlotPlan)
         v[pages, :, offsets] = v_new[kept].to(v.dtype)
         return
     for page, offset, start, count in stretches:
+        is_all = count == len(plan.slots)
         for new, target in ((k_new, k), (v_new, v)):
             place = target.select(0, page).narrow(1, offset, count)
-            place.copy_(new.narrow(0, start, count).transpose(0, 1))
+            place.copy_((new if is_all else new.narrow(0, start, count)).transpose(0, 1))
 
 
 def _plan_stretches(slots: np.ndarray, block: int) -> list[tuple[int, int, int, int]] | None:
     """Page, offset, first token and count of each stretch; None when a scatter is cheaper."""
-    if not len(slots):
-        return []
+    if len(slots) < 2:
+        return [(*divmod(slot, block), 0, 1) for slot in slots.tolist() if slot >= 0]
     # A stretch ends where the slot does not follow its neighbour or where a page begins.
     starts = np.flatnonzero(np.r_[True, (np.diff(slots) != 1) | (slots[1:] % block == 0)])
     if len(starts) > 4 and len(starts) * 4 > len(slots):

@@ -7,7 +7,7 @@ call each. Guards: a page is taken whole only when the whole of it is asked for;
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,6 +19,7 @@ from .cpu_layer import PagedLayer
 from .cpu_tile import attend_pages
 
 Range = tuple[int, np.ndarray, int, int]  # query row, its sequence's pages, positions [start, end)
+Slices = Sequence[tuple[Tensor, Tensor]]
 MAX_RUN_PAGES = 64  # keeps the partial results of one call in the cache; longer runs gain nothing
 
 # The cost of reading pages by one call each, and by gathering them; measured on two cores with AVX-512.
@@ -44,6 +45,13 @@ class View:
     a: int
     b: int
 
+    def of(self, pool: Tensor, slots_axis: int) -> Tensor:
+        """These token slots of a pool [pages, ..., token slots, dim]."""
+        part = pool.narrow(0, self.page, self.count)
+        if self.b - self.a < pool.shape[slots_axis]:
+            part = part.narrow(slots_axis, self.a, self.b - self.a)
+        return part
+
 
 @dataclass(frozen=True, slots=True)
 class Reading:
@@ -53,7 +61,7 @@ class Reading:
     gathers: tuple[tuple[np.ndarray, int], ...]  # whole pages to copy together, and their query row
     num_queries: int
     merges_early: bool  # many partial results: those of one view are merged while they are in the cache
-    owners: Tensor  # query row of each partial result, in the order in which they are made
+    owners: Tensor  # of several queries: the row of each partial result, in the order in which they are made
 
 
 def plan_reading(layer: PagedLayer, num_queries: int, ranges: list[Range]) -> Reading:
@@ -63,51 +71,59 @@ def plan_reading(layer: PagedLayer, num_queries: int, ranges: list[Range]) -> Re
     pages, owners = _plan_ends(views, layer.block, ranges)
     if len(pages):
         # Keys may be taken in any order: in page order, shuffled pages and sequences side by side share runs.
-        order = np.argsort(pages, kind="stable")
-        if np.count_nonzero(np.diff(pages[order]) != 1) < np.count_nonzero(np.diff(pages) != 1):
-            pages, owners = pages[order], owners[order]
+        if jumps := _num_jumps(pages):
+            order = np.argsort(pages, kind="stable")
+            if _num_jumps(pages[order]) < jumps:
+                pages, owners = pages[order], owners[order]
         _plan_pages(views, gathers, layer, pages, owners)
-    made: list[int] = []
-    for view in views:
+    made: list[int] = []  # of one query nobody asks
+    for view in views if num_queries > 1 else ():
         made.extend([view.owner] if isinstance(view.owner, int) else view.owner.tolist())
-    for taken, owner in gathers:
+    for taken, owner in gathers if num_queries > 1 else ():
         made.extend([owner] * layer.num_pieces(len(taken)))
     merges_early = num_queries > 1 or sum(view.count for view in views) > MAX_RUN_PAGES
     return Reading(tuple(views), tuple(gathers), num_queries, merges_early, torch.tensor(made))
 
 
-def attend_in_place(layer: PagedLayer, q: Tensor, reading: Reading) -> tuple[Tensor, Tensor]:
-    """Attend q [n, H, R, D] to what the reading names.
+def attend_in_place(
+    layer: PagedLayer, q: Tensor, reading: Reading, *, with_lse: bool = True, slices: Slices | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attend q [n, H, R, D] to what the reading names; `slices`: K and V of its views, where they are at hand.
 
-    Shapes: out [n, H, R, D] and lse [n, H, R], float32.
+    Shapes: out [n, H, R, D] and lse [n, H, R], float32; lse may be empty without `with_lse`.
     """
-    each = q.split(1)  # [1, H, R, D] per query; indexing a tensor costs as much as a small call
-    parts = [_attend_view(layer, q, each, view, reading.merges_early) for view in reading.views]
+    # [1, H, R, D] per query; indexing a tensor costs as much as a small call
+    each = q.split(1) if reading.num_queries > 1 else (q,)
+    if slices is None:
+        slices = [(view.of(layer.k, 2), view.of(layer.v, 2)) for view in reading.views]
+    parts = [
+        _attend_view(q, each, view, k, v, layer.scale, reading.merges_early)
+        for view, (k, v) in zip(reading.views, slices, strict=True)
+    ]
     for pages, owner in reading.gathers:
         for keys, values in layer.staged(pages):
             parts.append(attend_pages(each[owner], keys[None], values[None], scale=layer.scale))
     if len(parts) == 1:
-        out, lse = parts[0][0].float(), parts[0][1]
+        out, lse = parts[0]
     else:
-        out, lse = torch.cat([out for out, _ in parts]).float(), torch.cat([lse for _, lse in parts])
+        out, lse = torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
+    if out.dtype != torch.float32:
+        out = out.float()
     if reading.num_queries == 1:
-        return _merge_pages(out, lse) if len(out) > 1 else (out, lse)
+        return merge_pages(out, lse, with_lse=with_lse) if len(out) > 1 else (out, lse)
     return _merge_by_owner(out, lse, reading)
 
 
 def _attend_view(
-    layer: PagedLayer, q: Tensor, each: tuple[Tensor, ...], view: View, merges_early: bool
+    q: Tensor, each: tuple[Tensor, ...], view: View, k: Tensor, v: Tensor, scale: float, merges_early: bool
 ) -> tuple[Tensor, Tensor]:
-    k, v = layer.k.narrow(0, view.page, view.count), layer.v.narrow(0, view.page, view.count)
-    if view.b - view.a < layer.block:
-        k, v = k.narrow(2, view.a, view.b - view.a), v.narrow(2, view.a, view.b - view.a)
     if not isinstance(view.owner, int):
-        return attend_pages(q.index_select(0, view.owner), k, v, scale=layer.scale)
+        return attend_pages(q.index_select(0, view.owner), k, v, scale=scale)
     mine = each[view.owner]
     if view.count == 1:
-        return attend_pages(mine, k, v, scale=layer.scale)
-    out, lse = attend_pages(mine.expand(view.count, -1, -1, -1), k, v, scale=layer.scale)
-    return _merge_pages(out, lse) if merges_early else (out, lse)
+        return attend_pages(mine, k, v, scale=scale)
+    out, lse = attend_pages(mine.expand(view.count, -1, -1, -1), k, v, scale=scale)
+    return merge_pages(out, lse) if merges_early else (out, lse)
 
 
 def _plan_ends(views: list[View], block: int, ranges: list[Range]) -> tuple[np.ndarray, np.ndarray]:
@@ -169,9 +185,14 @@ def _plan_run(views: list[View], block: int, pages: np.ndarray, owners: np.ndarr
         views.append(View(int(pages[start]), end - start, owner, 0, block))
 
 
+def _num_jumps(pages: np.ndarray) -> int:
+    """Places where a page does not follow the one before it."""
+    return int(np.count_nonzero(pages[1:] - pages[:-1] != 1))
+
+
 def _runs(pages: np.ndarray) -> Iterator[tuple[int, int]]:
     """Cut a list of pages into index ranges [a, b) of neighbours."""
-    edges = [0, *(np.flatnonzero(np.diff(pages) != 1) + 1).tolist(), len(pages)]
+    edges = [0, *(np.flatnonzero(pages[1:] - pages[:-1] != 1) + 1).tolist(), len(pages)]
     return pairwise(edges)
 
 
@@ -186,10 +207,16 @@ def _merge_by_owner(out: Tensor, lse: Tensor, reading: Reading) -> tuple[Tensor,
     return merged.div_(total[..., None]), total.log_().add_(top)
 
 
-def _merge_pages(out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge partial results [p, H, R, D] of one query into one, keeping the first axis; uses `out` as scratch."""
-    top = lse.amax(0, keepdim=True)
-    weights = torch.exp(lse - top)  # torch.logsumexp takes twice as long as its parts
-    total = weights.sum(0, keepdim=True)
-    scaled = out.float().mul_(weights[..., None])  # of one dtype: a product of two dtypes is four times slower
-    return scaled.sum(0, keepdim=True).div_(total[..., None]), total.log_().add_(top)
+def merge_pages(out: Tensor, lse: Tensor, *, with_lse: bool = True) -> tuple[Tensor, Tensor]:
+    """Merge partial results [p, H, R, D] of one query into one, keeping the first axis; uses `out` as scratch.
+
+    Cost: a decode step makes these calls for every layer, with caches that the weights have just swept: each one counts.
+    """
+    # Over the last axis: over another one torch's softmax wakes all threads, however small the tensor is.
+    weights = lse.permute(1, 2, 0).softmax(-1).permute(2, 0, 1)
+    out = out if out.dtype == torch.float32 else out.float()  # a product of two dtypes is four times slower
+    merged = out.mul_(weights[..., None]).sum(0, keepdim=True)
+    if not with_lse:
+        return merged, lse[:0]
+    # The heaviest part weighs exp(its lse - the lse of all), at least 1/p: nothing is lost in this difference.
+    return merged, lse.amax(0, keepdim=True).sub_(weights.amax(0, keepdim=True).log_())

@@ -54,11 +54,14 @@ def _views(pages: Tensor, part: Part, heads: int, start: int) -> PartViews:
 
 @cache
 def hadamard(dim: int, device: torch.device | None = None) -> Tensor:
-    """Return the orthonormal, symmetric Hadamard matrix [dim, dim] in float32; dim is a power of two."""
-    matrix = torch.ones(1, 1, dtype=torch.float64, device=device)
+    """Return the orthonormal, symmetric Hadamard matrix [dim, dim] in float32; dim is a power of two.
+
+    Stream: made on the host and there when this returns, since any stream may ask for it first and all of them share it.
+    """
+    matrix = torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < dim:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (matrix * dim**-0.5).float()
+    return (matrix * dim**-0.5).float().to(device)
 
 
 def grouped(x: Tensor, part: Part) -> tuple[Tensor, int]:

@@ -24,7 +24,7 @@ SCORE_ELEMENTS = 256 << 10  # a 1 MiB tile of float32 scores stays in a core's c
 def flash_kernel() -> Callable[..., Any] | None:
     """Return torch's CPU flash operator, or None when it is missing or gives other numbers than the plain way."""
     try:
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         with torch.inference_mode(False), torch.no_grad():
             q = torch.linspace(-1.0, 1.0, 2 * 3 * 5 * 8).sin().view(2, 3, 5, 8)
             k = torch.linspace(0.0, 9.0, 2 * 7 * 8).cos().view(2, 7, 8)

@@ -6,7 +6,7 @@ inputs. Each function has a float64 twin of the same name in `reference`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,7 +23,12 @@ from .checks import (
     is_debug,
     to_host,
 )
+from .grad import without_grad
 from .plan import SlotPlan, StepPlan
+from .uploads import to_device
+
+if TYPE_CHECKING:
+    from .cpu_step import DecodeStep
 
 __all__ = [
     "SlotPlan",
@@ -37,6 +42,7 @@ __all__ = [
     "paged_attention",
     "paged_decode",
     "paged_prefill",
+    "plan_decode",
     "plan_slots",
     "plan_step",
     "scatter_rows",
@@ -57,7 +63,36 @@ def plan_slots(k: Tensor, slots: IntArray, num_tokens: int) -> SlotPlan:
     return SlotPlan(slots, num_tokens=num_tokens, num_slots=k.shape[0] * k.shape[2])
 
 
-@torch.no_grad()
+def plan_decode(
+    k: Tensor,
+    v: Tensor,
+    plan: StepPlan,
+    slots: SlotPlan,
+    *,
+    query_heads: int,
+    window: int | None = None,
+    sinks: int = 0,
+) -> DecodeStep | None:
+    """Bind a step of one row per sequence to the pages of a whole layer group: its layers then make fewer calls.
+
+    None where paged_attention and write_kv are the way, layer by layer: on a GPU, for longer spans, for widths or dtypes
+    that torch's CPU flash kernel does not take.
+
+    Shapes: k [pages, layers, Hkv, block, D], v likewise, as stacked_views gives them.
+    Raises: ValueError for a plan of other pages.
+    """
+    check_window(window, sinks)
+    if k.is_cuda:
+        return None
+    _check_plan(plan, plan.num_tokens, k[:, 0])
+    if slots.num_slots > k.shape[0] * k.shape[3]:
+        raise ValueError(f"the plan covers {slots.num_slots} slots, the pool has {k.shape[0] * k.shape[3]}")
+    from .cpu_step import plan_decode as plan_on_cpu
+
+    return plan_on_cpu(k, v, plan, slots, group=query_heads // k.shape[2], window=window, sinks=sinks)
+
+
+@without_grad
 def paged_attention(
     q: Tensor,
     k: Tensor,
@@ -72,6 +107,7 @@ def paged_attention(
     softcap: float | None = None,
     out_dtype: torch.dtype | None = None,
     plan: StepPlan | None = None,
+    with_lse: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Attend a packed batch of decodes and prefill chunks to the pages of their sequences, causally.
 
@@ -80,7 +116,8 @@ def paged_attention(
 
     Shapes: q [T, Hq, D]; k [pages, Hkv, block, D], v [pages, Hkv, block, Dv], strided views; block_table
             [n, max_blocks], compact; kv_lens [n], new tokens included; cu_q [n + 1]; out [T, Hq, Dv] in out_dtype
-            (default: q's); lse [T, Hq], float32, nats. Host arrays for the integers are best everywhere.
+            (default: q's); lse [T, Hq], float32, nats. Host arrays for the integers are best everywhere. Without
+            `with_lse` nobody looks at lse: it may be empty, which saves a CPU's decode step some calls per layer.
     Raises: ValueError for shapes that do not fit and for block table entries outside the pool (on a GPU, for
             tables that lie there: only under KVTIER_DEBUG=1).
     """
@@ -95,10 +132,10 @@ def paged_attention(
         from . import triton_attention
 
         return triton_attention.paged_attention(q, k, v, plan, **kind)
-    return cpu.paged_attention(q, k, v, plan, **kind)
+    return cpu.paged_attention(q, k, v, plan, **kind, with_lse=with_lse)
 
 
-@torch.no_grad()
+@without_grad
 def paged_decode(
     q: Tensor,
     k: Tensor,
@@ -137,7 +174,7 @@ def _decode_with_gaps(
     q: Tensor, k: Tensor, v: Tensor, table: np.ndarray, lengths: np.ndarray, has_keys: np.ndarray, **kind: Any
 ) -> tuple[Tensor, Tensor]:
     """Decode only the sequences that have keys."""
-    kept = torch.from_numpy(np.flatnonzero(has_keys)).to(q.device)
+    kept = to_device(np.flatnonzero(has_keys), q.device)
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[3], dtype=kind["out_dtype"] or q.dtype)
     lse = torch.full(q.shape[:2], float("-inf"), device=q.device)
     if len(kept):
@@ -145,7 +182,7 @@ def _decode_with_gaps(
     return out, lse
 
 
-@torch.no_grad()
+@without_grad
 def paged_prefill(
     q: Tensor,
     k: Tensor,
@@ -175,7 +212,7 @@ def paged_prefill(
     return cpu.paged_attention(q, k, v, plan, **kind)
 
 
-@torch.no_grad()
+@without_grad
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -203,7 +240,7 @@ def block_attention(
     return cpu.block_attention(q, k, v, ids, **kind)
 
 
-@torch.no_grad()
+@without_grad
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Combine attention over two disjoint key sets as if computed at once.
 
@@ -223,7 +260,7 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     return cpu.merge_states(out_a, lse_a, out_b, lse_b)
 
 
-@torch.no_grad()
+@without_grad
 def merge_many(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     """Combine attention over P disjoint key sets as if computed at once.
 
@@ -239,7 +276,7 @@ def merge_many(outs: Tensor, lses: Tensor) -> tuple[Tensor, Tensor]:
     return cpu.merge_many(outs, lses)
 
 
-@torch.no_grad()
+@without_grad
 def apply_sink_logits(out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor:
     """Add one learned score per head that has no value (GPT-OSS), after all partial results are merged.
 
@@ -251,7 +288,7 @@ def apply_sink_logits(out: Tensor, lse: Tensor, sink_logits: Tensor) -> Tensor:
     return (out * torch.sigmoid(lse - sink_logits.float())[..., None]).to(out.dtype)
 
 
-@torch.no_grad()
+@without_grad
 def write_kv(k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, slots: IntArray | SlotPlan) -> None:
     """Write the K and V of new tokens to their slots, where slot = page * block + offset and -1 writes nothing.
 
@@ -280,7 +317,7 @@ def write_kv(k_new: Tensor, v_new: Tensor, k: Tensor, v: Tensor, slots: IntArray
         cpu.write_kv(k_new, v_new, k, v, slots)
 
 
-@torch.no_grad()
+@without_grad
 def copy_blocks(source_rows: Tensor, target_rows: Tensor, source_ids: IntArray, target_ids: IntArray) -> None:
     """Copy rows: target_rows[target_ids[i]] = source_rows[source_ids[i]] for all i, in one submission.
 
@@ -294,7 +331,7 @@ def copy_blocks(source_rows: Tensor, target_rows: Tensor, source_ids: IntArray, 
     _copy_rows(source_rows, target_rows, source_ids, target_ids)
 
 
-@torch.no_grad()
+@without_grad
 def gather_rows(source_rows: Tensor, source_ids: IntArray, out: Tensor | None = None) -> Tensor:
     """Collect rows (whole blocks, or one layer's slice of each) side by side into `out`, made here unless given."""
     if out is None:
@@ -303,7 +340,7 @@ def gather_rows(source_rows: Tensor, source_ids: IntArray, out: Tensor | None = 
     return out
 
 
-@torch.no_grad()
+@without_grad
 def scatter_rows(source_rows: Tensor, target_rows: Tensor, target_ids: IntArray) -> None:
     """Spread rows that lie side by side to target_rows[target_ids]."""
     _copy_rows(source_rows, target_rows, None, target_ids)

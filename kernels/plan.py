@@ -25,6 +25,7 @@ from .checks import (
     is_debug,
     to_host,
 )
+from .uploads import to_device
 
 T = TypeVar("T")
 
@@ -53,7 +54,7 @@ class StepPlan(_Memory):
         self.block_size, self.num_pages = block_size, num_pages
         self.num_tokens = int(self.cu_q[-1]) if len(self.cu_q) else 0
         self._given_table = block_table
-        self._check_lengths()
+        self.q_lens = self._check_lengths()  # rows per sequence
         is_remote = isinstance(block_table, Tensor) and block_table.is_cuda
         if is_remote and not is_debug():  # looking at its entries would wait for the device
             if tuple(block_table.shape[:1]) != (len(self.kv_lens),):  # type: ignore[union-attr]
@@ -62,13 +63,8 @@ class StepPlan(_Memory):
         self.table = np.ascontiguousarray(to_host(block_table))
         check_table(self.table, self.kv_lens, block_size, num_pages)
 
-    def _check_lengths(self) -> None:
-        check_spans(self.num_tokens, self.kv_lens, self.cu_q)
-
-    @property
-    def q_lens(self) -> np.ndarray:
-        """Rows per sequence."""
-        return np.diff(self.cu_q)
+    def _check_lengths(self) -> np.ndarray:
+        return check_spans(self.num_tokens, self.kv_lens, self.cu_q)
 
     def table_on(self, device: torch.device) -> Tensor:
         """Return the block table as int32 on the device."""
@@ -78,9 +74,7 @@ class StepPlan(_Memory):
 
     def on(self, device: torch.device, name: str, values: np.ndarray) -> Tensor:
         """Return integers as int32 on the device, copied at the first call for this name."""
-        return self.remember(
-            (device, name), lambda: torch.from_numpy(np.ascontiguousarray(values, dtype=np.int32)).to(device)
-        )
+        return self.remember((device, name), lambda: to_device(values, device, torch.int32))
 
 
 class PagesPlan(StepPlan):
@@ -108,9 +102,10 @@ class PagesPlan(StepPlan):
             shape = tuple(block_table.shape) if isinstance(block_table, Tensor) else np.shape(block_table)
             check_turns(self.turn_ids, self.kv_lens, block_size, num_turns, shape)
 
-    def _check_lengths(self) -> None:
-        check_rows_cut(self.num_tokens, self.kv_lens, self.cu_q)
+    def _check_lengths(self) -> np.ndarray:
+        q_lens = check_rows_cut(self.num_tokens, self.kv_lens, self.cu_q)
         check_whole_blocks(self.kv_lens, self.ahead, self.block_size)
+        return q_lens
 
 
 class SlotPlan(_Memory):
@@ -128,4 +123,4 @@ class SlotPlan(_Memory):
 
     def on(self, device: torch.device) -> Tensor:
         """Return the slots as int64 on the device, copied at the first call."""
-        return self.remember(device, lambda: torch.as_tensor(self._given, dtype=torch.int64, device=device))
+        return self.remember(device, lambda: to_device(self._given, device))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .checks import IntArray, check_rows, check_table, is_debug, to_host
+from .uploads import to_device
 
 
 @dataclass(frozen=True)
@@ -62,16 +63,16 @@ def summarize_blocks(
         raise ValueError(f"{len(source)} blocks for {len(target)} summaries")
     check_rows(k[:, 0, 0], source, "block ids")
     check_rows(summaries[:, 0, 0], target, "summary ids")
-    keys = k.index_select(0, torch.from_numpy(source).to(k.device))
+    keys = k.index_select(0, to_device(source, k.device))
     low, high = keys, keys
     if valid_lengths is not None:
         lengths = to_host(valid_lengths)
         if lengths.shape != source.shape or (lengths < 1).any() or (lengths > k.shape[2]).any():
             raise ValueError(f"valid_lengths must be [{len(source)}] numbers from 1 to {k.shape[2]}")
-        unused = torch.arange(k.shape[2], device=k.device) >= torch.from_numpy(lengths).to(k.device)[:, None]
+        unused = torch.arange(k.shape[2], device=k.device) >= to_device(lengths, k.device)[:, None]
         low = keys.masked_fill(unused[:, None, :, None], float("inf"))
         high = keys.masked_fill(unused[:, None, :, None], float("-inf"))
-    at = torch.from_numpy(target).to(summaries.device)
+    at = to_device(target, summaries.device)
     summaries[at] = torch.stack([low.amin(2), high.amax(2)], 2).to(summaries.dtype)
 
 
@@ -96,8 +97,8 @@ def score_pages(q: Tensor, summaries: Tensor, block_table: IntArray, num_blocks:
     is_remote = isinstance(block_table, Tensor) and block_table.is_cuda
     if not is_remote or is_debug():
         check_table(to_host(block_table), to_host(num_blocks), 1, summaries.shape[0])
-    table = torch.as_tensor(block_table).to(q.device, torch.int32).contiguous()
-    counts = torch.as_tensor(num_blocks).to(q.device, torch.int32)
+    table = to_device(block_table, q.device, torch.int32).contiguous()
+    counts = to_device(num_blocks, q.device, torch.int32)
     if q.is_cuda:
         from . import triton_select
 
@@ -131,7 +132,7 @@ def select_pages(
     """
     if k < keep_first + keep_last or min(keep_first, keep_last) < 0 or k < 1:
         raise ValueError(f"k={k} must be at least keep_first={keep_first} + keep_last={keep_last}, and 1")
-    counts = torch.as_tensor(num_blocks).to(scores.device, torch.int64)
+    counts = to_device(num_blocks, scores.device)
     best = scores.amax(2, keepdim=True)
     rank = ((scores - torch.where(torch.isneginf(best), 0.0, best)) * scale).amax(1)  # [n, max_blocks]
     block = torch.arange(scores.shape[2], device=scores.device)[None, :]

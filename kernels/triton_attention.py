@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import triton_decode, triton_prefill
 from .plan import StepPlan
+from .uploads import to_device
 
 FEW_ROWS = 4  # up to here, rows over the same blocks read them each for themselves: the splits fill the GPU
 
@@ -47,7 +48,7 @@ def block_attention(
     tokens, blocks, block = q.shape[0], len(pages), k.shape[2]
     if tokens == 0 or blocks == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    table = torch.from_numpy(pages.astype(np.int32)).to(q.device)[None]
+    table = to_device(pages, q.device, torch.int32)[None]
     if tokens <= FEW_ROWS:
         lengths = torch.full((tokens,), blocks * block, dtype=torch.int32, device=q.device)
         triton_decode.paged_decode(

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .triton_common import narrow, needs_rounding
+from .uploads import to_device
 
 COPY_WORDS = 1024  # words per program: 8 KiB
 
@@ -100,7 +101,7 @@ def copy_rows(
     words = source.shape[1]
 
     def ids(values: np.ndarray | None) -> Tensor:
-        return target if values is None else torch.from_numpy(values).to(target.device)
+        return target if values is None else to_device(values, target.device)
 
     copy_words[(count, triton.cdiv(words, COPY_WORDS))](
         source, target, ids(source_ids), ids(target_ids), words, source.stride(0), target.stride(0),

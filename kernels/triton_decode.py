@@ -29,10 +29,9 @@ from .triton_common import (
     score_factors,
 )
 from .triton_merge import merge_parts
+from .tuning import TABLE, Tuning, current
 
-# Both from a bandwidth model, to be replaced by a sweep on a GPU.
-MIN_SPLIT_TOKENS = 512  # shorter splits spend their time starting and merging
-PROGRAMS_PER_SM = 4
+MOST_TILE = 64  # as in the table; twice that spills for heads of 576, and float32 passes the shared memory
 
 
 @triton.jit
@@ -94,15 +93,20 @@ def decode_split(
     tl.store(lse + row * lse_row + heads * lse_head + split, result_lse, mask=row_ok)
 
 
-def decode_shape(group: int, block: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Choose tile sizes; the same for the launcher and the ahead-of-time report."""
+def decode_shape(
+    group: int, block: int, key_dim: int, value_dim: int, dtype: torch.dtype, cut: Tuning = TABLE["H200"]
+) -> dict[str, Any]:
+    """Choose tile sizes; the same for the launcher and the ahead-of-time report.
+
+    Wide heads never take a larger tile than the table's: what `tune` measured were narrow ones.
+    """
     widest = max(key_dim, value_dim) * (2 if dtype == torch.float32 else 1)
-    tile = 64 if widest <= 128 else 32
+    tile = cut.tile if widest <= 128 else max(16, min(cut.tile, MOST_TILE) // 2)
     rows = min(64 if widest <= 256 else 16, max(16, triton.next_power_of_2(group)))
     widths = cut_widths(key_dim, value_dim)
     return dict(
         HEADS=min(group, rows), M=rows, TILE=tile, PAGE=block, ONE_PAGE=block % tile == 0,
-        DK=widths.DK, A=widths.A, B=widths.B, DV=widths.DV, DVP=widths.DVP, num_warps=4, num_stages=3,
+        DK=widths.DK, A=widths.A, B=widths.B, DV=widths.DV, DVP=widths.DVP, num_warps=cut.warps, num_stages=cut.stages,
     )  # fmt: skip
 
 
@@ -113,11 +117,12 @@ def _num_processors(device_index: int) -> int:
 
 
 def choose_splits(programs: int, longest: int, device: torch.device) -> int:
-    """Choose how many splits fill the GPU, none shorter than MIN_SPLIT_TOKENS."""
+    """Choose how many splits fill the GPU, none shorter than is worth starting (tuning.py)."""
     if device.type != "cuda":
         return 1
-    wanted = triton.cdiv(PROGRAMS_PER_SM * _num_processors(device.index or 0), max(1, programs))
-    return max(1, min(wanted, triton.cdiv(longest, MIN_SPLIT_TOKENS), 128))
+    cut = current("cuda")
+    wanted = triton.cdiv(cut.programs_per_sm * _num_processors(device.index or 0), max(1, programs))
+    return max(1, min(wanted, triton.cdiv(longest, cut.min_split_tokens), 128))
 
 
 def paged_decode(
@@ -134,7 +139,7 @@ def paged_decode(
         return
     heads, block = k.shape[1], k.shape[2]
     group = query_heads // heads
-    shape = decode_shape(group, block, dim, v.shape[3], k.dtype)
+    shape = decode_shape(group, block, dim, v.shape[3], k.dtype, current("cuda") if q.is_cuda else TABLE["H200"])
     head_blocks = triton.cdiv(group, shape["HEADS"])
     visible = longest if window is None else min(longest, window + sinks)
     splits = splits or choose_splits(count * heads * head_blocks, visible, q.device)

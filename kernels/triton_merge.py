@@ -32,14 +32,14 @@ def merge_rows(
     total = 0.0
     acc = tl.zeros([DP], tl.float32)
     for start in range(0, count, TILE):
-        p = start + tl.arange(0, TILE)
+        p = (start + tl.arange(0, TILE)).to(tl.int64)
         x = tl.load(part_lse + p * plse_p + t * plse_t + h * plse_h, mask=p < count, other=float("-inf"))
         new_top = tl.maximum(top, tl.max(x, 0))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights = tl.exp(x - base)
         decay = tl.exp(top - base)
         mask = (x > float("-inf"))[:, None] & (in_d[None, :] < D)
-        at = parts + p[:, None].to(tl.int64) * part_p + t * part_t + h * part_h + in_d[None, :]
+        at = parts + p[:, None] * part_p + t * part_t + h * part_h + in_d[None, :]
         values = tl.load(at, mask=mask, other=0.0).to(tl.float32)
         acc = acc * decay + tl.sum(values * weights[:, None], 0)
         total = total * decay + tl.sum(weights, 0)

@@ -25,6 +25,14 @@ class Slab(Protocol):
     def num_slots(self) -> int: ...
 
     @property
+    def nodes(self) -> IntArray | None:
+        """Per slot the NUMA node of its row, the nearest is 0; None where rows are not kept apart by nodes."""
+
+    @property
+    def node_rates(self) -> tuple[float, ...]:
+        """What the links to those nodes carry, against each other."""
+
+    @property
     def is_asking(self) -> bool:
         """Whether more room to write to is on its way."""
 

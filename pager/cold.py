@@ -7,6 +7,7 @@ disk that refuses everything is left alone for a while, said so, and tried again
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -34,6 +35,7 @@ class ColdSide:
         self.group, self.tier, self.quotas = group, tier, quotas
         self.index = group.index
         self.ring: NvmeTier | None = cast("NvmeTier", tier) if tier.is_ring else None  # with segments to keep clean
+        self.fmt = self.ring.format(self.index) if self.ring is not None else None  # where it keeps fewer bits
         self._errors_in_row = 0
         self._paused_until_s = float("-inf")
         self._left: list[tuple[int, int]] = []  # blocks and the slots that they were moved out of
@@ -46,11 +48,32 @@ class ColdSide:
     @property
     def block_bytes(self) -> int:
         """Of disk, for one block."""
-        return self.ring.geometry(self.index).stride if self.ring is not None else self.group.layout.block_bytes
+        return self.ring.usual_bytes(self.index) if self.ring is not None else self.group.layout.block_bytes
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether whole blocks are kept in fewer bits."""
+        return self.fmt is not None
+
+    def stored_bytes(self, blocks: IntArray) -> npt.NDArray[np.int64]:
+        """Of copies here, as the manifest lists them."""
+        stamps = self.tier.stamps(self.index, self.group.directory.nvme_slot[blocks])
+        return stamps["stored_bytes"].astype(np.int64)
 
     def room(self, asker: int | None = None, reason: str = "") -> int:
         """Slots that could be had now for that namespace: free ones, and those of blocks that nobody refers to."""
-        return self.tier.free_slots(self.index) + len(self._victims(1 << 30, asker, reason))
+        return max(0, self._free_slots() + len(self._victims(1 << 30, asker, reason)))
+
+    def _free_slots(self) -> int:
+        """Where slots are counted as what a packed block takes, one in full precision takes the room of several."""
+        free = self.tier.free_slots(self.index)
+        if self.ring is None or not self.is_lossy:
+            return free
+        d = self.group.directory
+        below = np.flatnonzero(d.nvme_slot >= 0)
+        whole = int((self.stored_bytes(below) > self.group.layout.block_bytes).sum())
+        more = self.ring.geometry(self.index).stride / self.block_bytes - 1
+        return free - math.ceil(whole * more)
 
     def is_near(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
         """Whether the copies below lie in memory, of whoever keeps them."""
@@ -79,7 +102,7 @@ class ColdSide:
         return self.group.policy.victims(n, self.quotas.spare(self.group, "nvme", blocks, asker))
 
     def _take_slots(self, n: int, asker: int | None, reason: str) -> IntArray | None:
-        short = n - self.tier.free_slots(self.index)
+        short = n - self._free_slots()
         if short > 0:
             victims = self._victims(short, asker, reason)
             if len(victims) < short:
@@ -121,14 +144,15 @@ class ColdSide:
 
     # ------------------------------------------------------------------ moves: submit
     def read(self, blocks: IntArray, host_slots: IntArray, reason: str) -> None:
-        """Nvme -> host, into free host slots; checked against what the manifest says."""
+        """Nvme -> host, into free host slots, as many as the blocks take; checked against what the manifest says."""
         group, d = self.group, self.group.directory
         source = d.nvme_slot[blocks]
-        group.host.stage(host_slots, blocks)
+        host_slots = group.forms.stage(blocks, host_slots, below=True)
         d.host_slot[blocks] = host_slots
         d.nvme_holds[blocks] += 1
         d.nvme_hit[blocks] = True
-        ticket = self.tier.read(self.index, source, group.slab.rows, host_slots, self.tier.stamps(self.index, source))
+        target, stamps = group.forms.for_disk(host_slots), self.tier.stamps(self.index, source)
+        ticket = self.tier.read(self.index, source, target, host_slots, stamps)
         group.submit("nvme_to_host", blocks, source, host_slots, ticket.event, reason, ticket)
 
     def write(self, blocks: IntArray, reason: str) -> int:
@@ -141,13 +165,14 @@ class ColdSide:
         if targets is None:
             return 0
         self.quotas.wrote(group, blocks)
+        group.admission.wrote(len(blocks) * self.block_bytes)
         slots = d.host_slot[blocks]
         group.host.holds[slots] += 1  # rule 7
         d.nvme_slot[blocks] = targets
         d.nvme_holds[blocks] += 1
         d.nvme_hit[blocks] = False
         stamps, parents = self._stamps_for(blocks)
-        ticket = self.tier.write(self.index, targets, group.slab.rows, slots, stamps, parents)
+        ticket = self.tier.write(self.index, targets, group.forms.for_disk(slots), slots, stamps, parents)
         group.submit("host_to_nvme", blocks, slots, targets, ticket.event, reason, ticket)
         return len(blocks)
 

@@ -12,11 +12,13 @@ from typing import Any
 
 from ..tiers.cpu import IO_DEPTH
 from ..tiers.errors import ConfigError
+from ..tiers.formats import FormatText, is_policy, parse_policy
 from ..tiers.host import check_huge_pages
-from ..tiers.layout import format_bytes, parse_bytes
+from ..tiers.layout import FULL, format_bytes, parse_bytes
 from ..tiers.numa import check_numa
+from ..tiers.nvme import SEGMENT_BYTES
 from ..tiers.nvme.codecs import NONE, check_codec, check_mix
-from ..tiers.nvme.layout import SEGMENT_BYTES
+from ..tiers.nvme.commit import check_durability
 from ..tiers.nvme.sealing import MIN_SECRET_BYTES
 from ..tiers.owners import owner_tag
 from .policies.registry import check_live_policy
@@ -34,10 +36,12 @@ DAEMON_SETTINGS = (
         "metrics",
         "max_models",
         "slab_uids",
+        "allow_ipc",
         "root_secret_file",
     ),
     *("log_format", "log_level", "limits", "namespaces"),
 )
+TRANSFERS = ("client", "ipc")
 MAX_IO_DEPTH = 256
 MIN_SEGMENT_BYTES, MAX_SEGMENT_BYTES = 1 << 20, 1 << 30
 
@@ -57,21 +61,34 @@ class PagerConfig:
     # one codec for all layer groups, one each, or by the group's name; None: a store's own, and none in a new one
     nvme_queue_depth: int = IO_DEPTH  # requests in flight on the disk, each way; `kvtier doctor` measures which is best
     nvme_segment_bytes: Size = SEGMENT_BYTES  # of the files of a new store
+    nvme_write_bytes_per_s: Size | None = None  # budgets for cache; what is parked or persisted is always written
+    nvme_write_bytes_per_day: Size | None = None
     nvme_codec: str | Sequence[str] | Mapping[str, str] | None = None
-    policy: str = "lru"
+    # formats: "full" (or its dtype, "bf16"), or fewer bits, such as "int8" or "int4/128; layers 0-1: bf16", for all layer
+    # groups or by the group's name; the store has what the host tier has unless told. In the device tier only an Engine or
+    # a PrefixCache packs pages, an Engine also by heads: "int4; heads 0: bf16"; the tiers below then hold the same bytes
+    device: FormatText = FULL
+    host: FormatText = FULL
+    nvme: FormatText | None = None
+    policy: str = "auto"
     window: int | None = None  # tokens, for policy "sliding_window"
     sinks: int = 4  # tokens, for policy "sliding_window"
     backend: str = "auto"  # auto | cpu | cuda
+    prefetch: bool = True  # bring up what sessions will need that are likely to go on soon, where there is room
     low_watermark: float = 0.06  # below this share of free or clean pages, write-back starts
     high_watermark: float = 0.12  # and goes on up to this share
-    staging_bytes: Size | None = None  # part of device_bytes for streaming; None: an eighth
+    staging_bytes: Size | None = None  # part of device_bytes for streaming; None: an eighth, as far as the rings use it
+    selection_bytes: Size = 0  # part of device_bytes for selected attention: key summaries and picked slices
     require_pinned: bool = False
     host_prefault: bool = True  # fault the host tier in, in the background, as far as memory limits allow
     host_huge_pages: str = "auto"  # auto (transparent ones) | off | reserved (from vm.nr_hugepages)
-    host_numa: str | int = "auto"  # auto (near the device, else near our CPUs) | off | interleave | number of a node
+    host_numa: str | int = "auto"  # auto (near the device, else near our CPUs) | off | interleave | split | node
     status_socket: str | None = (
         None  # Unix socket for pager-inspect; None: <nvme_path>/status.sock when there is a store
     )
+    pager_token_file: str | None = None  # who we are to a daemon that asks: a file of mode 0600 that holds our token
+    pager_ca: str | None = None  # what the certificate of a daemon at tls:// is checked against; None: the system's
+    transfer: str = "client"  # who copies between our pages and a daemon's memory: client | ipc (the daemon)
     namespace_secrets: Mapping[str, str] = field(default_factory=dict)  # namespace -> hex secret
     # namespace -> bytes of nvme that it may hold, or a table of what quota.NamespaceQuota names
     namespace_quotas: Mapping[str, Size | Mapping[str, Size]] = field(default_factory=dict)
@@ -86,12 +103,24 @@ class PagerConfig:
         return None if self.staging_bytes is None else parse_bytes(self.staging_bytes, name="staging_bytes")
 
     @property
+    def selection_size(self) -> int:
+        return parse_bytes(self.selection_bytes, name="selection_bytes")
+
+    @property
     def host_size(self) -> int:
         return parse_bytes(self.host_bytes, name="host_bytes")
 
     @property
     def nvme_size(self) -> int | None:
         return None if self.nvme_bytes is None else parse_bytes(self.nvme_bytes, name="nvme_bytes")
+
+    @property
+    def nvme_write_size(self) -> int | None:
+        return _budget(self.nvme_write_bytes_per_s, "nvme_write_bytes_per_s")
+
+    @property
+    def nvme_day_size(self) -> int | None:
+        return _budget(self.nvme_write_bytes_per_day, "nvme_write_bytes_per_day")
 
     def codecs(self, groups: Sequence[str]) -> list[str] | None:
         """A codec for each of these layer groups, by name; None when the store may choose. Raises ConfigError."""
@@ -134,6 +163,12 @@ class PagerConfig:
         for name in names:
             check_codec(name, where="nvme_codec")
         return asked
+
+    def _formats_of(self, setting: str) -> list[str]:
+        """The texts of `device`, `host` or `nvme`: one, or one per layer group that is named."""
+        asked: FormatText | None = getattr(self, setting)
+        texts = asked.values() if isinstance(asked, Mapping) else (asked,)
+        return [FULL if text is None else text for text in texts]
 
     def check_sealable(self, namespace: str) -> None:
         """Raises ConfigError for a namespace whose blocks could not be encrypted."""
@@ -183,8 +218,25 @@ class PagerConfig:
             )
         if self._asked_codecs() is not None and self.nvme_path is None:
             raise ConfigError(f"nvme_codec={self.nvme_codec!r} without nvme_path: say where the store is")
+        check_durability(self.durability)
+        for setting in ("device", "host", "nvme"):
+            for text in self._formats_of(setting):
+                parse_policy(text, name=setting)
+        if self.host_size == 0 and any(map(is_policy, self._formats_of("host"))):
+            raise ConfigError(
+                f"host={self.host!r} with host_bytes=0: there is no host tier to keep blocks in fewer bits; give it room, "
+                "e.g. host_bytes='1GiB', or leave host out"
+            )
+        if self.nvme is not None and self.nvme_path is None:
+            raise ConfigError(f"nvme={self.nvme!r} without nvme_path: say where the store is")
         if self.nvme_path is None and self.nvme_bytes is not None:
             raise ConfigError(f"nvme_bytes={self.nvme_bytes!r} without nvme_path: say where the store is")
+        for name in ("nvme_write_bytes_per_s", "nvme_write_bytes_per_day"):
+            if getattr(self, name) is not None and self.nvme_path is None:
+                raise ConfigError(f"{name}={getattr(self, name)!r} without nvme_path: say where the store is")
+        _ = self.nvme_write_size, self.nvme_day_size  # refused when they are read
+        if not isinstance(self.prefetch, bool):
+            raise ConfigError(f"prefetch={self.prefetch!r}: choose true or false")
         if not 0.0 <= self.low_watermark <= self.high_watermark < 1.0:
             raise ConfigError(
                 f"low_watermark={self.low_watermark}, high_watermark={self.high_watermark}: "
@@ -195,6 +247,8 @@ class PagerConfig:
             raise ConfigError(f"sinks={self.sinks}: the number of sink tokens must not be negative")
         if self.backend not in ("auto", "cpu", "cuda"):
             raise ConfigError(f"backend={self.backend!r} is unknown; choose auto, cpu or cuda")
+        if self.transfer not in TRANSFERS:
+            raise ConfigError(f"transfer={self.transfer!r} is unknown; choose {' or '.join(TRANSFERS)}")
         for setting in ("namespace_quotas", "namespace_secrets"):
             if not isinstance(getattr(self, setting), Mapping):
                 raise ConfigError(f"{setting}={getattr(self, setting)!r}: give a mapping from namespace to value")
@@ -224,6 +278,13 @@ class PagerConfig:
                 raise ConfigError(f"namespace_secrets[{name!r}] is not hexadecimal text") from None
             if too_long:
                 raise ConfigError(f"namespace_secrets[{name!r}] is longer than 64 bytes")
+
+
+def _budget(value: Size | None, name: str) -> int | None:
+    size = None if value is None else parse_bytes(value, name=name)
+    if size is not None and size <= 0:
+        raise ConfigError(f"{name}={value!r}: give more than 0 bytes, or leave it out for no limit")
+    return size
 
 
 def check_tags(names: Collection[str], *, where: str) -> None:

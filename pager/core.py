@@ -15,25 +15,33 @@ from typing import Protocol
 
 import numpy as np
 
-from ..tiers.errors import Busy, ConfigError, InvariantError
-from ..tiers.host import HostMemory, HostSlab
+from ..tiers.errors import Busy, ConfigError
+from ..tiers.host import HostMemory
 from ..tiers.layout import KVLayout
+from ..tiers.packed_slab import make_slab
 from ..tiers.streams import Backend
+from . import hints
 from .accounting import Counters, Ghosts
+from .admission import Admission
 from .below import LowerTier, Slab
 from .config import PagerConfig, check_namespace
+from .costs import Costs
 from .group import BlockGroup
 from .inspection.observer import Observer
+from .integrity import Fact, check_group, facts
 from .keys import KeyChain, unsalted
 from .page_table import BlockTable, Sequence, num_blocks_of
 from .policies.registry import Setting, make_policy
 from .quota import Quotas
 from .reclaim import Reclaimer
+from .remembered import Remembered
 from .rules import Rules
+from .selecting import SliceCache
 from .sessions import SessionEntry
-from .sizing import Sizes
+from .sizing import Sizes, summary_bytes
 from .states import NOWHERE, IntArray, PageState, SlotState
 from .streaming import StagingRing
+from .tier_formats import host_formats
 
 _MAX_CHAINS = 4096  # remembered; clients choose salts, and a chain is made again from its name
 _LOOK_S = 0.05  # longest wait between two looks at the completions
@@ -47,6 +55,9 @@ class Holder(Protocol):
 
     def reserved(self, group: int) -> IntArray:
         """Host slots that are STAGING without a move of ours."""
+
+    def shares(self) -> Iterable[tuple[str, list[IntArray]]]:
+        """Everybody who refers to blocks, by a name for people, and the blocks by layer group."""
 
 
 class Core:
@@ -63,8 +74,10 @@ class Core:
         rules: Rules,
         clock: Callable[[], float],
         slabs: SequenceOf[Slab] | None = None,
+        *,
+        exports_pools: bool = False,
     ) -> None:
-        """`slabs`: the host tier where it is not memory of ours."""
+        """`slabs`: the host tier where it is not memory of ours. `exports_pools`: another process shall copy pages."""
         self.layouts, self.config, self.backend, self.nvme = layouts, config, backend, nvme
         self.rules, self.clock = rules, clock
         self.block_size = layouts[0].block_size
@@ -74,16 +87,20 @@ class Core:
         self.lock = threading.RLock()
         self.observer = Observer(self.block_size, self.ghosts, clock)
         quotas = self.quotas = Quotas(config.quotas(), clock)
+        self.costs = Costs(self.counters, self.block_size)
+        admission = Admission(config.nvme_write_size, config.nvme_day_size, clock, self.costs)
         self.memory = HostMemory(backend, numa=config.host_numa, huge_pages=config.host_huge_pages)
+        formats = host_formats(config, layouts)
         self.groups = [
             BlockGroup(
                 i,
                 layout,
                 backend,
-                slabs[i] if slabs is not None else HostSlab(layout, sizes.host_slots[i], self.memory),
+                slabs[i] if slabs is not None else make_slab(formats[i], sizes.host_slots[i], self.memory, backend),
                 num_pages=sizes.pages[i],
                 nvme=nvme,
                 quotas=quotas,
+                admission=admission,
                 policy=make_policy(
                     # of a windowed group a step reads no whole chains, and what it does not read is soon dropped
                     "lru" if config.policy == "auto" and layout.window is not None else config.policy,
@@ -94,16 +111,25 @@ class Core:
                 events=self.observer.events,
                 rules=rules,
                 clock=clock,
+                exports_pool=exports_pools,
             )
             for i, layout in enumerate(layouts)
         ]
         quotas.watch(self.groups)
+        self.costs.groups = self.groups
         self._reclaimers = [Reclaimer(g.cold) for g in self.groups if g.cold is not None and g.cold.ring is not None]
         self.rings = [
-            StagingRing(group, self.memory, sizes.staging_bytes[i], nvme is not None)
+            StagingRing(group, self.memory, sizes.staging_bytes[i], sizes.bounce_bytes[i])
             if sizes.staging_bytes[i]
             else None
             for i, group in enumerate(self.groups)
+        ]
+        self.slice_caches = [
+            SliceCache(group, sizes.slices[i]) if sizes.slices[i] and self.rings[i] is not None else None
+            for i, group in enumerate(self.groups)
+        ]
+        self.summary_rows = [
+            backend.alloc_device(sizes.summaries[i], summary_bytes(layout)) for i, layout in enumerate(layouts)
         ]
         self.sequences: dict[int, Sequence] = {}
         self.sessions: dict[str, SessionEntry] = {}
@@ -112,6 +138,7 @@ class Core:
         self.on_advance: Callable[[], None] = lambda: None
         self._next_seq = 1
         self._chains: dict[str, KeyChain] = {}
+        self.remembered = Remembered()
 
     # ------------------------------------------------------------------ sequences
     def chain(self, namespace: str) -> KeyChain:
@@ -122,7 +149,7 @@ class Core:
             secret = self.config.secret(owner)
             if len(self._chains) >= _MAX_CHAINS:
                 self._chains.clear()
-            self._chains[namespace] = KeyChain(self.fingerprint, namespace, secret, self.block_size)
+            self._chains[namespace] = KeyChain(self.fingerprint, namespace, secret, self.block_size, self.remembered)
         return self._chains[namespace]
 
     def begin(self, namespace: str) -> Sequence:
@@ -195,18 +222,23 @@ class Core:
     def _balance_device(self, group: BlockGroup) -> None:
         """Below the low mark of free or clean pages, write back up to the high mark."""
         total = len(group.pages)
+        low = max(1, int(total * self.config.low_watermark))
+        if group.pages.num_free >= low:
+            return
         ready = group.pages.num_free + group.clean_pages()
         underway = int((group.pages.state == PageState.WRITING_BACK).sum())
-        if ready + underway >= max(1, int(total * self.config.low_watermark)):
+        if ready + underway >= low:
             return
         self.write_back(group, max(1, int(total * self.config.high_watermark)) - ready - underway, "writeback")
 
     def write_back(self, group: BlockGroup, n: int, reason: str) -> int:
-        """Start copies of up to n dirty, idle blocks to the host tier. Returns how many started."""
+        """Start copies of up to n dirty, idle blocks to the host tier; those given up are dropped. Returns how many of both."""
         if n <= 0 or not len(group.host):
             return 0
+        dropped = group.drop_given_up(n)
         dirty = group.may_demote(group.pages.block[(group.pages.state == PageState.DIRTY) & group.pages.idle()])
-        return self.write_back_blocks(group, group.policy.victims(n, dirty), reason, keep_clean=True)
+        victims = hints.first_of(group, n - dropped, dirty, group.directory.is_demoted[dirty])
+        return dropped + self.write_back_blocks(group, victims, reason, keep_clean=True)
 
     def write_back_blocks(self, group: BlockGroup, blocks: IntArray, reason: str, *, keep_clean: bool = False) -> int:
         """Demote these dirty, idle blocks as far as host slots can be had now."""
@@ -214,11 +246,11 @@ class Core:
         for own in self.quotas.by_owner(group, group.may_demote(blocks)):
             for batch in group.batches(own):
                 asker = int(group.directory.owner[batch[0]])
-                room = group.host_room(keep_clean=keep_clean, asker=asker)
-                if room < len(batch) and self.quotas.room(group, "host", asker) is not None:
-                    self.make_host_room(group, len(batch), asker)  # at its ceiling: its own go down first
-                batch = batch[: group.slab.room_to_write(min(len(batch), room))]
-                slots = group.take_host_slots(len(batch), keep_clean=keep_clean, asker=asker) if len(batch) else None
+                room, wanted = group.host_room(keep_clean=keep_clean, asker=asker), group.forms.slots_of(batch)
+                if room < wanted and self.quotas.room(group, "host", asker) is not None:
+                    self.make_host_room(group, wanted, asker)  # at its ceiling: its own go down first
+                batch, count = group.forms.fitting(batch, group.slab.room_to_write(min(wanted, room)))
+                slots = group.take_host_slots(count, keep_clean=keep_clean, asker=asker) if count else None
                 if slots is None:
                     break
                 group.demote(batch, slots, reason)
@@ -232,7 +264,7 @@ class Core:
         d, host = group.directory, group.host
         valid = host.state == SlotState.VALID
         blocks = host.block[valid]
-        ready = host.num_free + int(d.nvme_valid[blocks].sum())
+        ready = host.num_free + int((d.nvme_valid[blocks] | hints.given_up(group, blocks)).sum())
         underway = int(((d.nvme_slot[blocks] >= 0) & ~d.nvme_valid[blocks]).sum())
         if ready + underway >= max(1, int(len(host) * self.config.low_watermark)):
             return
@@ -242,7 +274,7 @@ class Core:
         """Start writes of up to n host-only blocks (of one namespace) to nvme, coldest first. Returns how many started."""
         d, host = group.directory, group.host
         blocks = host.block[host.state == SlotState.VALID]
-        blocks = blocks[d.nvme_slot[blocks] == NOWHERE]
+        blocks = blocks[(d.nvme_slot[blocks] == NOWHERE) & ~hints.given_up(group, blocks)]
         if of is not None:
             blocks = blocks[d.owner[blocks] == of]
         if group.cold is not None:
@@ -253,7 +285,7 @@ class Core:
         started = 0
         if group.cold is None or not group.cold.takes_writes:
             return 0
-        for own in self.quotas.by_owner(group, blocks):
+        for own in self.quotas.by_owner(group, group.admission.choose(group, blocks, reason)):
             for batch in group.batches(own):
                 batch = group.cold.admit(batch[: group.nvme_room(int(group.directory.owner[batch[0]]), reason)])
                 if len(batch):
@@ -273,8 +305,11 @@ class Core:
         return n - group.pages.num_free - group.clean_pages() <= 0
 
     def make_host_room(self, group: BlockGroup, n: int, asker: int | None = None) -> bool:
-        """Whether n host slots can be taken now for that namespace; if not, start writes to nvme that will make it so."""
-        short = n - group.host_room(asker=asker)
+        """Whether n host slots can be taken now for that namespace; if not, start writes to nvme that will make it so.
+
+        Where a block may take several slots, room for one such block is made in any case.
+        """
+        short = max(n, min(group.forms.most_slots, len(group.host)) if n > 0 else 0) - group.host_room(asker=asker)
         if short <= 0:
             return True
         d = group.directory
@@ -292,8 +327,19 @@ class Core:
         """Walk everything. Raises InvariantError at the first contradiction. Cost: O(blocks + pages + slots)."""
         with self.lock:
             for index, group in enumerate(self.groups):
-                reserved = [holder.reserved(index) for holder in self.holders]
-                _check_group(group, self.references(index), np.concatenate([np.empty(0, np.int64), *reserved]))
+                check_group(group, self.references(index), self._reserved(index), self._tables(index))
+
+    def facts(self) -> Iterator[tuple[str, Fact]]:
+        """All that is checked there, by layer group, whether it holds or not; the lock is held."""
+        for index, group in enumerate(self.groups):
+            for fact in facts(group, self.references(index), self._reserved(index), self._tables(index)):
+                yield group.layout.name, fact
+
+    def _tables(self, index: int) -> Iterator[BlockTable]:
+        return (seq.tables[index] for seq in self.sequences.values())
+
+    def _reserved(self, index: int) -> IntArray:
+        return np.concatenate([np.empty(0, np.int64), *(holder.reserved(index) for holder in self.holders)])
 
     def references(self, index: int) -> Iterator[IntArray]:
         """Block ids of one layer group, once per reference."""
@@ -312,35 +358,3 @@ class Core:
             for group in self.groups:
                 group.poll()
             yield
-
-
-def _check_group(group: BlockGroup, tables: Iterator[IntArray], reserved: IntArray) -> None:
-    d, pages, host = group.directory, group.pages, group.host
-    refs = np.zeros(len(d.refs), np.int64)
-    for ids in tables:
-        np.add.at(refs, ids[ids >= 0], 1)
-    _require(np.array_equal(refs, d.refs), group, "references", f"{np.flatnonzero(refs != d.refs)[:5]}")
-    used = np.flatnonzero(pages.state != PageState.FREE)
-    _require(np.array_equal(d.page[pages.block[used]], used), group, "page <-> block", f"{used[:5]}")
-    _require(pages.num_free == len(pages) - len(used), group, "free pages", f"{pages.num_free}")
-    _require(not pages.pins[pages.state == PageState.FREE].any(), group, "pins of free pages", "")
-    _require(not pages.copies[pages.state == PageState.FREE].any(), group, "copies of free pages", "")
-    _require(int((d.page[d.is_live] >= 0).sum()) == len(used), group, "pages of live blocks", f"{len(used)}")
-    held = np.flatnonzero(host.state != SlotState.NONE)
-    _require(np.array_equal(d.host_slot[host.block[held]], held), group, "host slot <-> block", f"{held[:5]}")
-    _require(host.num_free == len(host) - len(held), group, "free host slots", f"{host.num_free}")
-    for key, block in d.by_key.items():
-        _require(d.key[block] == key, group, "key <-> block", f"block {block}")
-    clean = pages.block[pages.state == PageState.RESIDENT]
-    below = d.in_host(clean) | d.nvme_valid[clean]
-    _require(bool(below.all()), group, "RESIDENT without a copy below", f"{clean[~below][:5]}")
-    if not group.moves:
-        moving = np.isin(pages.state, [PageState.FILLING, PageState.WRITING_BACK, PageState.EVICTING])
-        _require(not moving.any(), group, "moving page without a move", f"{np.flatnonzero(moving)[:5]}")
-        staging = np.flatnonzero(host.state == SlotState.STAGING)
-        _require(not pages.copies.any() and bool(np.isin(staging, reserved).all()), group, "copies left over", "")
-
-
-def _require(holds: bool, group: BlockGroup, what: str, detail: str) -> None:
-    if not holds:
-        raise InvariantError(f"group {group.index} ({group.layout.name}): {what} do not agree {detail}")

@@ -33,17 +33,28 @@ class Directory:
         self.owner = np.zeros(_FIRST_SIZE, np.uint32)  # tag of the namespace that it belongs to
         self.refs = np.zeros(_FIRST_SIZE, np.int32)
         self.version = np.zeros(_FIRST_SIZE, np.int64)
+        self.serial = np.zeros(_FIRST_SIZE, np.int64)  # which of the blocks that had this id it is
         self.tag = np.zeros(_FIRST_SIZE, np.uint32)  # first bytes of the key; stays when the block is unnamed
         self.used_s = np.zeros(_FIRST_SIZE, np.float64)
         self.tokens = np.zeros(_FIRST_SIZE, np.int32)
         self.depth = np.zeros(_FIRST_SIZE, np.int64)
         self.pinned_until = np.zeros(_FIRST_SIZE, np.float64)
+        self.is_released = np.zeros(_FIRST_SIZE, bool)  # hints, until the next use: not used again,
+        self.is_demoted = np.zeros(_FIRST_SIZE, bool)  # not used soon
+        self.is_reused = np.zeros(_FIRST_SIZE, bool)  # found again by somebody, at any time
+        self.fetched = np.zeros(_FIRST_SIZE, np.uint8)  # tiers that it was prefetched into and not read in: fetched.py
+        self.child_tag = np.zeros(_FIRST_SIZE, np.uint32)  # of the first whole block that was named behind this one
+        self.is_fork = np.zeros(_FIRST_SIZE, bool)  # another one was, too
+        self.is_unpackable = np.zeros(_FIRST_SIZE, bool)  # its values do not fit the host tier's format
+        self.is_rounded = np.zeros(_FIRST_SIZE, bool)  # its page was filled from a tier that keeps fewer bits
+        self.named = np.zeros(_FIRST_SIZE, np.int64)  # which of all namings gave it its key; 0 while it has none
         self.is_live = np.zeros(_FIRST_SIZE, bool)
         self.is_named = np.zeros(_FIRST_SIZE, bool)
         self.key: list[bytes | None] = [None] * _FIRST_SIZE
         self.parent: list[bytes | None] = [None] * _FIRST_SIZE
         self.by_key: dict[bytes, int] = {}
         self._free: list[int] = list(range(_FIRST_SIZE - 1, -1, -1))
+        self._num_created = self._num_named = 0
 
     # ------------------------------------------------------------------ making and forgetting blocks
     def create(self, depth: IntArray, owner: int | npt.NDArray[np.uint32]) -> IntArray:
@@ -58,9 +69,15 @@ class Directory:
         self.nvme_holds[blocks] = 0
         self.refs[blocks] = 0
         self.version[blocks] = 0
+        self.serial[blocks] = np.arange(self._num_created, self._num_created + len(blocks))
+        self._num_created += len(blocks)
         self.tag[blocks] = 0
         self.tokens[blocks] = 0
         self.pinned_until[blocks] = 0.0
+        self.is_released[blocks] = self.is_demoted[blocks] = self.is_fork[blocks] = False
+        self.is_reused[blocks] = False
+        self.child_tag[blocks] = self.fetched[blocks] = 0
+        self.is_unpackable[blocks] = self.is_rounded[blocks] = False
         self.depth[blocks] = depth
         self.owner[blocks] = owner
         self.is_live[blocks] = True
@@ -75,21 +92,30 @@ class Directory:
         self.by_key[key] = block
         self.key[block] = key
         self.is_named[block] = True
+        self._num_named += 1
+        self.named[block] = self._num_named
         self.tag[block] = int.from_bytes(key[:4], "big")
         self.parent[block] = parent
         self.tokens[block] = tokens
         return True
 
+    def note_child(self, parent: int, key: bytes) -> None:
+        """A whole block of this key continues that one: chains part where there are two."""
+        tag = int.from_bytes(key[:4], "big")
+        if not self.child_tag[parent]:
+            self.child_tag[parent] = tag
+        self.is_fork[parent] |= self.child_tag[parent] != tag
+
     def bind_many(self, blocks: IntArray, keys: list[bytes], tokens: IntArray) -> IntArray:
         """Name nameless blocks, as after a restart. Returns those whose key another block has already."""
-        first: dict[bytes, int] = {}
-        for key, block in zip(reversed(keys), reversed(blocks.tolist()), strict=True):  # of two alike, the earlier one
-            first[key] = block
+        first = dict(zip(reversed(keys), reversed(blocks.tolist()), strict=True))  # of two alike, the earlier one
         for key in first.keys() & self.by_key.keys():
             del first[key]
         self.by_key.update(first)
         named = np.fromiter(first.values(), np.int64, len(first))
         self.is_named[named] = True
+        self.named[named] = np.arange(self._num_named + 1, self._num_named + 1 + len(named))
+        self._num_named += len(named)
         self.tokens[blocks] = tokens
         for key, block in first.items():
             self.key[block] = key
@@ -116,6 +142,7 @@ class Directory:
             del self.by_key[key]
             self.key[block] = None
             self.is_named[block] = False
+            self.named[block] = 0
             self.parent[block] = None
 
     # ------------------------------------------------------------------ questions
@@ -137,8 +164,12 @@ class Directory:
 
     def is_valid(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
         """Whether some tier holds a whole copy. Blocks of NOWHERE (-1) are not."""
-        safe = np.maximum(blocks, 0)
-        return (blocks >= 0) & (self.in_device(safe) | self.in_host(safe) | self.on_nvme(safe))
+        held = blocks >= 0
+        safe = blocks if held.all() else np.maximum(blocks, 0)
+        found = self.in_device(safe)
+        if not found.all():  # mostly the first tier has them all
+            found = found | self.in_host(safe) | self.on_nvme(safe)
+        return held & found
 
     def live(self) -> IntArray:
         return np.flatnonzero(self.is_live)
@@ -157,11 +188,21 @@ class Directory:
             "owner",
             "refs",
             "version",
+            "serial",
             "tokens",
             "depth",
             "pinned_until",
+            "is_released",
+            "is_demoted",
+            "child_tag",
+            "fetched",
+            "is_reused",
+            "is_fork",
+            "is_unpackable",
+            "is_rounded",
             "is_live",
             "is_named",
+            "named",
         ):
             setattr(self, name, _extended(getattr(self, name), new, 0))
         self.key.extend([None] * old)

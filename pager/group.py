@@ -14,14 +14,19 @@ import numpy as np
 import numpy.typing as npt
 
 from ..tiers.device import DevicePool
-from ..tiers.errors import InvariantError
+from ..tiers.errors import InvariantError, UnpackableError
 from ..tiers.layout import KVLayout
-from ..tiers.streams import Backend, Event, Stream
+from ..tiers.streams import Backend, Event, ForeignCopy, Stream
+from . import fetched, hints
 from .accounting import Counters, Ghost, Ghosts
+from .admission import Admission
 from .below import LowerTier, Slab, Ticket
 from .cold import ColdSide
 from .directory import Directory
+from .host_forms import HostForms
 from .inspection.events import KIND, OF_MOVE, TIER, EventRing
+from .known_runs import KnownRuns
+from .node_links import NodeLinks
 from .policies.base import Policy
 from .quota import Quotas
 from .rules import Rule, Rules
@@ -37,6 +42,7 @@ from .states import (
     PageUse,
     SlotState,
 )
+from .thrift import Thrift
 
 MoveKind = Literal["host_to_device", "device_to_host", "nvme_to_host", "host_to_nvme", "nvme_to_nvme"]
 # Victims are the coldest 3 % of what is looked at, so choosing costs the same in any pool.
@@ -57,6 +63,7 @@ class Move:
     reason: str
     epoch: int
     started_s: float
+    nbytes: int
     ticket: Ticket | None = None
 
 
@@ -73,21 +80,31 @@ class BlockGroup:
         num_pages: int,
         nvme: LowerTier | None,
         quotas: Quotas,
+        admission: Admission,
         policy: Policy,
         counters: Counters,
         ghosts: Ghosts,
         events: EventRing,
         rules: Rules,
         clock: Callable[[], float],
+        exports_pool: bool = False,
     ) -> None:
         self.index, self.layout, self.backend, self.quotas = index, layout, backend, quotas
-        self.pool = DevicePool(layout, num_pages, backend)
+        self.pool = DevicePool(layout, num_pages, backend, wants_export=exports_pool)
+        # of whole blocks, into pages and out of them; a daemon may drive these
+        self.copies_in: Stream = backend.promote
+        self.copies_out: Stream = backend.demote
         self.slab = slab
         self.pages, self.host = Pages(num_pages), HostSlots(slab.num_slots)
-        self.host.on_drop = slab.let_go
+        self.forms = HostForms(self)
+        self.host.on_drop = self.forms.let_go
+        self.host.links = self._links(slab)
         self.directory = Directory(self.pages, self.host)
+        self.runs = KnownRuns(self.directory)
         self.policy, self.counters, self.ghosts, self.rules, self.clock = policy, counters, ghosts, rules, clock
-        self.events = events
+        self.admission = admission
+        self.events, self.thrift = events, Thrift()
+        self.tight_s = clock()  # when something last had to leave the device or host tier for something else
         self.moves: list[Move] = []
         self.awaited: list[
             IntArray
@@ -104,15 +121,32 @@ class BlockGroup:
             self._finish["host_to_nvme"] = self.cold.finish_write
             self._finish["nvme_to_nvme"] = self.cold.finish_relocate
 
+    def _links(self, slab: Slab) -> NodeLinks | None:
+        """Where it is known on which of several nodes each slot lies."""
+        if slab.nodes is None:
+            return None
+        return NodeLinks(slab.nodes, slab.node_rates, self._slots_in_flight)
+
+    def _slots_in_flight(self) -> IntArray:
+        """Host slots that copies read or write now."""
+        writes = ("device_to_host", "nvme_to_host")
+        moves = [move.target if move.kind in writes else move.source for move in self.moves if "host" in move.kind]
+        return np.concatenate([np.empty(0, np.int64), *moves])
+
     # ------------------------------------------------------------------ references and recency
     def touch(self, blocks: IntArray, distance_tokens: IntArray | None = None) -> None:
         self.directory.used_s[blocks] = self.clock()
+        hints.used(self.directory, blocks)
+        fetched.used(self, blocks)
         self.policy.on_access(blocks, distance_tokens)
 
     def touch_chain(self, blocks: IntArray, depth: IntArray) -> None:
         """Blocks found again by key: used now, at this depth of their chain."""
         self.directory.depth[blocks] = depth
+        self.directory.is_reused[blocks] = True
         self.directory.used_s[blocks] = self.clock()
+        hints.used(self.directory, blocks)
+        fetched.used(self, blocks)
         self.policy.depth[blocks] = depth
         self.policy.on_hit(blocks)
 
@@ -133,16 +167,21 @@ class BlockGroup:
             raise InvariantError(f"group {self.index}: a block has fewer than zero references")
         alone = blocks[d.refs[blocks] == 0]
         if released:
-            self.policy.on_release(alone)
+            own = hints.own_end(d, blocks)
+            hints.release(self, own[d.refs[own] == 0])
         self.discard_dead(alone)
 
     def discard_dead(self, blocks: IntArray) -> None:
         """Remove blocks that nobody refers to and nothing names; those in flight or pinned follow when they settle."""
+        if not len(blocks):
+            return
         d = self.directory
         dead = blocks[d.is_live[blocks] & (d.refs[blocks] == 0) & ~d.is_named[blocks]]
         if not len(dead):
             return
-        dead = np.unique(dead)
+        self._discard(np.unique(dead))
+
+    def _discard(self, dead: IntArray) -> None:
         dead = dead[self._settled(dead)]
         if not len(dead):
             return
@@ -150,7 +189,7 @@ class BlockGroup:
         self.leave_host(dead)
         if self.cold is not None:
             self.cold.leave(dead)
-        d.forget(dead)
+        self.directory.forget(dead)
         self.policy.on_forget(dead)
 
     def _settled(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
@@ -218,7 +257,7 @@ class BlockGroup:
             found = self.unpinned_by_ttl(self.pages.block[pages[evictable[pages]]])
             candidates = np.concatenate([candidates, found])
             self._hand, looked = (self._hand + size) % total, looked + size
-        return self.policy.victims(n, candidates)
+        return hints.first_of(self, n, candidates, self.directory.is_demoted[candidates])
 
     def unpinned_by_ttl(self, blocks: IntArray) -> IntArray:
         return blocks[self.directory.pinned_until[blocks] <= self.clock()]
@@ -242,13 +281,23 @@ class BlockGroup:
         blocks = self.pages.block[(self.pages.state == PageState.DIRTY) & self.pages.idle()]
         blocks = self.unpinned_by_ttl(blocks[d.refs[blocks] == 0])
         victims = self.policy.victims(n, blocks)
-        self.note("dropped", "device", victims, "no_room_below", self.policy.name)
-        for block in victims.tolist():
-            self._remember_ghost(block, "device", "no_room_below")
-            d.unbind(block)
-        self.count_eviction("device", victims, "no_room_below")
-        self.discard_dead(victims)
+        self._drop_dirty(victims, "no_room_below")
         return len(victims)
+
+    def drop_given_up(self, n: int) -> int:
+        """Forget up to n released blocks that only the device holds: they are not worth a copy. Returns how many."""
+        victims = hints.dirty_and_given_up(self)[:n]
+        if len(victims):
+            self._drop_dirty(victims, "released")
+        return len(victims)
+
+    def _drop_dirty(self, victims: IntArray, reason: str) -> None:
+        self.note("dropped", "device", victims, reason, self.policy.name)
+        for block in victims.tolist():
+            self._remember_ghost(block, "device", reason)
+            self.directory.unbind(block)
+        self.count_eviction("device", victims, reason)
+        self.discard_dead(victims)
 
     def adopt_page(self, blocks: IntArray, pages: IntArray) -> None:
         """Give new blocks FREE pages: FREE -> DIRTY, the engine will write there."""
@@ -292,19 +341,21 @@ class BlockGroup:
     def _drop_victims(self, n: int, keep_clean: bool, asker: int | None, of: int | None = None) -> bool:
         """Drop n host copies; False, and none dropped, where there are fewer that may go."""
         victims = self._host_victims(n, keep_clean, asker, of) if n > 0 else np.empty(0, np.int64)
-        if len(victims) < n:
+        victims, freed = self.forms.giving(victims, n)
+        if freed < n:
             return False
         if len(victims):
-            self._drop_host_copies(victims)
+            self.drop_host_copies(victims, "pressure")
         return True
 
     def host_room(self, *, keep_clean: bool = False, asker: int | None = None) -> int:
         """Host slots that could be taken without any copy, for that namespace."""
-        most = self.host.num_free + len(self._host_victims(len(self.host), keep_clean, asker))
+        held = self.forms.slots_held
+        most = self.host.num_free + held(self._host_victims(len(self.host), keep_clean, asker))
         room = self.quotas.room(self, "host", asker)
         if room is None:
             return most
-        return max(0, min(most, room + len(self._host_victims(len(self.host), keep_clean, asker, asker))))
+        return max(0, min(most, room + held(self._host_victims(len(self.host), keep_clean, asker, asker))))
 
     def _host_victims(self, n: int, keep_clean: bool, asker: int | None, of: int | None = None) -> IntArray:
         """Host copies that may go, first to leave first; `of`: that namespace's alone."""
@@ -321,9 +372,13 @@ class BlockGroup:
         below, above = d.nvme_valid[blocks], d.in_device(blocks) & (d.page[blocks] >= 0)
         busy = above & (self.pages.state[np.maximum(d.page[blocks], 0)] == PageState.WRITING_BACK)
         cache_only = ~below & ~above & (d.refs[blocks] == 0)
-        chosen = self.policy.victims(n, blocks[below & ~busy])
+        first = hints.given_up(self, blocks) & ~busy & (below | ~above)
+        chosen = self.policy.victims(n, blocks[first]) if first.any() else blocks[:0]
+        if len(chosen) < n:
+            chosen = np.concatenate([chosen, self.policy.victims(n - len(chosen), blocks[below & ~busy & ~first])])
+        cache_only &= ~first
         if len(chosen) < n and self.cold is not None and self._nvme_takes_more():
-            cache_only &= ~self.cold.may_sink(blocks)
+            cache_only &= ~(self.cold.may_sink(blocks) & self.admission.may_write(self, blocks))
         if len(chosen) < n:
             chosen = np.concatenate([chosen, self.policy.victims(n - len(chosen), blocks[cache_only])])
         if len(chosen) < n:
@@ -336,7 +391,8 @@ class BlockGroup:
     def _nvme_takes_more(self) -> bool:
         return self.can_write_nvme and self.nvme_room() > 0
 
-    def _drop_host_copies(self, blocks: IntArray) -> None:
+    def drop_host_copies(self, blocks: IntArray, reason: str) -> None:
+        """Evict: these copies may go, as `_host_victims` finds."""
         d = self.directory
         slots = d.host_slot[blocks]
         if self.rules.holds(Rule.HOST_SLOT_HELD_WHILE_READ):
@@ -349,7 +405,7 @@ class BlockGroup:
         alone_above = blocks[d.in_device(blocks) & ~d.nvme_valid[blocks]]
         pages = d.page[alone_above]
         self.pages.step(pages[self.pages.state[pages] == PageState.RESIDENT], PageState.DIRTY)
-        self.count_eviction("host", blocks, "pressure")
+        self.count_eviction("host", blocks, reason)
         self.forget_lost(blocks, "host")
 
     @property
@@ -360,6 +416,16 @@ class BlockGroup:
     def cold_bytes(self) -> int:
         """Of disk, for one block."""
         return self.cold.block_bytes if self.cold is not None else self.layout.block_bytes
+
+    def tier_bytes(self, tier: str) -> int:
+        """Of a whole block in that tier, in the form that it has there."""
+        if tier == "host":
+            return self.forms.slot_bytes
+        return (
+            self.cold_bytes
+            if tier == "nvme" and self.cold is not None and self.cold.is_lossy
+            else self.layout.block_bytes
+        )
 
     def nvme_room(self, asker: int | None = None, reason: str = "") -> int:
         return self.cold.room(asker, reason) if self.cold is not None else 0
@@ -373,7 +439,7 @@ class BlockGroup:
     # ------------------------------------------------------------------ moves: submit
     def promote(self, blocks: IntArray, pages: IntArray, reason: str) -> None:
         """Host -> device for blocks VALID in the host tier, into FREE pages."""
-        d, stream = self.directory, self.backend.promote
+        d, stream = self.directory, self.copies_in
         slots = d.host_slot[blocks]
         if len(slots) and int(slots.min()) < 0:
             raise InvariantError(f"group {self.index}: a block is promoted from a host slot that it has no more")
@@ -383,7 +449,7 @@ class BlockGroup:
         self.pages.copies[pages] += 1
         self.host.holds[slots] += 1  # rule 7
         self.order(stream, COPY_IN, pages)  # rule 2
-        stream.copy_rows(self.pool.rows, pages, self.slab.rows, self.slab.place(slots))
+        self.forms.get(stream, pages, slots)
         self.submit("host_to_device", blocks, slots, pages, stream.record(), reason)
 
     def may_demote(self, blocks: IntArray) -> IntArray:
@@ -391,18 +457,19 @@ class BlockGroup:
         return blocks[self.directory.host_slot[blocks] == NOWHERE]
 
     def demote(self, blocks: IntArray, slots: IntArray, reason: str) -> None:
-        """Device -> host for DIRTY, idle blocks, into free host slots."""
-        d, stream = self.directory, self.backend.demote
+        """Device -> host for DIRTY, idle blocks, into free host slots, as many as they take (forms.slots_of)."""
+        d, stream = self.directory, self.copies_out
         pages = d.page[blocks]
         self.pages.step(pages, COPY_OUT.begins)
         self.pages.copies[pages] += 1
-        self.host.stage(slots, blocks)
+        slots = self.forms.stage(blocks, slots)
         self.slab.begin_write(slots)
         d.host_slot[blocks] = slots
         self.order(stream, COPY_OUT, pages)  # rule 3
-        stream.copy_rows(self.slab.rows, self.slab.place(slots), self.pool.rows, pages)
+        self.forms.put(stream, slots, pages)
         event = stream.record()
-        self.pages.note_event(self.pages.copy_out, pages, event)
+        read = event.source_over if isinstance(event, ForeignCopy) else event
+        self.pages.note_event(self.pages.copy_out, pages, read)
         if not self.rules.holds(Rule.HOST_SLOT_HELD_WHILE_READ):
             self.host.publish(slots)  # a test took rule 7 out: valid before its copy-out event
         self.submit("device_to_host", blocks, pages, slots, event, reason)
@@ -424,7 +491,10 @@ class BlockGroup:
         ticket: Ticket | None = None,
     ) -> None:
         versions = self.directory.version[blocks].copy()
-        self.moves.append(Move(kind, blocks, source, target, versions, event, reason, self.epoch, self.clock(), ticket))
+        nbytes = self.forms.moved_bytes(kind, blocks, source, target)
+        self.moves.append(
+            Move(kind, blocks, source, target, versions, event, reason, self.epoch, self.clock(), nbytes, ticket)
+        )
 
     # ------------------------------------------------------------------ moves: completion
     def poll(self) -> int:
@@ -445,10 +515,10 @@ class BlockGroup:
         failed = move.event.error is not None
         self._finish[move.kind](move, failed)
         reason = "error" if failed else move.reason
-        nbytes = len(move.blocks) * self.layout.block_bytes
-        self.counters.add("moved_bytes", nbytes, direction=move.kind, reason=reason)
+        self.counters.add("moved_bytes", move.nbytes, direction=move.kind, reason=reason)
         self.counters.add("moved_blocks", len(move.blocks), direction=move.kind, reason=reason)
         self.counters.add("move_seconds", self.clock() - move.started_s, direction=move.kind, reason=reason)
+        self.counters.add("moves", 1, direction=move.kind, reason=reason)
         kind, tier = OF_MOVE[move.kind]
         self.events.note(
             KIND["failed"] if failed else kind,
@@ -458,7 +528,7 @@ class BlockGroup:
             move.blocks,
             move.reason,
             started_s=move.started_s,
-            nbytes=nbytes,
+            nbytes=move.nbytes,
         )
         self.discard_dead(move.blocks[self.directory.refs[move.blocks] == 0])
 
@@ -472,6 +542,7 @@ class BlockGroup:
         self.pages.step(move.target[good], COPY_IN.ends)
         self.pages.step(move.target[~good], COPY_IN.fails)
         d.page[move.blocks[~good]] = NOWHERE  # rule 8: never published
+        self.forms.rounded(move.blocks[good], move.source[good])
         self._drop_changed(move.blocks[~intact])
         blocks, pages = move.blocks[good], move.target[good]
         stale = ~(d.in_host(blocks) | d.nvme_valid[blocks])
@@ -501,6 +572,8 @@ class BlockGroup:
         self.host.publish(move.target[whole & staged])
         self.host.drop(move.target[~whole])
         d.host_slot[move.blocks[~whole]] = NOWHERE
+        if isinstance(error := move.event.error, UnpackableError):
+            self.forms.keep_whole(move.blocks[np.isin(move.source, error.rows)])
 
     def unname_lost(self, blocks: IntArray) -> None:
         """A block that no tier holds must not be found by its key: it can be stored again."""
@@ -540,10 +613,13 @@ class BlockGroup:
         d = self.directory
         lost = blocks[(d.refs[blocks] == 0) & ~d.is_valid(blocks) & (d.page[blocks] < 0)]
         self.note("dropped", tier, lost, "no copy left", self.policy.name)
-        for block in lost.tolist():
+        if not len(lost):
+            return
+        ids = list(dict.fromkeys(lost.tolist()))  # once each, in order: their ids are reused in that order
+        for block in ids:
             self._remember_ghost(block, tier, "pressure")
             d.unbind(block)
-            self.discard_dead(np.array([block]))
+        self._discard(np.array(ids, np.int64))
 
     def _remember_ghost(self, block: int, tier: str, reason: str) -> None:
         key = self.directory.key[block]
@@ -552,6 +628,9 @@ class BlockGroup:
 
     def count_eviction(self, tier: str, blocks: IntArray, reason: str) -> None:
         self.note("evicted", tier, blocks, reason, self.policy.name)
+        fetched.left(self, blocks, tier)
+        if reason == "pressure" and tier != "nvme" and not self.directory.is_released[blocks].all():
+            self.tight_s = self.clock()
         self.counters.add("evicted_blocks", len(blocks), tier=tier, reason=reason)
 
     def note(self, what: str, tier: str, blocks: IntArray, reason: str, policy: str = "") -> None:

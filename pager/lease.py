@@ -9,26 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from .selecting import Picked, SliceSelection
 from .states import IntArray
 from .streaming import SliceStream, Staged
 
 if TYPE_CHECKING:
-    from .pager import Pager
+    from .lease_keeping import LeaseKeeper
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Tokens [start, end) of a sequence that one step will compute."""
+    """Tokens [start, end) of a sequence that one step will compute, and how much of its context they see."""
 
     seq: int
     start: int
     end: int
+    window: int | None = None  # in full-attention groups, see this many last tokens, and the first `sinks`
+    sinks: int = 0
 
 
 @dataclass(slots=True)
@@ -38,10 +42,17 @@ class GroupLease:
     tables: npt.NDArray[np.int32]  # [spans, max_blocks], compact; -1 behind the end
     kv_lens: npt.NDArray[np.int32]  # [spans], compact lengths, new tokens included
     slots: IntArray  # [new tokens]: page * block_size + offset
+    listed: list[IntArray] = field(default_factory=list)  # per span: the logical blocks that its table lists
     pinned: list[IntArray] = field(default_factory=list)  # pages
     written: list[IntArray] = field(default_factory=list)  # pages
     new_blocks: list[tuple[int, int, IntArray]] = field(default_factory=list)  # (seq, first logical block, block ids)
     stream: SliceStream | None = None
+    selection: SliceSelection | None = None
+
+    @property
+    def copies(self) -> list[SliceStream | SliceSelection]:
+        """What copies past the host tier while the step runs."""
+        return [one for one in (self.stream, self.selection) if one is not None]
 
 
 class Lease:
@@ -52,11 +63,14 @@ class Lease:
     table lists, so a kernel never meets a hole. Distances to the newest token stay true within the window.
     """
 
-    def __init__(self, pager: Pager, spans: list[Span], *, is_write_only: bool = False) -> None:
-        self._pager = pager
+    def __init__(
+        self, keeper: LeaseKeeper, spans: list[Span], *, is_write_only: bool = False, is_selected: bool = False
+    ) -> None:
+        self._keeper = keeper
         self.spans = spans
         self.is_write_only = is_write_only  # tables list only blocks that get new tokens
-        self.cu_q = np.concatenate([[0], np.cumsum([s.end - s.start for s in spans])]).astype(np.int32)
+        self.is_selected = is_selected  # context stays where it is; the step picks what it reads
+        self.cu_q = np.array([0, *accumulate([s.end - s.start for s in spans])], np.int32)
         self.groups: list[GroupLease] = []
         self.wait_s = 0.0  # how long the caller waited for blocks
         self.is_streamed = False
@@ -84,7 +98,13 @@ class Lease:
         stream = self.groups[group].stream
         if stream is None:
             return iter(())
-        return self._pager.stream_layer(self, group, stream, layer)
+        return self._keeper.stream(self, group, stream, layer)
+
+    def pick(self, group: int, layer: int, blocks: IntArray) -> Iterator[Picked]:
+        """Slices of context blocks that are not resident, of a selected lease. Raises as `stream` does."""
+        selection = self.groups[group].selection
+        assert selection is not None
+        return self._keeper.pick(self, group, selection, layer, blocks)
 
     def commit(self) -> None:
         """The K/V of all new tokens are submitted for writing: they count as computed from here on.
@@ -93,14 +113,14 @@ class Lease:
         """
         if self._is_released or self._is_committed:
             raise RuntimeError("lease: commit after release, or twice")
-        self._pager.commit_lease(self)
+        self._keeper.commit(self)
         self._is_committed = True
 
     def release(self) -> None:
         """Unpin. Without a commit before it, the new tokens do not count as computed."""
         if not self._is_released:
             self._is_released = True
-            self._pager.release_lease(self, committed=self._is_committed)
+            self._keeper.release(self, committed=self._is_committed)
 
     def __enter__(self) -> Lease:
         return self

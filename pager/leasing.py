@@ -7,20 +7,25 @@ released and the sequence is as it was. Guards the residency rule: a table names
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import numpy.typing as npt
 
 from ..tiers.errors import Busy, ConfigError, TierFullError
 from .core import Core
 from .group import BlockGroup
 from .lease import GroupLease, Lease, Span
+from .lease_in_place import fill_in_place
 from .page_table import Sequence, num_blocks_of, visible_blocks
 from .prefix import lose
 from .rules import Rule
+from .selecting import SliceSelection
 from .states import APPEND, IntArray, PageState
-from .streaming import SliceStream
+from .streaming import SliceStream, StagingRing
 
+# Of a sequence that goes on: the one it copies, and the next; a longer step shrinks to the room there is.
+TAIL_BLOCKS = 2
 _MAX_ROUND_WAIT_S = 0.05
 
 
@@ -31,6 +36,7 @@ class _Need:
     seq: Sequence
     context: IntArray  # logical indices of blocks that exist
     context_ids: IntArray
+    resident: npt.NDArray[np.bool_]  # which of these are readable in the device tier
     writes_tail: bool  # the last context block is partly filled and will be appended to
     num_new: int
     first_new: int
@@ -45,29 +51,37 @@ class LeaseFiller:
     def fill(self, lease: Lease, timeout_s: float, allow_streaming: bool) -> None:
         """Raises: TierFullError, BlockMissError, ConfigError, Busy; see Pager.lease."""
         core = self._core
-        deadline_s = core.clock() + timeout_s
         started_s = core.clock()
+        deadline_s = started_s + timeout_s
         with core.locked():
             self._check_spans(lease.spans)
             for span in lease.spans:
                 core.sequences[span.seq].num_leases += 1
             lease.holds_sequences = True
-        for group in core.groups:
+            for group in core.groups:
+                if (in_place := fill_in_place(core, lease, group, started_s)) is None:
+                    break
+                lease.groups.append(in_place)
+        for group in core.groups[len(lease.groups) :]:
             held = GroupLease(np.empty((0, 0), np.int32), np.empty(0, np.int32), np.empty(0, np.int64))
             lease.groups.append(held)
             self._fill_group(lease, held, group, deadline_s, allow_streaming)
         lease.wait_s = core.clock() - started_s
         core.counters.add("lease_wait_seconds", lease.wait_s)
 
-    def bring_up(self, seq: Sequence, num_new: int) -> int:
-        """Start copies for what the sequence's next num_new tokens read. Returns blocks that are not readable yet."""
+    def bring_up(self, seq: Sequence) -> int:
+        """Start copies for what the sequence's next tokens read. Returns blocks that are not readable yet.
+
+        Cost: next to nothing while the last lease was filled in place and no block has left the device tier since.
+        """
         missing = 0
         for group in self._core.groups:
-            logical = visible_blocks(group.layout, seq.num_computed, seq.num_computed + num_new)
-            table = seq.tables[group.index].ids
-            context = table[logical[logical < num_blocks_of(seq.num_computed, self._core.block_size)]]
-            waiting = context[~group.directory.in_device(context)]
-            if len(waiting):
+            if seq.tables[group.index].known_row(group.pages.num_left) is not None:
+                continue
+            context = seq.tables[group.index].ids[visible_blocks(group.layout, seq.num_computed, seq.num_computed)]
+            resident = group.directory.in_device(context)
+            if not resident.all():
+                waiting = context[~resident]
                 group.touch(context)
                 self._start_promotions(group, waiting)
                 missing += len(waiting)
@@ -79,10 +93,11 @@ class LeaseFiller:
         for group in self._core.groups:
             context, new = [np.empty(0, np.int64)], 0
             for seq, num_new in work:
-                logical = visible_blocks(group.layout, seq.num_computed, seq.num_computed + num_new)
+                held = visible_blocks(group.layout, seq.num_computed, seq.num_computed)
+                context.append(seq.tables[group.index].ids[held])
                 num_existing = num_blocks_of(seq.num_computed, size)
-                context.append(seq.tables[group.index].ids[logical[logical < num_existing]])
-                new += num_blocks_of(seq.num_computed + num_new, size) - num_existing + (seq.num_computed % size > 0)
+                blocks = num_blocks_of(seq.num_computed + num_new, size) - num_existing + (seq.num_computed % size > 0)
+                new += min(blocks, TAIL_BLOCKS) if group.layout.is_tail else blocks
             found.append((len(np.unique(np.concatenate(context))) + new, len(group.pages)))
         return found
 
@@ -113,7 +128,12 @@ class LeaseFiller:
             context = needs[0].context_ids  # of one sequence: each block once
             if len(needs) > 1:
                 context = np.unique(np.concatenate([n.context_ids for n in needs]))
-            streamed = self._choose_streamed(group, needs, context, len(lease.spans) == 1 and allow_streaming)
+            is_selected = lease.is_selected and self._core.slice_caches[group.index] is not None
+            may_stream = is_selected or (len(lease.spans) == 1 and allow_streaming and lease.spans[0].window is None)
+            is_ring_taken = self._core.is_streaming and not lease.is_streamed
+            streamed = self._choose_streamed(
+                group, needs, context, may_stream, is_selected=is_selected, is_ring_taken=is_ring_taken
+            )
             resident = np.setdiff1d(context, streamed) if len(streamed) else context
             for need in needs:
                 distance = (num_blocks_of(need.seq.num_computed, core.block_size) - 1 - need.context) * core.block_size
@@ -123,7 +143,7 @@ class LeaseFiller:
         self._bring_in(lease, held, group, resident, deadline_s)
         for need in needs:
             self._add_writable(held, group, need, deadline_s)
-        if len(streamed):
+        if len(streamed) or is_selected:
             self._open_stream(lease, held, group, streamed, deadline_s)
         with core.locked():
             self._write_tables(lease, held, group, streamed)
@@ -131,36 +151,50 @@ class LeaseFiller:
     def _need(self, group: BlockGroup, span: Span, is_write_only: bool) -> _Need:
         core, seq = self._core, self._core.sequences[span.seq]
         table, size = seq.tables[group.index].ids, core.block_size
-        logical = _listed(group, span, is_write_only)
         num_existing = num_blocks_of(span.start, size)
-        context = logical[logical < num_existing]
+        context = _listed(group, replace(span, end=span.start), is_write_only)
         ids = table[context]
-        valid = group.directory.is_valid(ids)
-        if not valid.all():
-            lose(self._core, seq, int(context[np.argmin(valid)]))
+        resident = group.directory.in_device(ids)
+        if not resident.all():
+            valid = group.directory.is_valid(ids)
+            if not valid.all():
+                lose(self._core, seq, int(context[np.argmin(valid)]))
         num_new = num_blocks_of(span.end, size) - num_existing
-        return _Need(seq, context, ids, span.start % size != 0, num_new, num_existing)
+        return _Need(seq, context, ids, resident, span.start % size != 0, num_new, num_existing)
 
     def _count_reads(self, group: BlockGroup, needs: list[_Need]) -> None:
         """Context that this step reads, in blocks, by the tier that holds it now (of the first layer group)."""
-        count, d = self._core.counters.add, group.directory
+        count = self._core.counters.add
         for need in needs:
-            device, host = d.in_device(need.context_ids), d.in_host(need.context_ids)
-            num_device, num_host = int(device.sum()), int((host & ~device).sum())
-            count("read_blocks", num_device, tier="device")
-            count("read_blocks", num_host, tier="host")
-            count("read_blocks", len(need.context_ids) - num_device - num_host, tier="nvme")
+            below = need.context_ids[~need.resident]
+            count("read_blocks", len(need.context_ids) - len(below), tier="device")
+            if len(below):
+                num_host = int(group.directory.in_host(below).sum())
+                count("read_blocks", num_host, tier="host")
+                count("read_blocks", len(below) - num_host, tier="nvme")
 
     # ------------------------------------------------------------------ what fits
-    def _choose_streamed(self, group: BlockGroup, needs: list[_Need], context: IntArray, may_stream: bool) -> IntArray:
-        """Ids of context blocks that stay below and are streamed; empty when everything fits."""
+    def _choose_streamed(
+        self,
+        group: BlockGroup,
+        needs: list[_Need],
+        context: IntArray,
+        may_stream: bool,
+        *,
+        is_selected: bool,
+        is_ring_taken: bool,
+    ) -> IntArray:
+        """Ids of context blocks that stay below and are streamed, or of which slices are picked: none when everything
+        fits; of a selected lease all that are not resident anyway."""
         pages = group.pages
         new = sum(n.num_new + self._copies_tail(group, n) for n in needs)
+        if not is_selected and len(context) + new <= len(pages) - np.count_nonzero(pages.pins):
+            return context[:0]  # whoever holds the pinned pages
         foreign = int((pages.pins > 0).sum()) - int(
             (pages.pins[np.maximum(group.directory.page[context], 0)] > 0).sum()
         )
         room = len(pages) - max(foreign, 0) - new
-        if len(context) <= room:
+        if len(context) <= room and not is_selected:
             return context[:0]
         ring = self._core.rings[group.index]
         keep = sum(n.writes_tail for n in needs)
@@ -171,13 +205,13 @@ class LeaseFiller:
                 "or raise device_bytes",
                 retry_after_s=0.01,
             )
-        if self._core.is_streaming:
+        if is_ring_taken:
             raise TierFullError("device tier: another streamed step holds the staging ring", retry_after_s=0.01)
-        order = needs[0].context_ids
-        full = order[: len(order) - 1] if needs[0].writes_tail else order
+        whole = [n.context_ids[: len(n.context_ids) - n.writes_tail] for n in needs]
+        full = whole[0] if len(whole) == 1 else np.unique(np.concatenate(whole))
         budget = room - keep
         inside = group.directory.in_device(full)
-        chosen = np.concatenate([full[inside], full[~inside]])[:budget]
+        chosen = np.concatenate([full[inside], full[~inside][: 0 if is_selected else None]])[:budget]
         return np.setdiff1d(full, chosen)
 
     def _copies_tail(self, group: BlockGroup, need: _Need) -> int:
@@ -256,16 +290,19 @@ class LeaseFiller:
     def _start_reads(self, group: BlockGroup, blocks: IntArray, num_waiting: int, *, is_first: bool) -> int:
         """Start reads of these blocks, of one namespace where there are quotas, as far as there are host slots."""
         core, asker, started = self._core, int(group.directory.owner[blocks[0]]), 0
-        core.make_host_room(group, len(blocks), asker)
+        core.make_host_room(group, group.forms.slots_of(blocks, below=True), asker)
         room, ready = group.host_room(keep_clean=True, asker=asker), group.pages.num_free + group.clean_pages()
         must_sink = max(0, num_waiting - ready - int((group.pages.state == PageState.WRITING_BACK).sum()))
         count = max(min(ready, room), room - must_sink, 0)
-        is_stuck = not count and is_first and not core.in_flight()
+        fit, _ = group.forms.fitting(blocks, count, below=True)
+        is_stuck = not len(fit) and is_first and not core.in_flight()
         if is_stuck:  # one page of two may get dirty again, and a block comes up in the other
-            count = min(group.host_room(asker=asker), max(1, ready // 2))
+            least = group.forms.slots_of(blocks[:1], below=True)
+            fit, _ = group.forms.fitting(blocks, min(group.host_room(asker=asker), max(least, ready // 2)), below=True)
         assert group.cold is not None
-        for batch in group.batches(blocks[:count]):
-            slots = group.take_host_slots(len(batch), keep_clean=not is_stuck, asker=asker)
+        for batch in group.batches(fit):
+            wanted = group.forms.slots_of(batch, below=True)
+            slots = group.take_host_slots(wanted, keep_clean=not is_stuck, asker=asker)
             if slots is None:
                 break
             group.cold.read(batch, slots, "demand")
@@ -311,7 +348,7 @@ class LeaseFiller:
             group.ref(block)
             rows = group.pool.rows
             self._core.backend.compute.copy_rows(rows, pages[:1], rows, d.page[[source]])
-            table.ids[need.first_new - 1] = block[0]
+            table.put(need.first_new - 1, int(block[0]))
             need.context_ids = np.concatenate([need.context_ids[:-1], block])
             group.unref(np.array([source]))
             self._core.counters.add("copy_on_write_blocks", 1)
@@ -346,16 +383,27 @@ class LeaseFiller:
                 alone = streamed[~(d.in_host(streamed) | d.nvme_valid[streamed])]
                 self._raise_if_lost(lease, group, alone)
                 if not len(alone):
-                    ids = seq.tables[group.index].ids
-                    held.stream = SliceStream(group, ring, ids[np.isin(ids, streamed)])
+                    if lease.is_selected:
+                        held.selection = self._select(lease, group, ring, streamed)
+                    else:
+                        ids = seq.tables[group.index].ids
+                        held.stream = SliceStream(group, ring, ids[np.isin(ids, streamed)])
                     lease.is_streamed = core.is_streaming = True
                     return
                 pages = d.page[alone]
                 dirty = alone[(group.pages.state[pages] == PageState.DIRTY) & group.pages.idle()[pages]]
-                core.make_host_room(group, len(dirty))
+                core.make_host_room(group, group.forms.slots_of(dirty))
                 started = core.write_back_blocks(group, dirty, "pressure")
                 self._require_progress(group, started, deadline_s, len(alone))
             core.backend.wait_any(_MAX_ROUND_WAIT_S)
+
+    def _select(self, lease: Lease, group: BlockGroup, ring: StagingRing, below: IntArray) -> SliceSelection:
+        core, cache = self._core, self._core.slice_caches[group.index]
+        assert cache is not None
+        spans = []
+        for span in lease.spans:
+            spans.append(core.sequences[span.seq].tables[group.index].ids[: span.start // core.block_size].copy())
+        return SliceSelection(group, cache, ring, spans, below)
 
     def _write_tables(self, lease: Lease, held: GroupLease, group: BlockGroup, streamed: IntArray) -> None:
         core, size, d = self._core, self._core.block_size, group.directory
@@ -363,10 +411,11 @@ class LeaseFiller:
         for span in lease.spans:
             table = core.sequences[span.seq].tables[group.index].ids
             logical = _listed(group, span, lease.is_write_only)
-            blocks = table[logical]
-            keep = ~np.isin(blocks, streamed) if len(streamed) else np.ones(len(blocks), bool)
-            pages = d.page[blocks[keep]]
+            if len(streamed):
+                logical = logical[~np.isin(table[logical], streamed)]
+            pages = d.page[table[logical]]
             rows.append(pages)
+            held.listed.append(logical)
             lens.append(span.end - (num_blocks_of(span.end, size) - len(pages)) * size)
             position = np.arange(span.start, span.end)
             slots.append(d.page[table[position // size]] * size + position % size)
@@ -382,4 +431,7 @@ def _listed(group: BlockGroup, span: Span, is_write_only: bool) -> IntArray:
     """Logical blocks that a table lists for a span: all that it reads, or only those that it writes."""
     if is_write_only:
         return np.arange(span.start // group.layout.block_size, num_blocks_of(span.end, group.layout.block_size))
-    return visible_blocks(group.layout, span.start, span.end)
+    layout = group.layout
+    if span.window is not None and layout.window is None:
+        layout = replace(layout, window=span.window, sinks=span.sinks)
+    return visible_blocks(layout, span.start, span.end)

@@ -47,8 +47,11 @@ def of_counters(rows: list[dict[str, Any]], policy: str) -> Iterator[Any]:
         yield counter(name, moved)
     evicted = {(tier, policy, reason): v for (tier, reason), v in sums("evicted_blocks", "tier", "reason").items()}
     yield counter("kvtier_evictions", evicted)
+    yield counter("kvtier_prefetched_bytes", sums("prefetched_bytes", "tier", "outcome"))
     corrupt = sums("corrupt_blocks", "tier")
     yield counter("kvtier_checksum_failures", corrupt)
+    yield counter("kvtier_rounded_again_blocks", {(): sums("rounded_again_blocks")[()]})
+    yield counter("kvtier_unpackable_blocks", {(): sums("unpackable_blocks")[()]})
     sessions = {"parked": sums("parked_sessions")[()], "resumed": sums("resumed_sessions")[()]}
     yield counter("kvtier_sessions", sessions)
 
@@ -64,6 +67,8 @@ def of_tiers(tiers: dict[str, dict[str, Any]]) -> Iterator[Any]:
     yield gauge("kvtier_tier_bytes", levels)
     capacity = {tier: of["capacity_bytes"] for tier, of in tiers.items()}
     yield gauge("kvtier_tier_capacity_bytes", capacity)
+    stored = {tier: of["stored_bytes"] for tier, of in tiers.items() if "stored_bytes" in of}
+    yield gauge("kvtier_tier_stored_bytes", stored)
 
 
 def counter(name: str, values: Any) -> Any:

@@ -10,12 +10,31 @@ window). Half-open intervals of tokens throughout: a span [start, end) is what o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from ..tiers.layout import KVLayout
+from .foresight import Session
 from .keys import KeyChain
 from .states import NOWHERE, IntArray
+
+if TYPE_CHECKING:
+    from .prefix import Match
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Where the blocks of a whole table lie in the device tier: true while the table has this version and no block has
+    left the tier since."""
+
+    version: int
+    num_left: int  # of the group's pages
+    ids: IntArray
+    pages: IntArray
+    table: npt.NDArray[np.int32]  # [1, blocks], of the same pages
+    logical: IntArray  # 0, 1, 2, ...
 
 
 class BlockTable:
@@ -24,14 +43,29 @@ class BlockTable:
     def __init__(self, blocks: IntArray | None = None) -> None:
         self._ids = np.empty(16, np.int64) if blocks is None else np.array(blocks, np.int64)
         self._used = 0 if blocks is None else len(blocks)
+        self.version = 0  # how often it has changed
+        self.row: Row | None = None  # where its blocks were found last
+        self.touched_s = float("-inf")  # when a step that was filled in place last told that its blocks are in use
 
     def __len__(self) -> int:
         return self._used
 
     @property
     def ids(self) -> IntArray:
-        """A view; writing to it changes the table."""
-        return self._ids[: self._used]
+        """A view; what changes the table are its methods."""
+        view = self._ids[: self._used]
+        view.flags.writeable = False
+        return view
+
+    def known_row(self, num_left: int) -> Row | None:
+        """Where its blocks lie, if that is remembered and still true; `num_left` is that of the group's pages now."""
+        row = self.row
+        return row if row is not None and row.version == self.version and row.num_left == num_left else None
+
+    def put(self, index: IntArray | int, blocks: IntArray | int) -> None:
+        """Other blocks in these places."""
+        self._ids[: self._used][index] = blocks
+        self.version += 1
 
     def extend(self, blocks: IntArray) -> None:
         need = self._used + len(blocks)
@@ -41,11 +75,13 @@ class BlockTable:
             self._ids = grown
         self._ids[self._used : need] = blocks
         self._used = need
+        self.version += 1
 
     def trim(self, num_blocks: int) -> IntArray:
         """Cut the table to num_blocks; returns the ids cut off (without NOWHERE)."""
         cut = self._ids[num_blocks : self._used].copy()
         self._used = min(self._used, num_blocks)
+        self.version += 1
         return cut[cut >= 0]
 
     def copy(self) -> BlockTable:
@@ -65,6 +101,14 @@ class Sequence:
     num_computed: int = 0
     num_leases: int = 0
     session_id: str | None = None
+    resumed: Match | None = None  # where its tokens were when it was resumed, until its first turn counts them
+    foreseen: Session | None = None  # what foresight remembers of the session whose turn this is
+    branch: tuple[int, str] | None = None  # from this token on K/V are approximate; see Pager.branch
+
+    def branch_at(self, num_tokens: int, name: str) -> None:
+        """Name the blocks that hold tokens from here on apart."""
+        self.branch, self.chain = (num_tokens, name), self.chain.branched(num_tokens, name)
+        del self.keys[num_tokens // self.chain.block_size :]
 
 
 def num_blocks_of(num_tokens: int, block_size: int) -> int:
@@ -77,17 +121,16 @@ def lowest_visible(layout: KVLayout, position: int) -> int:
 
 
 def visible_blocks(layout: KVLayout, start: int, end: int) -> IntArray:
-    """Logical blocks that queries at [start, end) read or write, ascending: sinks, then the window, then the span."""
+    """Logical blocks that queries at [start, end) read or write, ascending: sinks, then the window, then the span.
+
+    Up to `start` itself: those of them that exist before the span is written.
+    """
     size = layout.block_size
     first = lowest_visible(layout, start) // size
-    num_sink_blocks = min(num_blocks_of(layout.sinks, size), first) if layout.window is not None else 0
+    num_sink_blocks = min(num_blocks_of(layout.sinks, size), first)
+    if not num_sink_blocks:
+        return np.arange(first, num_blocks_of(end, size))
     return np.concatenate([np.arange(num_sink_blocks), np.arange(first, num_blocks_of(end, size))])
-
-
-def needed_pages(layout: KVLayout, context_tokens: int, span_tokens: int) -> int:
-    """Pages of this group that a span behind that context takes at most."""
-    visible = context_tokens if layout.window is None else min(context_tokens, layout.window + layout.sinks)
-    return num_blocks_of(visible, layout.block_size) + num_blocks_of(span_tokens, layout.block_size) + 2
 
 
 def dropped_from_window(layout: KVLayout, table: IntArray, next_position: int) -> IntArray:

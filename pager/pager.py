@@ -8,26 +8,34 @@ interface. A cache of ours may answer "miss" at any time; it never answers wrong
 
 from __future__ import annotations
 
+import secrets
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..tiers.backends import get_backend
-from ..tiers.errors import BlockMissError, Busy, ConfigError
+from ..tiers.errors import Busy, ConfigError
+from ..tiers.formats import BlockFormat
 from ..tiers.layout import KVLayout
 from ..tiers.streams import Backend
+from . import hints
 from .accounting import Counters
 from .config import PagerConfig
 from .core import Core
+from .group import BlockGroup
 from .inspection import requests
+from .inspection.observer import OnAnswered
 from .inspection.service import InspectionService
 from .lease import Lease, Span
+from .lease_keeping import LeaseKeeper
 from .leasing import LeaseFiller
-from .page_table import dropped_from_window, num_blocks_of
+from .lookups import begin_turn, count_lookup
+from .page_table import Sequence as TokenSequence
+from .page_table import num_blocks_of
 from .parking import Parking
 from .prefetching import Prefetcher
 from .prefix import Match, adopt, adopt_tail, bring_back_s, next_cached_block, peek, residency, rewind
@@ -35,10 +43,10 @@ from .reading import BlockReader, HeldBlocks
 from .rules import ALL_RULES, Rules
 from .sessions import ParkedSession
 from .sizing import plan_sizes
-from .states import NOWHERE, IntArray, PageState, SlotState
+from .states import NOWHERE, PageState, SlotState
 from .status import pager_status
 from .stores import open_nvme, stored_block_size
-from .streaming import CorruptSliceError, SliceStream, Staged
+from .tier_formats import check_available, host_formats, roundings
 
 if TYPE_CHECKING:
     from ..tiers.nvme.files import SystemCalls
@@ -52,7 +60,7 @@ class Pager:
 
     def __init__(self, core: Core, remote: Remote | None = None) -> None:
         self._core, self._remote = core, remote
-        self._filler = LeaseFiller(core)
+        self._filler, self._keeper = LeaseFiller(core), LeaseKeeper(core)
         self._parking = Parking(core)
         self._prefetcher = Prefetcher(core)
         self._reader = BlockReader(core)
@@ -84,12 +92,19 @@ class Pager:
         """
         layouts = _layouts(layout)
         config.validate()
+        if config.transfer != "client":
+            raise ConfigError(
+                f"transfer={config.transfer!r} without a daemon: it says who copies; give pager='unix:///...'"
+            )
+        check_available(config, layouts)
         sizes = plan_sizes(
             layouts,
             config.device_size,
             config.host_size,
             config.staging_size,
             config.nvme_path is not None,
+            host_formats(config, layouts),
+            config.selection_size,
         )
         owned = backend is None
         backend = backend or get_backend(config.backend, io_depth=config.nvme_queue_depth)
@@ -125,20 +140,24 @@ class Pager:
         clock: Callable[[], float] = time.monotonic,
         rules: Rules = ALL_RULES,
     ) -> Pager:
-        """A pager over the memory of a daemon at `address` (unix:///run/kvtier/pagerd.sock), shared with its other clients.
+        """A pager over the memory of a daemon at `address`, shared with its other clients: unix:///path/of/pagerd.sock,
+        or tls://host:port with config.pager_token_file and pager_ca.
 
         Of the configuration, device_bytes and how it is used count; host tier and store are the daemon's (host_bytes is
         a private host tier where its memory is not mapped: another user, or share_memory=False). `name` is for its logs.
         When the daemon goes, the pager goes on with what it has, and is attached again when one is there.
         Raises: ConfigError, TierUnavailableError when no daemon answers, ProtocolError when it refuses us.
         """
+        from .client.address import read_token
         from .client.connection import Greeting
         from .client.remote import Remote
-        from .wire.messages import BYTES, FEATURES
+        from .wire.messages import ALL_FEATURES, BYTES, FEATURES
 
         layouts = _layouts(layout)
         config.validate()
-        greeting = Greeting(name, token, FEATURES if share_memory else (BYTES,))
+        wanted = ALL_FEATURES if config.transfer == "ipc" else FEATURES
+        features = wanted if share_memory else (BYTES,)
+        greeting = Greeting(name, token or read_token(config.pager_token_file), features, ca_file=config.pager_ca)
         owned = backend is None
         backend = backend or get_backend(config.backend, io_depth=config.nvme_queue_depth)
         try:
@@ -193,6 +212,24 @@ class Pager:
         """The device pool of a layer group: uint8 rows [pages, block_bytes] at a stable address."""
         return self._core.groups[group].pool.rows
 
+    def staging_rows(self, group: int) -> Any:
+        """Device memory of a layer group's staging ring: uint8 rows [rows, layer_bytes] at a stable address, or None."""
+        ring = self._core.rings[group]
+        return None if ring is None else ring.rows
+
+    @property
+    def can_select(self) -> bool:
+        """Whether device memory is set apart for selected attention."""
+        return any(cache is not None for cache in self._core.slice_caches)
+
+    def summary_rows(self, group: int) -> Any:
+        """Device memory for key summaries of a layer group: uint8 rows, one per block; none without selection_bytes."""
+        return self._core.summary_rows[group]
+
+    def roundings(self, group: int) -> list[BlockFormat]:
+        """Formats of fewer bits in which blocks of a layer group may have been, from the highest tier down."""
+        return roundings(self._core.config, self.layouts)[group]
+
     def capacity_tokens(self) -> int:
         """Tokens of one sequence that all tiers together can hold."""
         return (
@@ -233,7 +270,10 @@ class Pager:
     def append(self, seq: int, token_ids: Sequence[int]) -> None:
         """Tokens that the sequence is going to compute, in order."""
         with self._core.lock:
-            self._core.sequence(seq).token_ids.extend(token_ids)
+            state = self._core.sequence(seq)
+            if state.session_id is not None:
+                self._prefetcher.began(state.session_id, state)
+            state.token_ids.extend(token_ids)
 
     def token_ids(self, seq: int, start: int = 0, end: int | None = None) -> list[int]:
         """The known tokens [start, end) of a sequence, computed or not."""
@@ -253,7 +293,7 @@ class Pager:
         if self._remote is not None:
             self._remote.find_prompt(namespace, token_ids, with_tail=False)
         with self._core.locked():
-            return peek(self._core, namespace, list(token_ids))
+            return peek(self._core, namespace, token_ids)
 
     def residency(self, seq: int) -> Match:
         """The computed tokens of a sequence, by the slowest tier that its next step reads them from."""
@@ -273,16 +313,18 @@ class Pager:
             if state.token_ids:
                 raise ConfigError(f"sequence {seq} is not empty; attach comes first, then append")
             state.token_ids = list(token_ids)
-            match = adopt(self._core, state, len(state.token_ids), count=count)
+            match = adopt(self._core, state, len(state.token_ids))
+            self._prefetcher.began_chain(state)
             if with_tail:
-                match += adopt_tail(self._core, state, len(state.token_ids), count=count)
+                match += adopt_tail(self._core, state, len(state.token_ids))
             if count:
-                self._core.counters.add("miss_tokens", len(token_ids) - match.tokens)
-                self._core.counters.add("ghost_tokens", match.ghost_tokens)
-                self._core.observer.asked(state, len(token_ids), match)
+                count_lookup(self._core, state, len(token_ids), match)
+            asked = state.keys[: len(token_ids) // self.block_size]
             del state.token_ids[state.num_computed :]
             del state.keys[state.num_computed // self.block_size :]  # what is appended next may be something else
-            return match
+        if count and self._remote is not None:
+            self._remote.used(asked, len(token_ids), match)
+        return match
 
     def adopt(self, seq: int) -> Match:
         """A sequence of known tokens, none of them computed, takes over their longest cached prefix but the last token.
@@ -294,10 +336,31 @@ class Pager:
         with self._core.locked():
             state = self._core.idle_sequence(seq, "adopting")
             match = adopt(self._core, state, len(state.token_ids) - 1)
-            self._core.counters.add("miss_tokens", len(state.token_ids) - 1 - state.num_computed)
-            self._core.counters.add("ghost_tokens", match.ghost_tokens)
-            self._core.observer.asked(state, len(state.token_ids), match)
-            return match
+            self._prefetcher.began_chain(state)
+            num_tokens = len(state.token_ids) - 1
+            count_lookup(self._core, state, num_tokens, match)
+            asked = state.keys[: num_tokens // self.block_size]
+        if self._remote is not None:
+            self._remote.used(asked, num_tokens, match)
+        return match
+
+    def turn(self, seq: int, token_ids: Sequence[int]) -> Match:
+        """The next message of a conversation: append it, and count the request that answers it.
+
+        Returns what the cache has of the sequence, by the tier that holds it now; of a resumed one, that held it then.
+        """
+        with self._core.locked():
+            state = self._core.idle_sequence(seq, "its next turn")
+            self._core.observer.ended(state)
+            self.append(seq, token_ids)
+        if self._remote is not None:
+            self._remote.find_next(state, len(token_ids) + 1)
+        with self._core.locked():
+            match, num_tokens = begin_turn(self._core, state), len(state.token_ids) - 1
+            asked = state.keys[: num_tokens // self.block_size]
+        if self._remote is not None:
+            self._remote.used(asked, num_tokens, match, is_turn=True)
+        return match
 
     def plan_prefill(self, seq: int, max_tokens: int) -> int:
         """How many tokens to compute next, at most max_tokens; adopts first what others have computed meanwhile.
@@ -330,7 +393,8 @@ class Pager:
         with self._core.lock:
             state, size = self._core.sequence(seq), self.block_size
             end = min(end, len(state.token_ids))
-            state.chain.extend(state.keys, state.token_ids[: end // size * size])
+            if len(state.keys) < end // size:  # else it would begin with a copy of all token ids
+                state.chain.extend(state.keys, state.token_ids[: end // size * size])
             return state.keys[num_blocks_of(start, size) : end // size]
 
     def truncate(self, seq: int, num_tokens: int) -> int:
@@ -341,8 +405,34 @@ class Pager:
                 raise ConfigError(f"truncate: num_tokens={num_tokens}, the sequence has {len(state.token_ids)}")
             del state.token_ids[num_tokens:]
             del state.keys[num_tokens // self.block_size :]
+            state.resumed = None
+            if state.branch is not None and num_tokens <= state.branch[0]:
+                state.branch, state.chain = None, self._core.chain(state.namespace)
             rewind(self._core, state, min(num_tokens, state.num_computed))
             return state.num_computed
+
+    def room_to_draft(self, seq: int) -> int:
+        """Tokens behind the next one that a step can compute and truncate again without having to compute others anew.
+
+        Any number, but where pages are packed: there a block that was whole once has lost its tail.
+        """
+        if not any(layout.is_tail for layout in self.layouts):
+            return 1 << 30
+        return max(0, self.block_size - 2 - self._core.sequence(seq).num_computed % self.block_size)
+
+    def branch(self, seq: int) -> None:
+        """What is computed from here on saw only part of its context: name those blocks apart from exact ones.
+
+        Nobody else finds them by their tokens, but forks of this sequence and itself, also after park and resume.
+        """
+        with self._core.locked():
+            state = self._core.idle_sequence(seq, "branching")
+            if state.branch is None:
+                state.branch_at(state.num_computed, secrets.token_hex(8))
+
+    def is_branched(self, seq: int) -> bool:
+        """Whether some of its K/V are approximate."""
+        return self._core.sequence(seq).branch is not None
 
     def fork(self, seq: int) -> int:
         """A second sequence over the same blocks; whoever writes first copies."""
@@ -351,6 +441,7 @@ class Pager:
             child = self._core.begin(parent.namespace)
             child.token_ids, child.keys = list(parent.token_ids), list(parent.keys)
             child.num_computed = parent.num_computed
+            child.branch, child.chain = parent.branch, parent.chain
             child.tables = [table.copy() for table in parent.tables]
             for group, table in zip(self._core.groups, child.tables, strict=True):
                 group.ref(table.ids[table.ids >= 0])
@@ -361,17 +452,31 @@ class Pager:
         self._end(seq, released=False)
 
     def release(self, seq: int) -> None:
-        """The sequence ends and will not be used again: its blocks are the first to leave."""
+        """The sequence ends and will not be used again: its blocks are the first to leave every tier.
+
+        But for those at its beginning that other sequences have continued otherwise: these are cache, by recency.
+        """
         self._end(seq, released=True)
 
     def _end(self, seq: int, *, released: bool) -> None:
         with self._core.locked():
             state = self._core.idle_sequence(seq, "ending it")
             self._core.observer.ended(state)
+            if not released and state.session_id is None:
+                self._prefetcher.ended_chain(state)
+            keys = self._keys_of(state) if released and self._remote is not None else []
             self._core.drop_tables(state, released=released)
             del self._core.sequences[seq]
+        if self._remote is not None and released:
+            self._remote.hint(keys, "release")
         if self._remote is not None and state.session_id is not None:
             self._remote.give_back_session(state.session_id, self._parking)
+
+    def _keys_of(self, seq: TokenSequence) -> list[bytes]:
+        """Of its computed whole blocks."""
+        count = seq.num_computed // self.block_size
+        seq.chain.extend(seq.keys, seq.token_ids[: count * self.block_size])
+        return seq.keys[:count]
 
     # ------------------------------------------------------------------ leases
     def lease(
@@ -381,142 +486,29 @@ class Pager:
         timeout_s: float = 30.0,
         allow_streaming: bool = True,
         write_only: bool = False,
+        selected: bool = False,
     ) -> Lease:
         """Pages for one step: context resident and pinned (or streamed, one span only), new tokens with a place.
 
         `write_only`: for K/V that were computed elsewhere. The context stays where it is; tables list only the blocks
         that get new tokens, so they serve for writing and not for attention.
+        `selected`: the step picks which context blocks it reads, layer by layer (Lease.pick). Whole context blocks of
+        full-attention groups stay where they are. Needs selection_bytes.
         Raises: TierFullError when these spans cannot be pinned together (take fewer, or shorter ones); BlockMissError
         when a block is lost (num_valid tokens still count, compute from there); Busy after timeout_s.
         """
-        lease = Lease(self, list(spans), is_write_only=write_only)
+        if selected and not self.can_select:
+            raise ConfigError(
+                f"selected attention needs device memory for key summaries and picked slices: selection_bytes="
+                f"{self._core.config.selection_bytes!r}; give it an eighth of device_bytes, say"
+            )
+        lease = Lease(self._keeper, list(spans), is_write_only=write_only, is_selected=selected)
         try:
             self._filler.fill(lease, timeout_s, allow_streaming)
         except BaseException:
             lease.release()
             raise
         return lease
-
-    def stream_layer(self, lease: Lease, group: int, stream: SliceStream, layer: int) -> Iterator[Staged]:
-        """See Lease.stream."""
-        try:
-            yield from stream.layer(layer)
-        except CorruptSliceError as error:
-            self._lose(lease.spans[0].seq, group, error.blocks)
-
-    def _lose(self, seq_id: int, group: int, blocks: IntArray) -> None:
-        with self._core.lock:
-            held = self._core.groups[group]
-            bad = blocks[held.directory.nvme_valid[blocks]]
-            if held.cold is not None:
-                held.cold.lose_copies(bad)
-            ids = self._core.sequence(seq_id).tables[group].ids
-            first = int(np.flatnonzero(np.isin(ids, blocks))[0])
-        raise BlockMissError(
-            f"sequence {seq_id}: block {first} could not be read back; release the lease and compute again from token "
-            f"{first * self.block_size}",
-            seq=seq_id,
-            num_valid=first * self.block_size,
-        )
-
-    def commit_lease(self, lease: Lease) -> None:
-        """See Lease.commit."""
-        core = self._core
-        if any(held.stream is not None and held.stream.copy_failed() for held in lease.groups):
-            core.counters.add("failed_copies", 1, direction="host_to_device", reason="stream")
-            only = lease.spans[0]
-            raise BlockMissError(
-                f"sequence {only.seq}: a copy into the staging ring failed; release the lease and compute again from "
-                f"token {only.start}",
-                seq=only.seq,
-                num_valid=only.start,
-            )
-        with core.lock:
-            event = core.backend.compute.record()
-            for group, held in zip(core.groups, lease.groups, strict=True):
-                for pages in held.written:
-                    group.pages.note_event(group.pages.last_write, pages, event)
-            for span in lease.spans:
-                seq = core.sequences[span.seq]
-                seq.num_computed = span.end
-                self._name_full_blocks(span)
-                for group, table in zip(core.groups, seq.tables, strict=True):
-                    dead = dropped_from_window(group.layout, table.ids, span.end)
-                    blocks = table.ids[dead]
-                    table.ids[dead] = NOWHERE
-                    group.unref(blocks)
-            core.counters.add("stored_tokens" if lease.is_write_only else "computed_tokens", int(lease.cu_q[-1]))
-
-    def _name_full_blocks(self, span: Span) -> None:
-        core, size = self._core, self.block_size
-        seq = core.sequences[span.seq]
-        first, end = span.start // size, span.end // size
-        if first == end:
-            return  # most decode steps: hashing would begin with a copy of all token ids
-        seq.chain.extend(seq.keys, seq.token_ids[: end * size])
-        for group, table in zip(core.groups, seq.tables, strict=True):
-            for i in range(first, end):  # one or two per decode step, a chunk's worth per prefill step
-                block, parent = int(table.ids[i]), seq.keys[i - 1] if i else None
-                if block >= 0 and group.directory.key[block] is None:
-                    if group.directory.bind(block, seq.keys[i], parent, size):
-                        core.ghosts.forget(seq.keys[i])
-                    else:
-                        self._use_twin(group, table.ids, i, seq.keys[i])
-
-    def _use_twin(self, group: Any, ids: IntArray, index: int, key: bytes) -> None:
-        """Another sequence computed the same block first: share that one, ours goes when its pins do."""
-        twin = np.array([group.directory.by_key[key]])
-        if group.directory.is_valid(twin)[0]:
-            own = ids[index]
-            ids[index] = twin[0]
-            group.ref(twin)
-            group.unref(np.array([own]))
-
-    def release_lease(self, lease: Lease, *, committed: bool) -> None:
-        """See Lease.release."""
-        core = self._core
-        for held in lease.groups:
-            if held.stream is not None:
-                held.stream.close()
-        with core.lock:
-            if lease.is_streamed:
-                core.is_streaming = False
-            event = core.backend.compute.record() if lease.groups else None
-            for group, held in zip(core.groups, lease.groups, strict=False):
-                for pages in held.pinned:
-                    group.pages.pins[pages] -= 1
-                    if event is not None:
-                        group.pages.note_event(group.pages.last_read, pages, event)
-                if not committed:
-                    for pages in held.written:  # a copy on write stays, and kernels may have been queued
-                        group.pages.note_event(group.pages.last_write, pages, event)
-                    self._undo_new_blocks(group, held.new_blocks)
-                blocks = np.concatenate([group.pages.block[p] for p in held.pinned] or [np.empty(0, np.int64)])
-                blocks = blocks[blocks >= 0]
-                group.discard_dead(blocks[group.directory.refs[blocks] == 0])
-            if lease.holds_sequences:
-                for span in lease.spans:
-                    core.sequences[span.seq].num_leases -= 1
-                self._rewind_if_lost(lease, committed)
-            core.advance()  # here and not in the background: waking a thread at every step makes it wait for the GIL
-
-    def _undo_new_blocks(self, group: Any, new_blocks: list[tuple[int, int, IntArray]]) -> None:
-        for seq_id, first, _ in new_blocks:
-            group.unref(self._core.sequences[seq_id].tables[group.index].trim(first))
-
-    def _rewind_if_lost(self, lease: Lease, committed: bool) -> None:
-        """After a failed step: a table that names a lost block is cut before it."""
-        if committed:
-            return
-        for span in lease.spans:
-            seq = self._core.sequences[span.seq]
-            for group, table in zip(self._core.groups, seq.tables, strict=True):
-                held = np.flatnonzero(table.ids >= 0)
-                lost = held[~group.directory.is_valid(table.ids[held]) & (group.directory.page[table.ids[held]] < 0)]
-                if len(lost):
-                    had = seq.num_computed
-                    rewind(self._core, seq, int(lost[0]) * self.block_size)
-                    self._core.counters.add("lost_tokens", had - seq.num_computed)
 
     # ------------------------------------------------------------------ K/V in and out without a model step
     def read_blocks(self, seq: int, group: int, *, timeout_s: float = 30.0) -> Generator[HeldBlocks]:
@@ -546,30 +538,42 @@ class Pager:
         with self._core.lock:
             until_s = self._core.clock() + ttl_s
             for group, table in zip(self._core.groups, self._core.sequence(seq).tables, strict=True):
-                held = table.ids[table.ids >= 0]
-                group.note("pinned", "device", held, "client")
-                group.directory.pinned_until[held] = np.maximum(group.directory.pinned_until[held], until_s)
+                hints.pin(group, table.ids[table.ids >= 0], until_s)
 
     def prefetch(self, seq: int) -> int:
-        """Bring blocks of this sequence up as far as there is free room. Returns how many copies started."""
+        """This sequence, or a request with its known tokens, runs soon: bring up what it will read, before anybody waits.
+
+        Takes room that is free or holds cache that nobody refers to, a little at a time, in the order of calls. Returns
+        how many copies started now.
+        """
         with self._core.locked():
             return self._prefetcher.start(self._core.sequence(seq))
 
-    def bring_up(self, seq: int, num_new: int = 1) -> int:
-        """Start the copies that the next num_new tokens of this sequence wait for, evicting for them as a lease would.
+    def bring_up(self, seq: int) -> int:
+        """Start the copies that the next tokens of this sequence wait for, evicting for them as a lease would.
 
         Returns how many blocks are not readable yet; 0 means that a lease would not wait.
         """
         with self._core.locked():
-            return self._filler.bring_up(self._core.sequence(seq), num_new)
+            return self._filler.bring_up(self._core.sequence(seq))
 
     def seconds_to_bring_back(self, seq: int) -> float:
         """What it would take to make this sequence's blocks resident again if its pages were given up now.
 
-        From the rates that copies have had in this pager (HOST_RATE and NVME_RATE before there were any).
+        From the rates that copies have had in this pager (the usual ones before there were any).
         """
         with self._core.lock:
             return bring_back_s(self._core, self._core.sequence(seq))
+
+    def note_computing(self, tokens: int, seconds: float) -> None:
+        """Tell that the K/V of so many tokens of prompts took so long: what loading is weighed against."""
+        with self._core.lock:
+            self._core.costs.note_computing(tokens, seconds)
+
+    @property
+    def compute_s_per_token(self) -> float:
+        """As told lately by `note_computing`; 0 before anything was."""
+        return self._core.costs.compute_s_per_token
 
     def discard(self, seq: int) -> None:
         """Compute this sequence anew when it runs again; its blocks are the first to leave, its token ids stay."""
@@ -586,7 +590,7 @@ class Pager:
                 idle = (pages >= 0) & group.pages.idle()[np.maximum(pages, 0)]
                 group.evict(blocks[idle & (state == PageState.RESIDENT)], "demote")
                 self._core.write_back_blocks(group, blocks[idle & (state == PageState.DIRTY)], "demote")
-                group.policy.on_release(blocks)
+                hints.demote(group, blocks)
 
     # ------------------------------------------------------------------ sessions
     def park(self, session_id: str, seq: int, extra: dict[str, Any] | None = None, *, timeout_s: float = 120.0) -> None:
@@ -596,6 +600,8 @@ class Pager:
         """
         state = self._core.idle_sequence(seq, "parking")
         self._parking.park(session_id, state, extra or {}, timeout_s)
+        with self._core.lock:
+            self._prefetcher.ended(session_id, state)
         if self._remote is not None:
             self._remote.give_back_session(session_id, self._parking)
 
@@ -608,6 +614,8 @@ class Pager:
         """
         state = self._core.idle_sequence(seq, "checkpointing")
         self._parking.checkpoint(session_id, state, extra or {}, timeout_s)
+        with self._core.lock:
+            self._prefetcher.ended(session_id, state, is_open=True)
 
     def resume(self, session_id: str, namespace: str = "default") -> tuple[int, ParkedSession]:
         """Bring a parked session back as a sequence; its blocks start to come up in the background."""
@@ -615,15 +623,18 @@ class Pager:
             self._remote.take_session(session_id, namespace)
         state, parked = self._parking.resume(session_id, namespace)
         with self._core.locked():
+            self._prefetcher.began(session_id, state)
             self._prefetcher.start(state)
         return state.id, parked
 
-    def forget(self, session_id: str) -> None:
-        """Delete a parked session; its blocks become ordinary cache."""
+    def forget(self, session_id: str, *, released: bool = False) -> None:
+        """Delete a parked session; its blocks become ordinary cache, or with `released` the first to leave every tier."""
+        with self._core.lock:
+            self._prefetcher.forget(session_id)
         if self._remote is not None and session_id not in self._core.sessions:
-            self._remote.forget_session(session_id)
+            self._remote.forget_session(session_id, released=released)
         else:
-            self._parking.forget(session_id)
+            self._parking.forget(session_id, released=released)
 
     def sessions(self) -> dict[str, dict[str, Any]]:
         """Known sessions: tokens, whether active (here or in another client), whether durable."""
@@ -653,9 +664,7 @@ class Pager:
                 return None
             generation = held.host.generation[slot]
         copied: list[bytes] = []
-        self._core.backend.read_io.submit(
-            lambda: copied.append(held.slab.rows[held.slab.place(np.array([slot]))[0]].tobytes())
-        ).wait(30.0)
+        self._core.backend.read_io.submit(lambda: copied.append(_bytes_of_slot(held, slot))).wait(30.0)
         with self._core.lock:
             same = held.host.generation[slot] == generation and held.host.state[slot] == SlotState.VALID
         if copied and (same or not self._core.rules.holds(Rule.READER_CHECKS_GENERATION)):
@@ -672,10 +681,15 @@ class Pager:
         """Remember an answered request for inspectors, while its sequence is still open; see inspection/requests.py."""
         requests.note(self._core, seq, **told)
 
+    def watch_requests(self, listener: OnAnswered | None) -> None:
+        """Tell somebody of every answered request, on the engine's thread; one listener, None for nobody."""
+        self._core.observer.on_answered = listener
+
     def poll(self) -> None:
         """Apply finished copies and keep the watermarks; the background thread does this by itself."""
         with self._core.lock:
             self._core.advance()
+            self._prefetcher.tick()
 
     def drain(self, timeout_s: float = 60.0) -> bool:
         """Wait until no copy is in flight. False on timeout."""
@@ -694,7 +708,8 @@ class Pager:
                     raise Busy(f"abandon: stream {stream.name} did not drain in {timeout_s} s", retry_after_s=1.0)
             for group in core.groups:
                 for move in group.moves:
-                    move.event.wait(timeout_s)
+                    if not move.event.wait(timeout_s):  # of a daemon that is gone without a word, say
+                        raise Busy(f"abandon: a copy did not end in {timeout_s} s", retry_after_s=1.0)
                 group.abandon(drained=True)
 
     def close(self, timeout_s: float = 60.0) -> None:
@@ -747,6 +762,7 @@ class Pager:
             self._wake.clear()
             with self._core.lock:
                 self._core.advance()
+                self._prefetcher.tick()
 
 
 def open_pager(
@@ -762,6 +778,14 @@ def open_pager(
     if address is None:
         return Pager.open(layouts, config, model_fingerprint=model_fingerprint, about=about, clock=clock)
     return Pager.connect(address, layouts, config, model_fingerprint=model_fingerprint, about=about, clock=clock)
+
+
+def _bytes_of_slot(group: BlockGroup, slot: int) -> bytes:
+    """A block in a host slot, in full precision."""
+    if group.forms.packed is not None:
+        return group.forms.packed.read(np.array([slot])).tobytes()
+    row: bytes = group.slab.rows[group.slab.place(np.array([slot]))[0]].tobytes()
+    return row
 
 
 def _layouts(layout: KVLayout | Sequence[KVLayout]) -> tuple[KVLayout, ...]:

@@ -17,7 +17,7 @@ from ..tiers.errors import Busy, ConfigError, TierFullError, TierUnavailableErro
 from .core import Core
 from .group import BlockGroup
 from .page_table import BlockTable, Sequence
-from .prefix import Match, adopt, residency, seal_key, take_back
+from .prefix import adopt, residency, seal_key, take_back
 from .records import SessionRecords
 from .sessions import ParkedSession, SessionEntry, check_session_id
 from .states import NOWHERE, IntArray, PageState
@@ -72,7 +72,7 @@ class Parking:
         self.seal(seq)
         self._write_down(seq, timeout_s, f"session {session_id!r}")
         entry = SessionEntry(session_id, seq.namespace, list(seq.token_ids), seq.num_computed, extra)
-        entry.summary, entry.tail_keys = _summary(seq), self._tail_keys(seq)
+        entry.summary, entry.tail_keys, entry.branch = _summary(seq), self._tail_keys(seq), seq.branch
         if core.nvme is not None and self._records is not None:
             self._records.put(entry)
             core.nvme.flush(timeout_s)
@@ -99,13 +99,15 @@ class Parking:
             assert entry.tables is not None
             seq.tables, entry.tables = entry.tables, None
             seq.token_ids = list(entry.token_ids)
+            if entry.branch is not None:
+                seq.branch_at(*entry.branch)
             seq.chain.extend(seq.keys, seq.token_ids[: entry.num_computed])
             seq.num_computed = min(len(seq.tables[0]) * core.block_size, entry.num_computed)
             seq.session_id = session_id
             entry.active_seq = seq.id
             if seq.num_computed == 0 and entry.num_computed >= core.block_size:
-                adopt(core, seq, entry.num_computed, count=False)
-            core.observer.asked(seq, seq.num_computed, self._count_hits(seq))
+                adopt(core, seq, entry.num_computed)
+            seq.resumed = residency(core, seq)
             core.counters.add("resumed_sessions", 1)
             return seq, ParkedSession(session_id, list(seq.token_ids), seq.num_computed, dict(entry.extra))
 
@@ -125,13 +127,13 @@ class Parking:
         with self._core.locked():
             self._seal_tail(seq)
 
-    def forget(self, session_id: str) -> None:
+    def forget(self, session_id: str, *, released: bool = False) -> None:
         core = self._core
         with core.locked():
             entry = core.sessions.pop(session_id, None)
             if entry is None:
                 raise UnknownSessionError(f"session {session_id!r} is unknown")
-            self.let_go(entry)
+            self.let_go(entry, released=released)
             if self._records is not None and core.nvme is not None and (entry.is_durable or not core.nvme.is_durable):
                 self._records.drop(entry)
 
@@ -149,7 +151,7 @@ class Parking:
                 twin = group.directory.by_key[key]
                 if group.directory.is_valid(np.array([twin]))[0]:
                     group.ref(np.array([twin]))
-                    table.ids[full] = twin
+                    table.put(full, twin)
                     group.unref(np.array([block]))
 
     def _tail_keys(self, seq: Sequence) -> list[bytes]:
@@ -170,7 +172,7 @@ class Parking:
             before = int(held[0]) - 1
             block = group.directory.find(seq.keys[before : before + 1])
             if group.directory.is_valid(block).all():
-                table.ids[before] = block[0]
+                table.put(before, int(block[0]))
                 group.ref(block)
 
     def _write_down(self, seq: Sequence, timeout_s: float, what: str, *, may_wait_for_pins: bool = False) -> None:
@@ -212,7 +214,7 @@ class Parking:
         pages = np.maximum(d.page[todo], 0)
         dirty = todo[(d.page[todo] >= 0) & (group.pages.state[pages] == PageState.DIRTY) & group.pages.idle()[pages]]
         if len(dirty):
-            core.make_host_room(group, len(dirty), int(d.owner[dirty[0]]))
+            core.make_host_room(group, group.forms.slots_of(dirty), int(d.owner[dirty[0]]))
             core.write_back_blocks(group, dirty, "park")
         return len(todo) + num_misnamed
 
@@ -229,7 +231,7 @@ class Parking:
             group.dirty_if_alone(tail)
             return 0
         if d.host_slot[tail[0]] == NOWHERE and self._core.make_host_room(group, 1):
-            slots = group.take_host_slots(1)
+            slots = group.take_host_slots(group.forms.slots_of(tail, below=True))
             if slots is not None:
                 cold.read(tail, slots, "park")
         return 1
@@ -248,24 +250,19 @@ class Parking:
         probe = core.begin(entry.namespace)
         try:
             probe.token_ids = list(entry.token_ids)
+            if entry.branch is not None:
+                probe.branch_at(*entry.branch)
             if not take_back(core, probe, entry.num_computed, entry.tail_keys):
-                adopt(core, probe, entry.num_computed, count=False)
+                adopt(core, probe, entry.num_computed)
             entry.tables, probe.tables = probe.tables, [BlockTable() for _ in core.groups]
         finally:
             del core.sequences[probe.id]
 
-    def let_go(self, entry: SessionEntry) -> None:
+    def let_go(self, entry: SessionEntry, *, released: bool = False) -> None:
         if entry.tables is not None:
             for group, table in zip(self._core.groups, entry.tables, strict=True):
-                group.unref(table.trim(0))
+                group.unref(table.trim(0), released=released)
             entry.tables = None
-
-    def _count_hits(self, seq: Sequence) -> Match:
-        """A resumed token is a hit for the tier that holds it now."""
-        now = residency(self._core, seq)
-        for tier in ("device", "host", "nvme"):
-            self._core.counters.add("hit_tokens", getattr(now, f"{tier}_tokens"), tier=tier)
-        return now
 
 
 def _summary(seq: Sequence) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Prefix matching: how much of a prompt some tier already holds, and taking it over.
 
 A prefix of n blocks is usable when every full-attention group has all n blocks and every windowed group has the blocks
-that a query at that point sees. Changes references only through `adopt`. A hit is counted in tokens, for the tier that
-held it at match time.
+that a query at that point sees. Changes references only through `adopt` and its like. A match is told in tokens, by the
+tier that held them at match time; lookups.py counts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Tokens
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -17,8 +18,6 @@ from ..tiers.errors import BlockMissError
 from .core import Core
 from .page_table import Sequence, lowest_visible, num_blocks_of, visible_blocks
 from .states import NOWHERE, IntArray
-
-HOST_RATE, NVME_RATE = 5e9, 1e9  # bytes per second, until copies have been measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +43,23 @@ class Match:
 def match_keys(core: Core, keys: list[bytes], first: int = 0) -> tuple[int, list[IntArray]]:
     """Longest usable prefix in blocks, at least `first` (already held); and per group the block ids of keys[first:].
 
-    Cost: one dictionary look-up per block and group, stopping at the first miss of the full groups.
+    Cost: a dictionary look-up per run of blocks that was found before, else per block, stopping behind the first miss of the
+    full groups.
     """
     found: list[IntArray] = []
     end = len(keys)
     for group in core.groups:
+        blocks = np.empty(0, np.int64)
         if group.layout.window is None:
-            blocks = group.directory.find(keys[first:end])
+            blocks = group.runs.find(keys, first, end)
             valid = group.directory.is_valid(blocks)
             end = first + (len(valid) if valid.all() else int(np.argmin(valid)))
-    for group in core.groups:
-        blocks = group.directory.find(keys[first:end])
-        found.append(np.where(group.directory.is_valid(blocks), blocks, NOWHERE))
+        found.append(blocks)
+    for index, group in enumerate(core.groups):
+        if group.layout.window is not None:
+            blocks = group.directory.find(keys[first:end])
+            found[index] = np.where(group.directory.is_valid(blocks), blocks, NOWHERE)
+        found[index] = found[index][: end - first]
     usable = np.ones(end - first + 1, bool)  # usable[i]: first + i blocks can be resumed from
     for group, blocks in zip(core.groups, found, strict=True):
         if group.layout.window is not None:
@@ -79,8 +83,8 @@ def _window_complete(
     return complete
 
 
-def adopt(core: Core, seq: Sequence, limit_tokens: int, *, count: bool = True) -> Match:
-    """Extend a sequence by cached blocks that follow its computed tokens, up to limit_tokens. Counts the hits."""
+def adopt(core: Core, seq: Sequence, limit_tokens: int) -> Match:
+    """Extend a sequence by cached blocks that follow its computed tokens, up to limit_tokens."""
     size = core.block_size
     if seq.num_computed % size or seq.num_computed >= limit_tokens:
         return Match(0)
@@ -100,19 +104,16 @@ def adopt(core: Core, seq: Sequence, limit_tokens: int, *, count: bool = True) -
         group.ref(kept[kept >= 0])
         group.touch_chain(kept[kept >= 0], first + index[kept >= 0])
     seq.num_computed = end * size
-    match = Match(
+    return Match(
         tokens=(end - first) * size,
         device_tokens=tiers[0] * size,
         host_tokens=tiers[1] * size,
         nvme_tokens=tiers[2] * size,
         ghost_tokens=_ghosts(core, seq.keys[end : limit_tokens // size]),
     )
-    if count:
-        _count_hits(core, match)
-    return match
 
 
-def adopt_tail(core: Core, seq: Sequence, limit_tokens: int, *, count: bool = True) -> Match:
+def adopt_tail(core: Core, seq: Sequence, limit_tokens: int) -> Match:
     """After `adopt`: extend by the longest sealed tail that continues the prompt, up to limit_tokens.
 
     Cost: one hash per token of a block at most; sealed tails are found by trying every length.
@@ -123,10 +124,7 @@ def adopt_tail(core: Core, seq: Sequence, limit_tokens: int, *, count: bool = Tr
     for num_tokens in range(min(size - 1, limit_tokens - seq.num_computed), 0, -1):
         if take_tail(core, seq, num_tokens):
             tier = int(_tier_of_each(core, [table.ids[-1:] for table in seq.tables])[0])
-            match = Match(num_tokens, *(num_tokens * (tier == index) for index in range(3)))
-            if count:
-                _count_hits(core, match)
-            return match
+            return Match(num_tokens, *(num_tokens * (tier == index) for index in range(3)))
     return Match(0)
 
 
@@ -159,7 +157,7 @@ def seal_key(core: Core, seq: Sequence, num_tokens: int) -> bytes:
     """The key of the partial block that ends at num_tokens, named by what it holds."""
     full = num_tokens // core.block_size
     tail = seq.token_ids[full * core.block_size : num_tokens]
-    return seq.chain.seal(seq.keys[full - 1] if full else None, tail)
+    return seq.chain.seal(seq.keys[full - 1] if full else None, tail, full)
 
 
 def take_tail(core: Core, seq: Sequence, num_tokens: int) -> bool:
@@ -178,11 +176,6 @@ def take_tail(core: Core, seq: Sequence, num_tokens: int) -> bool:
         group.touch_chain(block, np.array([full]))
     seq.num_computed += num_tokens
     return True
-
-
-def _count_hits(core: Core, match: Match) -> None:
-    for tier in ("device", "host", "nvme"):
-        core.counters.add("hit_tokens", getattr(match, f"{tier}_tokens"), tier=tier)
 
 
 def lose(core: Core, seq: Sequence, logical: int) -> NoReturn:
@@ -220,7 +213,7 @@ def rewind(core: Core, seq: Sequence, num_tokens: int) -> None:
                 core.drop_tables(seq, released=False)
                 adopt(core, seq, now // size * size)
                 return
-            table.ids[gone] = blocks
+            table.put(gone, blocks)
             group.ref(blocks)
 
 
@@ -229,18 +222,27 @@ def next_cached_block(core: Core, seq: Sequence, end_tokens: int) -> int | None:
     size = core.block_size
     first = num_blocks_of(seq.num_computed + 1, size)
     keys = seq.keys[first : end_tokens // size]
-    if not keys or any(group.layout.window is not None for group in core.groups):
+    groups = [group for group in core.groups if not group.layout.is_tail]  # a tail holds nothing at a block's end
+    if not keys or any(group.layout.window is not None for group in groups):
         return None
     has = np.ones(len(keys), bool)
-    for group in core.groups:
+    for group in groups:
         has &= group.directory.is_valid(group.directory.find(keys))
     return first + int(np.argmax(has)) if has.any() else None
 
 
-def peek(core: Core, namespace: str, token_ids: list[int]) -> Match:
-    """What `adopt` would find for a new sequence; changes and counts nothing."""
+def peek(core: Core, namespace: str, token_ids: Tokens[int]) -> Match:
+    """What `adopt` would find for a new sequence; changes and counts nothing.
+
+    Cost: as of `match_keys`, beside a hash per block that is held and not remembered; what lies behind is not hashed.
+    """
     keys: list[bytes] = []
-    core.chain(namespace).extend(keys, token_ids)
+    full = [group.directory.by_key for group in core.groups if group.layout.window is None]
+
+    def goes_on(key: bytes) -> bool:
+        return all(key in by_key for by_key in full) or core.ghosts.get(key) is not None
+
+    core.chain(namespace).extend(keys, token_ids, goes_on if full else None)
     end, found = match_keys(core, keys)
     size = core.block_size
     device, host, nvme = _blocks_by_tier(core, found)
@@ -263,15 +265,10 @@ def bring_back_s(core: Core, seq: Sequence) -> float:
         blocks = table.ids[table.ids >= 0]
         d = group.directory
         not_hosted = int((~d.in_host(blocks)).sum())
-        from_nvme = max(0, not_hosted - group.host_room(asker=seq.chain.owner)) * group.layout.block_bytes
-        total_s += len(blocks) * group.layout.block_bytes / _rate(core, "host_to_device", HOST_RATE)
-        total_s += from_nvme / _rate(core, "nvme_to_host", NVME_RATE)
+        from_nvme = max(0, not_hosted - group.host_room(asker=seq.chain.owner)) * group.tier_bytes("nvme")
+        total_s += core.costs.load_s(len(blocks) * group.tier_bytes("host"), "host_to_device")
+        total_s += core.costs.load_s(from_nvme, "nvme_to_host")
     return total_s
-
-
-def _rate(core: Core, direction: str, unmeasured: float) -> float:
-    seconds = core.counters.get("move_seconds", direction=direction)
-    return core.counters.get("moved_bytes", direction=direction) / seconds if seconds > 0 else unmeasured
 
 
 def _blocks_by_tier(core: Core, found: list[IntArray]) -> tuple[int, int, int]:
@@ -285,10 +282,13 @@ def _tier_of_each(core: Core, found: list[IntArray]) -> IntArray:
     for group, blocks in zip(core.groups, found, strict=True):
         safe, held = np.maximum(blocks, 0), blocks >= 0
         d = group.directory
+        in_device = d.in_device(safe)
+        if (in_device | ~held).all():
+            continue
         in_memory = d.in_host(safe)
         if group.cold is not None:
             in_memory |= group.cold.is_near(safe)
-        tier = np.where(d.in_device(safe), 0, np.where(in_memory, 1, 2))
+        tier = np.where(in_device, 0, np.where(in_memory, 1, 2))
         slowest = np.where(held, np.maximum(slowest, tier), slowest)
     return slowest
 

@@ -109,7 +109,7 @@ class Quotas:
     def watch(self, groups: Sequence[BlockGroup]) -> None:
         """The quota of a namespace is over all layer groups. Raises ConfigError for one that nothing could pass through."""
         self._groups = groups
-        least = MIN_HOST_BLOCKS * sum(group.layout.block_bytes for group in groups)
+        least = MIN_HOST_BLOCKS * sum(group.forms.slot_bytes * group.forms.most_slots for group in groups)
         for owner, quota in self._quotas.items():
             if quota.host_ceiling is not None and quota.host_ceiling < least:
                 raise ConfigError(
@@ -261,4 +261,4 @@ def _held(group: BlockGroup, tier: Tier, owner: int) -> npt.NDArray[np.bool_]:
 
 
 def _block_bytes(group: BlockGroup, tier: Tier) -> int:
-    return group.layout.block_bytes if tier == "host" else group.cold_bytes
+    return group.forms.slot_bytes if tier == "host" else group.cold_bytes

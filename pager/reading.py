@@ -8,7 +8,7 @@ several readers get through a small host tier together. A block that is lost end
 from __future__ import annotations
 
 from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -63,7 +63,7 @@ class BlockReader:
                     self._wait(group, deadline_s, len(logical))
                     continue
                 try:
-                    yield piece
+                    yield _in_full(group, piece)
                     self._check_unchanged(group, seq, piece)
                 finally:
                     self._let_go(group, piece)
@@ -86,9 +86,10 @@ class BlockReader:
         if group.cold is None or not len(cold):
             return
         asker = seq.chain.owner
-        self._core.make_host_room(group, len(cold), asker)
-        for batch in group.batches(cold[: group.host_room(asker=asker)]):
-            slots = group.take_host_slots(len(batch), asker=asker)
+        self._core.make_host_room(group, group.forms.slots_of(cold, below=True), asker)
+        cold, _ = group.forms.fitting(cold, group.host_room(asker=asker), below=True)
+        for batch in group.batches(cold):
+            slots = group.take_host_slots(group.forms.slots_of(batch, below=True), asker=asker)
             if slots is None:
                 break
             group.cold.read(batch, slots, "load")
@@ -143,3 +144,11 @@ class BlockReader:
                 retry_after_s=0.1,
             )
         self._core.backend.wait_any(_MAX_ROUND_WAIT_S)
+
+
+def _in_full(group: BlockGroup, piece: HeldBlocks) -> HeldBlocks:
+    """The same blocks for the caller to read: unpacked into memory of their own where the host tier has a format."""
+    if piece.tier == "device" or group.forms.packed is None:
+        return piece
+    rows = group.forms.packed.read(piece.slots)
+    return replace(piece, rows=rows, row_ids=np.arange(len(rows)))

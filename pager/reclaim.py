@@ -1,9 +1,10 @@
 """Keeps segments of the cold tier clean, so that puts go to the front of an empty one and never wait.
 
-The emptiest segment goes first where it holds little: its blocks are moved, nothing is lost. Where the tier is full, the
-oldest goes (FIFO): blocks that were read since they were written, that are pinned or that somebody refers to are moved,
-up to a share of the segment, and the others are evicted. A segment that must keep more than that stays as it is and
-counts as young again, so that the bytes written twice stay within 1 / (1 - share) of those that were put.
+The emptiest segment goes first where it holds little (released blocks aside): its blocks are moved, nothing is lost.
+Where the tier is full, the oldest goes (FIFO): blocks that were read since they were written, that are pinned or that
+somebody refers to are moved, up to a share of the segment, and the others are evicted. A segment that must keep more
+than that stays as it is and counts as young again, so that the bytes written twice stay within 1 / (1 - share) of those
+that were put.
 Source: CacheLib's block cache reclaims regions in FIFO order and re-inserts hit items; the emptiest-first step is the
 cleaning of a log-structured file system (Rosenblum and Ousterhout, 1992).
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..tiers.errors import TierFullError
+from . import hints
 from .cold import ColdSide
 from .states import IntArray
 
@@ -50,9 +52,18 @@ class Reclaimer:
         segments, used = self._tier.sealed(self._index)
         if not len(segments):
             return segments
+        used = used - self._given_up(segments)
         emptiest = segments[[int(np.argmin(used))]] if int(used.min()) <= self._cap else segments[:0]
         is_full = self._tier.free_slots(self._index) < FULL_SEGMENTS * self._size
         return np.concatenate([emptiest, segments[:LOOKS]]) if is_full else emptiest
+
+    def _given_up(self, segments: IntArray) -> IntArray:
+        """Per segment its released blocks: they count as room."""
+        d = self._group.directory
+        stored = np.flatnonzero(d.is_released & d.nvme_valid)
+        stored = stored[hints.given_up(self._group, stored)]
+        counts = np.bincount(d.nvme_slot[stored] // self._size, minlength=self._tier.num_segments(self._index))
+        return counts[segments]
 
     def _reclaim(self, segment: int) -> bool:
         """Evict and move until nothing is left in the segment. False when it has to stay."""
@@ -68,7 +79,9 @@ class Reclaimer:
             group.counters.add("retained_segments", 1)
             return False
         kept = blocks[must]
-        may_stay = blocks[~must] if len(blocks) <= self._cap else blocks[~must & d.nvme_hit[blocks]]
+        over = hints.given_up(group, blocks)
+        is_light = len(blocks) - int(over.sum()) <= self._cap
+        may_stay = blocks[~must & ~over & (is_light | d.nvme_hit[blocks])]
         coldest_first = group.policy.victims(len(may_stay), may_stay)
         kept = np.concatenate([kept, coldest_first[max(0, len(may_stay) - (self._cap - len(kept))) :]])
         try:

@@ -43,6 +43,7 @@ class SessionEntry:
     active_seq: int | None = None
     is_durable: bool = False
     tail_keys: list[bytes] = field(default_factory=list)  # per group; none where the tail is named by what it holds
+    branch: tuple[int, str] | None = None  # as of the sequence
     summary: dict[str, Any] = field(default_factory=dict)  # for whoever opens the store without kvtier; JSON values
 
     def to_record(self) -> dict[str, Any]:
@@ -53,6 +54,7 @@ class SessionEntry:
             "num_computed": self.num_computed,
             "extra": self.extra,
             "tail_keys": self.tail_keys,
+            "branch": list(self.branch or []),
             "summary": self.summary,
         }
 
@@ -83,6 +85,7 @@ class SessionEntry:
             record["extra"],
             is_durable=True,
             tail_keys=[key for key in record.get("tail_keys", []) if isinstance(key, bytes)],
+            branch=_branch(session_id, record.get("branch", [])),
             summary=record.get("summary", {}),
         )
 
@@ -93,9 +96,20 @@ _FIELDS = {
     "num_computed": int,
     "extra": dict,
     "tail_keys": list,
+    "branch": list,
     "summary": dict,
 }
-_OPTIONAL: dict[str, Any] = {"tail_keys": [], "summary": {}}
+_OPTIONAL: dict[str, Any] = {"tail_keys": [], "branch": [], "summary": {}}
+
+
+def _branch(session_id: str, told: list[Any]) -> tuple[int, str] | None:
+    if not told:
+        return None
+    if len(told) != 2 or not isinstance(told[0], int) or not isinstance(told[1], str) or told[0] < 0:
+        raise ConfigError(
+            f"session {session_id!r}: its record's branch {told!r:.80} is not (token, name); delete the store"
+        )
+    return told[0], told[1]
 
 
 def check_session_id(session_id: str) -> str:

@@ -12,8 +12,9 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -56,7 +57,7 @@ def read_settings(
 
 def make(kind: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """The dataclass of these values, tables made into the dataclasses that their fields name. Raises ConfigError."""
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     made = {name: _typed(f"{where}{name}", value, hints[name]) for name, value in values.items()}
     try:
         return kind(**made)
@@ -120,7 +121,12 @@ def check_names(values: Any, kind: type, also_known: Collection[str], *, where: 
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where.rstrip('.')}={values!r}: give a table of settings")
     known = names_of(kind)
-    for name in values:
+    for name, value in values.items():
+        for inner in value if isinstance(value, Mapping) else ():
+            if f"{name}_{inner}" in known:
+                raise ConfigError(
+                    f"{where.rstrip('.')}: [{name}] {inner}: write {name}_{inner} = ..., outside of tables"
+                )
         if name not in known and name not in also_known:
             raise unknown_name(name, [*known, *also_known], where=where)
     return {name: value for name, value in values.items() if name in known}
@@ -132,6 +138,10 @@ def unknown_name(name: str, known: Collection[str], *, where: str) -> ConfigErro
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
     at = f"{where}{name}" if where.endswith(".") else f"{where}: {name!r}"
     return ConfigError(f"{at} is an unknown setting; {hint}")
+
+
+# finding the types of the fields takes ten times as long as all the rest of reading settings
+_hints: Callable[[type], Mapping[str, Any]] = cache(get_type_hints)
 
 
 def names_of(kind: type) -> list[str]:
@@ -169,7 +179,7 @@ def _refuse_slip(variable: str, name: str, places: Collection[str]) -> None:
 
 def _places(kind: type) -> dict[str, tuple[tuple[str, ...], Any]]:
     """By a setting's name in the environment: the tables that lead to it, and its type."""
-    hints, tables = get_type_hints(kind), _tables(kind)
+    hints, tables = _hints(kind), _tables(kind)
     found: dict[str, tuple[tuple[str, ...], Any]] = {}
     for name in names_of(kind):
         if name in tables:
@@ -210,7 +220,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _tables(kind: type) -> dict[str, type]:
     """Fields that are settings classes themselves."""
-    hints = get_type_hints(kind)
+    hints = _hints(kind)
     return {f.name: hints[f.name] for f in fields(kind) if is_dataclass(hints[f.name])}  # type: ignore[arg-type]
 
 

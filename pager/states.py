@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import Enum
 from itertools import product
 from typing import Any
 
@@ -18,13 +18,15 @@ import numpy as np
 import numpy.typing as npt
 
 from ..tiers.errors import InvariantError
+from .node_links import NodeLinks
 from .rules import Rule
 
 IntArray = npt.NDArray[np.int64]
 NOWHERE = -1
 
 
-class PageState(IntEnum):
+# numpy compares an array with an IntEnum element by element in int64, with a uint8 fifteen times as fast
+class PageState(np.uint8, Enum):
     FREE = 0
     FILLING = 1  # a copy-in is on its way
     RESIDENT = 2  # valid, and a lower tier holds the same bytes
@@ -33,10 +35,11 @@ class PageState(IntEnum):
     EVICTING = 5  # leaving; embedded this is one atomic step
 
 
-class SlotState(IntEnum):
+class SlotState(np.uint8, Enum):
     NONE = 0
     STAGING = 1
     VALID = 2
+    LINKED = 3  # the rest of a block that another slot begins
 
 
 PAGE_STEPS: dict[PageState, frozenset[PageState]] = {
@@ -48,9 +51,10 @@ PAGE_STEPS: dict[PageState, frozenset[PageState]] = {
     PageState.EVICTING: frozenset({PageState.FREE}),
 }
 SLOT_STEPS: dict[SlotState, frozenset[SlotState]] = {
-    SlotState.NONE: frozenset({SlotState.STAGING}),
+    SlotState.NONE: frozenset({SlotState.STAGING, SlotState.LINKED}),
     SlotState.STAGING: frozenset({SlotState.VALID, SlotState.NONE}),
     SlotState.VALID: frozenset({SlotState.NONE}),
+    SlotState.LINKED: frozenset({SlotState.NONE}),
 }
 
 NEEDS_IDLE = frozenset({PageState.FREE, PageState.EVICTING})  # no pin, no copy in flight: rules 5 and 6
@@ -116,6 +120,8 @@ for _held, _from, _into in product((False, True), SlotState, SlotState):
     _LEGAL_SLOT[int(_held), _from, _into] = slot_may_step(_from, _into, is_held=_held)
 READABLE = np.zeros(len(PageState), bool)
 READABLE[[PageState.RESIDENT, PageState.DIRTY, PageState.WRITING_BACK]] = True
+PAGE_MOVES = np.zeros(len(PageState), bool)  # a copy of the page is on its way
+PAGE_MOVES[[PageState.FILLING, PageState.WRITING_BACK, PageState.EVICTING]] = True
 
 
 class Pages:
@@ -130,6 +136,7 @@ class Pages:
         self.last_write: npt.NDArray[Any] = np.full(num_pages, None, object)
         self.copy_out: npt.NDArray[Any] = np.full(num_pages, None, object)
         self.num_free = num_pages
+        self.num_left = 0  # blocks that have left their page: while it stands still, what is resident stays resident
         self.peak_used = 0
 
     def __len__(self) -> int:
@@ -152,6 +159,7 @@ class Pages:
         self.state[pages] = to
         if to == PageState.FREE:
             self.block[pages] = NOWHERE
+            self.num_left += len(pages)
         self.peak_used = max(self.peak_used, len(self) - self.num_free)
 
     def take_free(self, n: int) -> IntArray:
@@ -165,8 +173,10 @@ class Pages:
         return (self.pins == 0) & (self.copies == 0)
 
     def note_event(self, column: npt.NDArray[Any], pages: IntArray, event: Any) -> None:
-        """Remember the event that later copies must wait for; a finished one needs no remembering."""
-        column[pages] = None if event.is_done() else event
+        """Remember the event that later copies must wait for. A finished one needs no remembering: those before it, of the
+        same stream, are finished too."""
+        if not event.is_done():
+            column[pages] = event
 
     def awaited(self, use: PageUse, pages: IntArray) -> list[Any]:
         """The unfinished events that this use of these pages has to wait for."""
@@ -190,15 +200,25 @@ class HostSlots:
         self.num_free = num_slots
         self.peak_used = 0
         self.on_drop: Callable[[IntArray], None] = lambda slots: None
+        self.links: NodeLinks | None = None  # where slots lie on several nodes
 
     def __len__(self) -> int:
         return len(self.state)
 
     def take_free(self, n: int) -> IntArray:
-        return np.flatnonzero(self.state == SlotState.NONE)[:n]
+        """n free slots: those that are written soonest where they lie on several nodes, else the lowest."""
+        free = np.flatnonzero(self.state == SlotState.NONE)
+        return free[:n] if self.links is None else self.links.choose(free, n)
 
     def stage(self, slots: IntArray, blocks: IntArray) -> None:
         self._step(slots, SlotState.STAGING)
+        self.block[slots] = blocks
+        self.num_free -= len(slots)
+        self.peak_used = max(self.peak_used, len(self) - self.num_free)
+
+    def take_along(self, slots: IntArray, blocks: IntArray) -> None:
+        """These slots hold the rest of blocks that are being staged in others."""
+        self._step(slots, SlotState.LINKED)
         self.block[slots] = blocks
         self.num_free -= len(slots)
         self.peak_used = max(self.peak_used, len(self) - self.num_free)

@@ -14,12 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
+
 from ..tiers.errors import KvTierError, ProtocolError
 from . import protocol
+from .inspection.events import OF_MOVE
 from .states import PageState, SlotState
 
 if TYPE_CHECKING:
     from .core import Core
+    from .group import BlockGroup
 
 _LOG = logging.getLogger("kvtier.status")
 _MAX_SOCKET_PATH = 100  # sun_path holds 108 bytes
@@ -47,9 +52,11 @@ def pager_status(core: Core) -> dict[str, Any]:
         "block_size": core.block_size,
         "layer_groups": [layout.to_dict() for layout in core.layouts],
         "tiers": tiers,
+        "lookups": core.observer.num_lookups,
         "miss_tokens": int(core.counters.get("miss_tokens")),
         "ghost_tokens": int(core.counters.get("ghost_tokens")),
         "transfers_in_flight": sum(len(group.moves) for group in core.groups),
+        "queues": _queues(core),
         "sequences": len(core.sequences),
         "sessions": len(core.sessions),
         "policy": core.config.policy,
@@ -58,56 +65,86 @@ def pager_status(core: Core) -> dict[str, Any]:
     }
 
 
+def _queues(core: Core) -> dict[str, dict[str, float]]:
+    """Moves that are under way, by direction: how many, of how many blocks, and how long the oldest has been."""
+    now_s, queues = core.clock(), {way: {"moves": 0, "blocks": 0, "oldest_s": 0.0} for way in OF_MOVE}
+    for move in (move for group in core.groups for move in group.moves):
+        queue = queues[move.kind]
+        queue["moves"] += 1
+        queue["blocks"] += len(move.blocks)
+        queue["oldest_s"] = max(queue["oldest_s"], now_s - move.started_s)
+    return queues
+
+
 def _device(core: Core) -> dict[str, Any]:
     total: dict[str, Any] = dict.fromkeys(_LEVELS, 0)
     for group, ring in zip(core.groups, core.rings, strict=True):
         size, pages = group.layout.block_bytes, group.pages
         staging = ring.nbytes if ring is not None else 0
+        cache = core.slice_caches[group.index]
+        staging += core.summary_rows[group.index].nbytes + (cache.nbytes if cache is not None else 0)
         used = len(pages) - pages.num_free
         total["capacity_bytes"] += len(pages) * size + staging
         total["staging_bytes"] += staging
         total["used_bytes"] += used * size
         total["peak_bytes"] += pages.peak_used * size + staging
-        total["pinned_bytes"] += int((pages.pins > 0).sum()) * size
-        total["dirty_bytes"] += int((pages.state == PageState.DIRTY).sum()) * size
-        total["in_flight_bytes"] += int((pages.copies > 0).sum()) * size
+        total["pinned_bytes"] += _count(pages.pins) * size
+        total["dirty_bytes"] += _count(pages.state == PageState.DIRTY) * size
+        total["in_flight_bytes"] += _count(pages.copies) * size
         total["blocks"] += used
+    total["formats"] = [group.layout.format_text for group in core.groups]
     return total
 
 
 def _host(core: Core) -> dict[str, Any]:
     total: dict[str, Any] = dict.fromkeys(_LEVELS, 0)
     for group, ring in zip(core.groups, core.rings, strict=True):
-        size, host, d = group.layout.block_bytes, group.host, group.directory
-        staging = ring.bounce_nbytes if ring is not None else 0
+        size, host = group.forms.slot_bytes, group.host
+        staging = ring.bounce.nbytes if ring is not None else 0
         used = len(host) - host.num_free
-        valid = host.block[host.state == SlotState.VALID]
         total["capacity_bytes"] += len(host) * size + staging
         total["staging_bytes"] += staging
         total["used_bytes"] += used * size
         total["peak_bytes"] += host.peak_used * size + staging
-        total["pinned_bytes"] += int((host.holds > 0).sum()) * size
-        total["dirty_bytes"] += int((~d.nvme_valid[valid]).sum()) * size if group.cold is not None else 0
-        total["in_flight_bytes"] += int((host.state == SlotState.STAGING).sum()) * size
-        total["blocks"] += used
+        total["pinned_bytes"] += _count(host.holds) * size
+        total["dirty_bytes"] += _host_only(group) * size
+        total["in_flight_bytes"] += _count(host.state == SlotState.STAGING) * size
+        total["blocks"] += used - _count(host.state == SlotState.LINKED)
     total["memory"] = core.memory.status()
+    total["formats"] = [group.forms.text for group in core.groups]
     return total
+
+
+def _count(values: npt.NDArray[Any]) -> int:
+    """How many are not zero. A sum of booleans takes twenty times as long."""
+    return int(np.count_nonzero(values))
+
+
+def _host_only(group: BlockGroup) -> int:
+    """Blocks that the tier below should have and has not."""
+    if group.cold is None:
+        return 0
+    blocks = group.host.block[group.host.state == SlotState.VALID]
+    return len(blocks) - _count(group.directory.nvme_valid[blocks])
 
 
 def _nvme(core: Core) -> dict[str, Any]:
     total: dict[str, Any] = dict.fromkeys(_LEVELS, 0)
     assert core.nvme is not None
     for group in core.groups:
-        size, d = group.layout.block_bytes, group.directory
-        slots, valid = core.nvme.num_slots(group.index), int(d.nvme_valid.sum())
+        size, d = group.tier_bytes("nvme"), group.directory
+        slots, valid = core.nvme.num_slots(group.index), _count(d.nvme_valid)
         total["capacity_bytes"] += slots * size
         total["used_bytes"] += valid * size
-        total["pinned_bytes"] += int((d.nvme_valid & (d.refs > 0)).sum()) * size
-        total["in_flight_bytes"] += int((d.nvme_holds > 0).sum()) * size
+        total["pinned_bytes"] += _count(d.nvme_valid & (d.refs > 0)) * size
+        total["in_flight_bytes"] += _count(d.nvme_holds) * size
         total["blocks"] += valid
     total["corrupt_blocks"] = int(core.counters.get("corrupt_blocks", tier="nvme"))
     below = core.nvme.status()
     total |= {name: below[name] for name in _COLD_ONLY}
+    total["formats"] = [
+        g.layout.format_text if g.cold is None or g.cold.fmt is None else g.cold.fmt.text for g in core.groups
+    ]
     total["codecs"], total["stored_bytes"] = below["codecs"], sum(below["stored_bytes"])
     total["namespaces"] = core.quotas.to_dict()
     total["takes_writes"] = all(group.can_write_nvme for group in core.groups)
@@ -121,11 +158,11 @@ def _daemon(core: Core) -> dict[str, Any]:
     assert core.nvme is not None
     for group in core.groups:
         size, d = group.layout.block_bytes, group.directory
-        valid = int(d.nvme_valid.sum())
+        valid = _count(d.nvme_valid)
         total["capacity_bytes"] += core.nvme.num_slots(group.index) * size
         total["used_bytes"] += valid * size
-        total["pinned_bytes"] += int((d.nvme_valid & (d.refs > 0)).sum()) * size
-        total["in_flight_bytes"] += int((d.nvme_holds > 0).sum()) * size
+        total["pinned_bytes"] += _count(d.nvme_valid & (d.refs > 0)) * size
+        total["in_flight_bytes"] += _count(d.nvme_holds) * size
         total["blocks"] += valid
     missed = int(core.counters.get("missed_blocks", tier="nvme"))
     return total | core.nvme.status() | {"missed_blocks": missed, "takes_writes": core.nvme.takes_writes}

@@ -14,6 +14,7 @@ from ..tiers.layout import KVLayout
 from ..tiers.streams import Backend
 from .config import PagerConfig
 from .sizing import split_blocks
+from .tier_formats import check_kept, store_codecs
 
 if TYPE_CHECKING:
     from ..tiers.nvme.files import SystemCalls
@@ -42,14 +43,15 @@ def open_nvme(
     """None where no path is configured. Raises: ConfigError, StoreMismatchError, StoreLockedError."""
     if config.nvme_path is None:
         return None
-    from ..tiers.nvme.codecs import NONE, overhead_of
-    from ..tiers.nvme.layout import bytes_on_disk
+    from ..tiers.nvme.codecs import NONE
     from ..tiers.nvme.store import NvmeTier, StoreIdentity
 
-    codecs = config.codecs([layout.name for layout in layouts])
-    used = _recorded_codecs(Path(config.nvme_path), len(layouts)) or codecs or [NONE] * len(layouts)
+    codecs = store_codecs(config, layouts)
+    recorded = _recorded_codecs(Path(config.nvme_path), len(layouts))
+    check_kept(config.nvme_path, recorded, codecs)
+    used = recorded or codecs or [NONE] * len(layouts)
     budget = config.nvme_size if config.nvme_size is not None else _free_disk(Path(config.nvme_path))
-    sizes = [bytes_on_disk(layout, overhead_of(codec, layout)) for layout, codec in zip(layouts, used, strict=True)]
+    sizes = [_usual_size(layout, codec) for layout, codec in zip(layouts, used, strict=True)]
     slots = split_blocks(layouts, budget, sizes)
     if min(slots) < 1 and config.nvme_size is not None:
         raise ConfigError(
@@ -80,6 +82,14 @@ def _recorded_codecs(path: Path, num_groups: int) -> list[str] | None:
     except ConfigError:
         return None
     return codecs if len(codecs) == num_groups else None
+
+
+def _usual_size(layout: KVLayout, codec: str) -> int:
+    """Bytes of disk that a block is counted with: the most that it can take, or under a format what a packed one takes."""
+    from ..tiers.nvme.codecs import overhead_of, usual_bytes
+    from ..tiers.nvme.layout import Geometry
+
+    return Geometry.of(layout, 1, overhead_of(codec, layout)).counted_bytes(usual_bytes(codec, layout))
 
 
 def _free_disk(path: Path) -> int:

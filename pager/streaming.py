@@ -1,10 +1,11 @@
 """Streaming: layer slices of blocks that do not fit in the device tier, through a small ring of staging rows.
 
-A streamed step sees its whole context without promoting it: for layer after layer, chunks of slices are copied from
-host slots (or read from nvme into bounce rows, then copied) into the ring while earlier chunks are being computed on.
-The ring runs ahead across layers, because the order is known. Guards rule 12: a ring slot is refilled only after the
-event of its last reader, a bounce slot only after the copy out of it. A copy that fails may show only after it was
-computed on, so a streamed step counts only when all of them are known to be good (`copy_failed`, at commit).
+A streamed step sees its whole context without promoting it: for layer after layer, chunks of slices are copied from host
+slots (or read from nvme into bounce rows, then copied) into the ring while earlier chunks are being computed on. Both run
+ahead across layers, because the order is known, and reads further than copies, because a disk is slow to start. Guards rule
+12: a ring slot is refilled only after the event of its last reader, a bounce slot only after the copy out of it. A copy
+that fails may show only after it was computed on, so a streamed step counts only when all of them are known to be good
+(`copy_failed`, at commit).
 """
 
 from __future__ import annotations
@@ -18,48 +19,66 @@ import numpy as np
 from ..tiers.host import HostMemory
 from ..tiers.streams import Backend, Event
 from .group import BlockGroup
+from .held_below import HeldBelow
 from .rules import Rule
 from .states import IntArray
 
 RING_SLOTS = 3  # one computed on, one filled, one being filled
 MAX_CHUNK_BYTES = 16 << 20
+MAX_BOUNCE_SLOTS = 8  # chunks that may be on their way from nvme
 
 
 class StagingRing:
     """Device rows for layer slices and, with an nvme tier, host rows to read them into; made once per group."""
 
-    def __init__(self, group: BlockGroup, memory: HostMemory, staging_bytes: int, with_bounce: bool) -> None:
+    def __init__(self, group: BlockGroup, memory: HostMemory, staging_bytes: int, bounce_bytes: int) -> None:
         slice_bytes = group.layout.layer_bytes
-        self.chunk_slices = max(1, min(staging_bytes // RING_SLOTS, MAX_CHUNK_BYTES) // slice_bytes)
+        self.chunk_slices = self.chunk_slices_of(slice_bytes, staging_bytes)
         num_rows = RING_SLOTS * self.chunk_slices
         self.rows = group.backend.alloc_device(num_rows, slice_bytes)
-        self.bounce = memory.alloc(num_rows if with_bounce else 0, slice_bytes)
         self.nbytes = num_rows * slice_bytes
-        self.bounce_nbytes = self.nbytes if with_bounce else 0
+        self.num_bounce_slots = bounce_bytes // (self.chunk_slices * slice_bytes)
+        self.bounce = memory.alloc(self.num_bounce_slots * self.chunk_slices, slice_bytes)
         self.reader: list[Event | None] = [None] * RING_SLOTS  # last compute on this slot
-        self.filled: list[Event | None] = [None] * RING_SLOTS  # last copy into this slot (and out of its bounce rows)
+        self.filled: list[Event | None] = [None] * RING_SLOTS  # last copy into this slot
+        self.emptied: list[Event | None] = [None] * self.num_bounce_slots  # last copy out of these bounce rows
 
     @staticmethod
-    def smallest_bytes(layer_bytes: int) -> int:
-        return RING_SLOTS * layer_bytes
+    def chunk_slices_of(slice_bytes: int, staging_bytes: int) -> int:
+        """Slices of one ring slot: at least one, however large it is."""
+        return max(1, min(staging_bytes // RING_SLOTS, MAX_CHUNK_BYTES) // slice_bytes)
 
 
 @dataclass(slots=True)
 class Staged:
-    """Layer slices ready for attention: rows[:count] of `blocks`, valid until the next one is asked for."""
+    """Layer slices ready for attention: rows[:count] of `blocks`, valid until the next one is asked for.
+
+    start: where they lie in the ring, for views that are made once and narrowed (`Pager.staging_rows`).
+    """
 
     rows: Any
     count: int
     blocks: IntArray
+    start: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Blocks whose slices make one chunk: the same in every layer. Indices count in `blocks`."""
+
+    blocks: IntArray
+    in_host: IntArray
+    host_slots: IntArray  # of those
+    on_nvme: IntArray
+    nvme_slots: IntArray  # of those
 
 
 @dataclass(slots=True)
 class _Chunk:
-    position: int
+    number: int
     layer: int
-    blocks: IntArray
+    part: _Part
     ticket: Any = None
-    on_nvme: IntArray | None = None  # indices into blocks
     is_copied: bool = False
 
 
@@ -69,16 +88,12 @@ class SliceStream:
     def __init__(self, group: BlockGroup, ring: StagingRing, blocks: IntArray) -> None:
         self._group, self._ring, self._blocks = group, ring, blocks
         self._backend: Backend = group.backend
-        d = group.directory
-        self._from_host = d.in_host(blocks)
-        self._host_slots = d.host_slot[blocks]
-        self._nvme_slots = d.nvme_slot[blocks]
-        group.host.holds[self._host_slots[self._from_host]] += 1  # rule 7
-        d.nvme_holds[blocks[~self._from_host]] += 1
-        self._chunks_per_layer = -(-len(blocks) // ring.chunk_slices)
-        self._issued: dict[int, _Chunk] = {}
+        self._held = HeldBelow(group, blocks)
+        self._parts = [self._part(at, at + ring.chunk_slices) for at in range(0, len(blocks), ring.chunk_slices)]
+        self._chunks_per_layer = len(self._parts)
+        self._begun: dict[int, _Chunk] = {}
         self._base = 0  # chunk numbers go on across seeks, so that ring slots stay in turn
-        self._next_issue = 0
+        self._next = 0  # to be begun
         self._first_layer = 0
         self._unchecked: list[Event] = []  # copies into the ring that may still turn out to have failed
         self._is_closed = False
@@ -86,7 +101,7 @@ class SliceStream:
     def layer(self, layer: int) -> Iterator[Staged]:
         """Chunks of one layer, in block order. Raises CorruptSliceError when a slice cannot be trusted."""
         first = (layer - self._first_layer) * self._chunks_per_layer
-        if self._base + first not in self._issued and self._base + first != self._next_issue:
+        if self._base + first not in self._begun and self._base + first != self._next:
             first = self._seek(layer)
         for number in range(self._base + first, self._base + first + self._chunks_per_layer):
             yield self._take(number)
@@ -96,10 +111,7 @@ class SliceStream:
         """Wait for every copy that was computed on, and say whether one failed: then what was computed means nothing."""
         for event in self._unchecked:
             event.wait()
-        changed = ~self._group.slab.intact(self._host_slots[self._from_host])
-        if changed.any() and self._group.rules.holds(Rule.READER_CHECKS_GENERATION):
-            return True  # rule 11
-        return any(event.error is not None for event in self._unchecked)
+        return self._held.has_changed() or any(event.error is not None for event in self._unchecked)
 
     def close(self) -> None:
         """Wait for copies under way and let go of every slot."""
@@ -107,21 +119,19 @@ class SliceStream:
             return
         self._is_closed = True
         self._settle_all()
-        d = self._group.directory
-        self._group.host.holds[self._host_slots[self._from_host]] -= 1
-        d.nvme_holds[self._blocks[~self._from_host]] -= 1
+        self._held.let_go()
 
     # ------------------------------------------------------------------ inside
     def _seek(self, layer: int) -> int:
         """Layers are asked for out of order: drop what ran ahead and start there."""
         self._settle_all()
-        self._base = self._next_issue
+        self._base = self._next
         self._first_layer = layer
         return 0
 
     def _settle_all(self) -> None:
-        for number in sorted(self._issued):
-            chunk = self._issued.pop(number)
+        for number in sorted(self._begun):
+            chunk = self._begun.pop(number)
             if chunk.ticket is not None:
                 chunk.ticket.event.wait()
         for event in self._ring.filled:
@@ -129,81 +139,91 @@ class SliceStream:
                 event.wait()
 
     def _take(self, number: int) -> Staged:
-        while self._next_issue < number + RING_SLOTS and self._issue(self._next_issue):
+        ahead = self._ring.num_bounce_slots or RING_SLOTS  # one more would be read over what is still to be copied out
+        while self._next < number + ahead and self._begin(self._next):
             pass
-        for ahead in sorted(self._issued):
-            self._copy_if_read(self._issued[ahead], must=ahead == number)
-        chunk = self._issued.pop(number)
+        for ahead in range(number, min(number + RING_SLOTS, self._next)):
+            self._fill(self._begun[ahead], must=ahead == number)
+        chunk = self._begun.pop(number)
         slot = number % RING_SLOTS
         filled = self._ring.filled[slot]
         assert filled is not None
         self._backend.compute.wait(filled)
-        start = slot * self._ring.chunk_slices
-        rows = self._ring.rows[start : start + len(chunk.blocks)]
-        return Staged(rows, len(chunk.blocks), chunk.blocks)
+        start, count = slot * self._ring.chunk_slices, len(chunk.part.blocks)
+        return Staged(self._ring.rows[start : start + count], count, chunk.part.blocks, start)
 
-    def _issue(self, number: int) -> bool:
-        layer = self._first_layer + (number - self._base) // self._chunks_per_layer
+    def _part(self, start: int, end: int) -> _Part:
+        held, blocks = self._held, self._blocks[start:end]
+        in_host = held.in_host[start:end]
+        return _Part(
+            blocks,
+            np.flatnonzero(in_host),
+            held.host_slots[start:end][in_host],
+            np.flatnonzero(~in_host),
+            held.nvme_slots[start:end][~in_host],
+        )
+
+    def _begin(self, number: int) -> bool:
+        """Start reading what a chunk needs from nvme. False when there are no more."""
+        after, index = divmod(number - self._base, self._chunks_per_layer)
+        layer = self._first_layer + after
         if layer >= self._group.layout.num_layers:
             return False
-        index = (number - self._base) % self._chunks_per_layer
-        part = slice(index * self._ring.chunk_slices, (index + 1) * self._ring.chunk_slices)
-        blocks, slot = self._blocks[part], number % RING_SLOTS
-        chunk = _Chunk(number, layer, blocks)
-        self._issued[number] = chunk
-        self._next_issue = number + 1
-        reader = self._ring.reader[slot]
-        if reader is not None and self._group.rules.holds(Rule.STAGING_RING_HAS_EVENTS):
-            self._backend.promote.wait(reader)  # rule 12
-        in_host = self._from_host[part]
-        base = slot * self._ring.chunk_slices
-        if in_host.any():
-            low = layer * self._group.layout.layer_bytes
-            slab, slots = self._group.slab, self._host_slots[part][in_host]
-            source = slab.rows[:, low : low + self._group.layout.layer_bytes]
-            target_rows = base + np.flatnonzero(in_host)
-            self._backend.promote.copy_rows(self._ring.rows, target_rows, source, slab.place(slots))
-        if not in_host.all():
-            chunk.on_nvme = np.flatnonzero(~in_host)
-            filled = self._ring.filled[slot]
-            if filled is not None and self._group.rules.holds(Rule.STAGING_RING_HAS_EVENTS):
-                filled.wait()  # rule 12: the bounce rows of this slot are still being copied from
+        chunk = self._begun[number] = _Chunk(number, layer, self._parts[index])
+        self._next = number + 1
+        slots = chunk.part.nvme_slots
+        if len(slots):
+            emptied = self._ring.emptied[number % self._ring.num_bounce_slots]
+            if emptied is not None and self._group.rules.holds(Rule.STAGING_RING_HAS_EVENTS):
+                emptied.wait()  # rule 12
             assert self._group.cold is not None
-            nvme, slots = self._group.cold.tier, self._nvme_slots[part][chunk.on_nvme]
-            stamps = nvme.stamps(self._group.index, slots)
-            chunk.ticket = nvme.read_layer(
-                self._group.index, slots, layer, self._ring.bounce, base + chunk.on_nvme, stamps
-            )
-        else:
-            self._mark_filled(chunk)
-        self._count(chunk, int(in_host.sum()))
+            nvme, group = self._group.cold.tier, self._group.index
+            rows = self._bounce_rows(chunk)
+            chunk.ticket = nvme.read_layer(group, slots, layer, self._ring.bounce, rows, nvme.stamps(group, slots))
+        if index == 0:
+            self._count(layer)
         return True
 
-    def _copy_if_read(self, chunk: _Chunk, must: bool) -> None:
-        if chunk.is_copied or not (must or chunk.ticket.event.is_done()):
+    def _fill(self, chunk: _Chunk, must: bool) -> None:
+        """Queue the copies into the ring slot of a chunk, once what it needs is read."""
+        ticket, part = chunk.ticket, chunk.part
+        if chunk.is_copied or not (must or ticket is None or ticket.event.is_done()):
             return
-        chunk.ticket.event.wait()
-        assert chunk.on_nvme is not None
-        bad = chunk.on_nvme if chunk.ticket.event.error is not None else chunk.on_nvme[~chunk.ticket.ok]
-        if len(bad):
-            raise CorruptSliceError(chunk.blocks[bad])
-        rows = (chunk.position % RING_SLOTS) * self._ring.chunk_slices + chunk.on_nvme
-        self._backend.promote.copy_rows(self._ring.rows, rows, self._ring.bounce, rows)
-        self._mark_filled(chunk)
-
-    def _mark_filled(self, chunk: _Chunk) -> None:
-        filled = self._backend.promote.record()
-        self._ring.filled[chunk.position % RING_SLOTS] = filled
+        if ticket is not None:
+            ticket.event.wait()
+            bad = part.on_nvme if ticket.event.error is not None else part.on_nvme[~ticket.ok]
+            if len(bad):
+                raise CorruptSliceError(part.blocks[bad])
+        promote, slot = self._backend.promote, chunk.number % RING_SLOTS
+        base, reader = slot * self._ring.chunk_slices, self._ring.reader[slot]
+        if reader is not None and self._group.rules.holds(Rule.STAGING_RING_HAS_EVENTS):
+            promote.wait(reader)  # rule 12
+        if len(part.in_host):
+            self._group.forms.get_layer(promote, chunk.layer, self._ring.rows, base + part.in_host, part.host_slots)
+        if ticket is not None:
+            promote.copy_rows(self._ring.rows, base + part.on_nvme, self._ring.bounce, self._bounce_rows(chunk))
+        filled = self._ring.filled[slot] = promote.record()
+        if ticket is not None:
+            self._ring.emptied[chunk.number % self._ring.num_bounce_slots] = filled
         self._unchecked = [event for event in self._unchecked if not event.is_done() or event.error is not None]
         self._unchecked.append(filled)
         chunk.is_copied = True
 
-    def _count(self, chunk: _Chunk, num_from_host: int) -> None:
-        slice_bytes = self._group.layout.layer_bytes
-        count = self._group.counters.add
-        for name, n in (("host_to_device", len(chunk.blocks)), ("nvme_to_host", len(chunk.blocks) - num_from_host)):
+    def _bounce_rows(self, chunk: _Chunk) -> IntArray:
+        first = chunk.number % self._ring.num_bounce_slots * self._ring.chunk_slices
+        return first + np.arange(len(chunk.part.on_nvme))
+
+    def _count(self, layer: int) -> None:
+        """Moved bytes of a whole layer, when its first chunk is asked for."""
+        forms, count, held = self._group.forms, self._group.counters.add, self._held
+        on_nvme = self._blocks[~held.in_host]
+        from_host = forms.layer_bytes(held.host_slots[held.in_host], layer)
+        for name, n, nbytes in (
+            ("host_to_device", len(self._blocks), from_host + len(on_nvme) * self._group.layout.layer_bytes),
+            ("nvme_to_host", len(on_nvme), forms.cold_layer_bytes(on_nvme, layer)),
+        ):
             if n:
-                count("moved_bytes", n * slice_bytes, direction=name, reason="stream")
+                count("moved_bytes", nbytes, direction=name, reason="stream")
                 count("moved_slices", n, direction=name, reason="stream")
 
 

@@ -1,10 +1,17 @@
-"""What all tests share: imports by package name only, a seed that can be repeated, marks that need hardware."""
+"""What all tests share: imports by package name only, seeds that can be repeated, marks that need hardware.
+
+No test may fail by chance: generators start at --seed in every test, and hypothesis draws the same cases in every run.
+The soak draws new ones.
+"""
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 
+import hypothesis
+import numpy as np
 import pytest
 
 _ROOT = str(Path(__file__).resolve().parent.parent)
@@ -12,9 +19,21 @@ sys.path[:] = [
     entry for entry in sys.path if Path(entry or ".").resolve() != Path(_ROOT)
 ]  # `import kernels` is not ours
 
+hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+hypothesis.settings.register_profile("new each time", deadline=None)
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--seed", type=int, default=0, help="seed of the randomised tests; a failure prints it")
+    parser.addoption("--slow", type=int, help="seed of a machine that is slow by chance; see slow_machine.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("new each time" if "soak" in (config.getoption("-m") or "") else "repeatable")
+    if config.getoption("--slow") is not None:
+        from .slow_machine import install
+
+        install(config.getoption("--slow"))
 
 
 def pytest_report_header(config: pytest.Config) -> str:
@@ -24,6 +43,15 @@ def pytest_report_header(config: pytest.Config) -> str:
 @pytest.fixture
 def seed(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--seed"))
+
+
+@pytest.fixture(autouse=True)
+def seeded(seed: int) -> None:
+    """Whoever draws without a generator of its own."""
+    random.seed(seed)
+    np.random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -6,9 +6,11 @@ a target before its copy and `delay_s` makes every copy late.
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 import numpy as np
@@ -18,9 +20,14 @@ from .errors import QueueFullError, TierUnavailableError
 from .memory import aligned_rows
 from .streams import DONE, POISON, Event, IntArray, Progress, Rows, copy_rows_now
 
-IO_DEPTH = 8  # requests in flight on the disk, each way; threads that wait cost no core
+# Requests in flight on the disk, each way; threads that wait cost no core. Eight fill a disk when nothing is done between
+# two requests; ours are checked in between.
+IO_DEPTH = 12
 QUEUE_LIMIT = 1 << 16  # operations waiting in one queue
-SHARED_COPY_BYTES = 4 << 20  # from here on two threads copy: one reaches half of the memory's rate with 2 MiB pieces
+# From here on two threads copy: one reaches half of the memory's rate with 2 MiB pieces. A stream's chunk is smaller: beside
+# it somebody computes, and needs the other core more.
+SHARED_COPY_BYTES = 12 << 20
+SHARED_BY = 2  # workers that are woken for shared jobs
 _LOOK_S = 0.2  # how often a worker that waits for another looks whether it should end
 
 
@@ -52,6 +59,52 @@ class HostEvent:
         self._lock.release()
 
 
+class SharedJobs:
+    """Jobs of one piece of work, done by workers and by whoever waits for it: to be woken costs as long as a small read."""
+
+    def __init__(self, jobs: list[Callable[[], None]], notify: Callable[[], None]) -> None:
+        self._jobs = deque(jobs)
+        self._left, self._lock = len(jobs), threading.Lock()
+        self._error: BaseException | None = None
+        self._done, self._notify = HostEvent(), notify
+
+    @property
+    def error(self) -> BaseException | None:
+        return self._done.error
+
+    def is_done(self) -> bool:
+        return self._done.is_done()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Do what no worker has begun, then wait for the rest. A timeout is for the waiting only."""
+        self.help()
+        return self._done.wait(timeout_s)
+
+    def help(self) -> None:
+        """Do jobs until none is left to begin."""
+        while self._jobs:
+            try:
+                job = self._jobs.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                job()
+            except BaseException as raised:
+                self._error = raised
+                if not isinstance(raised, Exception):  # an interrupt is meant for the thread, whoever does the job
+                    raise
+            finally:
+                self._end_one()
+
+    def _end_one(self) -> None:
+        with self._lock:
+            self._left -= 1
+            is_last = self._left == 0
+        if is_last:
+            self._done.finish(self._error)
+            self._notify()
+
+
 class Workers:
     """Long-lived threads that take (work, event) from one queue, in order of submission."""
 
@@ -75,6 +128,18 @@ class Workers:
         event = HostEvent()
         self._put(fn, event)
         return event
+
+    def has_backlog(self) -> bool:
+        return not self._queue.empty()
+
+    def submit_shared(self, jobs: list[Callable[[], None]]) -> SharedJobs:
+        """Queue jobs, at least one, that belong together and that the waiter may do. Raises as `submit` does."""
+        shared = SharedJobs(jobs, self._notify)
+        self._put(shared.help, None)
+        with contextlib.suppress(QueueFullError, TierUnavailableError):  # one worker, or the waiter, will do
+            for _ in range(min(SHARED_BY, len(jobs) - 1) - 1):  # the last job is for who waits
+                self._put(shared.help, None)
+        return shared
 
     def submit_silently(self, fn: Callable[[], None]) -> None:
         """Queue a call that nobody waits for and that wakes nobody."""
@@ -244,6 +309,9 @@ class CpuBackend:
 
     def wait_any(self, timeout_s: float) -> None:
         self._progress.wait_any(timeout_s)
+
+    def notify(self) -> None:
+        self._progress.notify()
 
     def close(self, timeout_s: float) -> None:
         for part in (self.promote, self.demote, self.read_io, self.write_io):

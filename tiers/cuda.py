@@ -175,8 +175,12 @@ class CopyStream(_Stream):
                 self._pending.error = unavailable(f"stream {self.name!r}: a copy could not be queued", error)
 
     def run(self, fn: Callable[[], None]) -> None:
-        with torch.cuda.stream(self._stream):
-            fn()
+        """What the host's part of it raises marks the event recorded after it, as on every copy stream."""
+        try:
+            with torch.cuda.stream(self._stream):
+                fn()
+        except Exception as error:
+            self._pending.error = self._pending.error or error
 
     def record(self) -> PolledEvent:
         pending = self._pending
@@ -311,6 +315,9 @@ class CudaBackend:
 
     def wait_any(self, timeout_s: float) -> None:
         self._progress.wait_any(timeout_s)
+
+    def notify(self) -> None:
+        self._progress.notify()
 
     def close(self, timeout_s: float) -> None:
         deadline_s = time.monotonic() + timeout_s

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from .errors import ConfigError
+from .exported import ExportedRows, export_rows
 from .layout import KVLayout
 from .streams import Backend
 
 
 class DevicePool:
-    """rows: uint8 [num_pages, block_bytes], a CUDA tensor or capped CPU memory, at a stable address."""
+    """rows: uint8 [num_pages, block_bytes], a CUDA tensor or capped CPU memory, at a stable address.
 
-    def __init__(self, layout: KVLayout, num_pages: int, backend: Backend) -> None:
+    `exported`: the same rows as another process can map them, where that was asked for; else `refusal` says why not.
+    """
+
+    def __init__(self, layout: KVLayout, num_pages: int, backend: Backend, *, wants_export: bool = False) -> None:
         self.layout, self.num_pages = layout, num_pages
-        self.rows = backend.alloc_device(num_pages, layout.block_bytes)
+        self.exported: ExportedRows | None = None
+        self.refusal = ""
+        if wants_export:
+            try:
+                self.exported = export_rows(backend, num_pages, layout.block_bytes)
+            except ConfigError as error:
+                self.refusal = str(error)
+        self.rows = backend.alloc_device(num_pages, layout.block_bytes) if self.exported is None else self.exported.rows
 
     @property
     def nbytes(self) -> int:

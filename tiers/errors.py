@@ -13,11 +13,18 @@ KvTierError                      every error of ours; carries .code, stable on t
 │  └─ StaleLeaseError
 ├─ CorruptBlockError             pager: drop the copy, count it, recompute; never serve it
 ├─ TierUnavailableError          pager: stop using the tier, keep serving from the rest
+├─ UnpackableError               pager: keep these blocks in full precision
 ├─ ProtocolError                 peer: version or frame is wrong; close the connection
 └─ InvariantError                us: a bug; state is suspect
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 class KvTierError(Exception):
@@ -81,6 +88,16 @@ class StaleLeaseError(BlockMissError):
 
 class CorruptBlockError(KvTierError):
     code = "corrupt_block"
+
+
+class UnpackableError(KvTierError):
+    """A format cannot hold the values of some blocks; `rows` are where they were read from."""
+
+    code = "unpackable"
+
+    def __init__(self, rows: npt.NDArray[np.int64], reason: str) -> None:
+        super().__init__(f"{len(rows)} blocks cannot be packed: {reason}")
+        self.rows = rows
 
 
 class TierUnavailableError(KvTierError):

@@ -41,19 +41,28 @@ class HostMemory:
         self._huge_pages = check_huge_pages(huge_pages)
         self.placement = Placement.choose(numa, near=backend.near_node, machine=self._machine)
         self.notices = [self.placement.notice] if self.placement.notice else []
+        if self.placement.policy == "split" and backend.pinned:
+            self.placement = self.placement.nearest()
+            self._note(
+                "host_numa='split': the driver gives pinned memory in one piece; it lies on the node near the device"
+            )
         if huge_pages == "reserved" and backend.pinned:
             self._note("host_huge_pages='reserved' has no say: the driver chooses the pages of pinned memory")
         self._arrays: list[npt.NDArray[np.uint8]] = []
         self._prefault: Prefault | None = None
 
-    def alloc(self, rows: int, row_bytes: int) -> npt.NDArray[np.uint8]:
-        """Zeroed rows on the chosen nodes. Raises ConfigError when there is not that much."""
+    def alloc(self, rows: int, row_bytes: int, *, spread: bool = False) -> npt.NDArray[np.uint8]:
+        """Zeroed rows on the chosen nodes, on the nearest of them where they are not to be `spread` over a split memory.
+
+        Raises: ConfigError when there is not that much.
+        """
         made: npt.NDArray[np.uint8] | None = None
+        placement = self.placement if spread else self.placement.nearest()
         try:
-            with self.placement.around():
+            with placement.nearest().around():
                 made = self._alloc(rows, row_bytes)
             if not self._backend.pinned:  # fresh: no page of it is anywhere yet
-                self.placement.bind(made)
+                placement.bind(made)
         except OSError as error:
             self._note(
                 f"the kernel refused to place host memory on nodes {', '.join(map(str, self.placement.nodes))} "
@@ -116,7 +125,8 @@ class HostSlab:
 
     def __init__(self, layout: KVLayout, num_slots: int, memory: HostMemory) -> None:
         self.layout, self.num_slots = layout, num_slots
-        self.rows = memory.alloc(num_slots, layout.block_bytes)
+        self.rows = memory.alloc(num_slots, layout.block_bytes, spread=True)
+        self.nodes, self.node_rates = memory.placement.parts(num_slots), memory.placement.rates
 
     @property
     def nbytes(self) -> int:

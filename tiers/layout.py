@@ -1,7 +1,8 @@
 """KVLayout: what one block is, in bytes; and how sizes are read and written.
 
-Memory of a block, contiguous: for each layer K [kv_heads, block, head_dim], then V [kv_heads, block, value_dim]. A pool
-is rows of blocks. Pure arithmetic; the fingerprint is part of every block key, so two readings of one shape never mix.
+Memory of a block, contiguous: for each layer K [kv_heads, block, head_dim], then V [kv_heads, block, value_dim]; or, where
+its form says so, packed layers of equal size whose inside is kernels' business. A pool is rows of blocks. Pure arithmetic;
+the fingerprint is part of every block key, so two readings of one shape never mix, nor exact blocks and rounded ones.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ STORAGE_DTYPE = {"float32": "<f4", "bfloat16": "<u2", "float16": "<f2"}  # zarr-
 MAX_BLOCK_SIZE = 4096
 ROW_ALIGNMENT = 16  # bytes; kernels spill registers without it
 MAX_SIZE = 1 << 63
+FULL, TAIL = "full", "tail"  # forms of a layer group that is not packed
+MAX_FORM = 64
 _UNITS = {
     "": 1,
     "b": 1,
@@ -40,7 +43,9 @@ class KVLayout:
     """Shape of a block of one layer group.
 
     value_dim: width of V where it differs from K's head_dim (MLA). window: tokens that a query sees, itself included
-    (None: all). sinks: first tokens kept beside the window. Raises ConfigError on construction for what cannot be.
+    (None: all). sinks: first tokens kept beside the window. form: "full"; a page format such as "int8/64", whose layers take
+    packed_bytes each; or "tail", the newest tokens of a packed group in full precision, which are no cache once their block
+    is whole. Raises ConfigError on construction for what cannot be.
     """
 
     num_layers: int
@@ -52,6 +57,8 @@ class KVLayout:
     window: int | None = None
     sinks: int = 0
     name: str = "full"
+    form: str = FULL
+    packed_bytes: int = 0
 
     def __post_init__(self) -> None:
         for field in ("num_layers", "num_kv_heads", "head_dim"):
@@ -74,11 +81,38 @@ class KVLayout:
         if not isinstance(self.sinks, int) or self.sinks < 0:
             raise ConfigError(f"sinks={self.sinks}: must not be negative")
         for field, width in (("head_dim", self.head_dim), ("value_dim", self.v_dim)):
-            if width * self.itemsize % ROW_ALIGNMENT:
+            if width * ITEMSIZE[self.dtype] % ROW_ALIGNMENT:
                 raise ConfigError(
-                    f"{field}={width} with dtype={self.dtype!r} gives rows of {width * self.itemsize} bytes; kernels "
+                    f"{field}={width} with dtype={self.dtype!r} gives rows of {width * ITEMSIZE[self.dtype]} bytes; kernels "
                     f"need a multiple of {ROW_ALIGNMENT}"
                 )
+        self._check_form()
+
+    def _check_form(self) -> None:
+        if not isinstance(self.form, str) or not 0 < len(self.form) <= MAX_FORM:
+            raise ConfigError(f"form={self.form!r:.80}: give {FULL!r}, {TAIL!r} or a page format such as 'int8/64'")
+        if not self.is_packed and self.packed_bytes == 0:
+            return
+        _require_positive("packed_bytes", self.packed_bytes)
+        if not self.is_packed or self.packed_bytes % ROW_ALIGNMENT or self.packed_bytes > self.full_layer_bytes:
+            raise ConfigError(
+                f"packed_bytes={self.packed_bytes} with form={self.form!r}: a packed layer takes a multiple of {ROW_ALIGNMENT} "
+                f"bytes, {self.full_layer_bytes} at most, and another form takes none"
+            )
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether only kernels can tell what lies where in a layer."""
+        return self.form not in (FULL, TAIL)
+
+    @property
+    def is_tail(self) -> bool:
+        return self.form == TAIL
+
+    @property
+    def format_text(self) -> str:
+        """The format that blocks have, as settings say it."""
+        return self.form if self.is_packed else FULL
 
     @property
     def v_dim(self) -> int:
@@ -86,20 +120,26 @@ class KVLayout:
 
     @property
     def itemsize(self) -> int:
-        return ITEMSIZE[self.dtype]
+        """Bytes of one stored element."""
+        return 1 if self.is_packed else ITEMSIZE[self.dtype]
 
     @property
     def key_bytes(self) -> int:
-        """K of one layer of one block."""
-        return self.num_kv_heads * self.block_size * self.head_dim * self.itemsize
+        """K of one layer of one block, in full precision."""
+        return self.num_kv_heads * self.block_size * self.head_dim * ITEMSIZE[self.dtype]
 
     @property
     def value_bytes(self) -> int:
-        return self.num_kv_heads * self.block_size * self.v_dim * self.itemsize
+        return self.num_kv_heads * self.block_size * self.v_dim * ITEMSIZE[self.dtype]
+
+    @property
+    def full_layer_bytes(self) -> int:
+        """K and V of one layer of one block, in full precision."""
+        return self.key_bytes + self.value_bytes
 
     @property
     def layer_bytes(self) -> int:
-        return self.key_bytes + self.value_bytes
+        return self.packed_bytes if self.is_packed else self.full_layer_bytes
 
     @property
     def block_bytes(self) -> int:
@@ -111,12 +151,12 @@ class KVLayout:
 
     @property
     def storage_dtype(self) -> np.dtype[Any]:
-        return np.dtype(STORAGE_DTYPE[self.dtype])
+        return np.dtype("|u1" if self.is_packed else STORAGE_DTYPE[self.dtype])
 
     @property
     def block_shape(self) -> tuple[int, ...]:
-        """[layers, 2, kv_heads, block, head_dim], or [layers, elements] where K and V differ in width."""
-        if self.v_dim == self.head_dim:
+        """[layers, 2, kv_heads, block, head_dim], or [layers, elements] where K and V differ in width or are packed."""
+        if self.v_dim == self.head_dim and not self.is_packed:
             return (self.num_layers, 2, self.num_kv_heads, self.block_size, self.head_dim)
         return (self.num_layers, self.layer_bytes // self.itemsize)
 
@@ -126,7 +166,13 @@ class KVLayout:
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """What from_dict takes; without a form where it is the plain one, so that stores keep the fingerprint they had."""
+        said = asdict(self)
+        if self.form == FULL:
+            del said["form"]
+        if not self.is_packed:
+            del said["packed_bytes"]
+        return said
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> KVLayout:

@@ -54,6 +54,12 @@ class Machine:
                 found.append(node)
         return tuple(found) or self.memory_nodes()
 
+    def distances(self, node: int) -> dict[int, float]:
+        """From that node to every node that is online, as firmware tells them: 10 is itself. Empty where it does not."""
+        online = sorted(parse_list(self._text(f"{_NODES}/online")))
+        told = self._text(f"{_NODES}/node{node}/distance").split()
+        return {other: float(one) for other, one in zip(online, told, strict=False) if float(one) > 0}
+
     def node_of_pci(self, address: str) -> int | None:
         """The node that a PCI device hangs on, or None where the machine does not say."""
         text = self._text(f"sys/bus/pci/devices/{address.lower()}/numa_node").strip()

@@ -39,7 +39,7 @@ class MemcpyBatch:
     """The driver's batched copy. Raises DriverError at construction where there is no driver, or one before 12.8."""
 
     def __init__(self) -> None:
-        self._call = _PROTOTYPE(_address_of(_load_driver(), b"cuMemcpyBatchAsync"))
+        self._call = _PROTOTYPE(_address_of(load_driver(), b"cuMemcpyBatchAsync"))
         self._attributes = CopyAttributes(source_order=_STREAM_ORDER)
         self._first = ctypes.c_size_t(0)  # these attributes hold from copy 0 on
 
@@ -72,7 +72,7 @@ def driver_version() -> int:
     """The newest CUDA that the installed driver supports, as 1000 * major + 10 * minor; 0 without a driver."""
     version = ctypes.c_int(0)
     try:
-        code = _load_driver().cuDriverGetVersion(ctypes.byref(version))
+        code = load_driver().cuDriverGetVersion(ctypes.byref(version))
     except DriverError:
         return 0
     return version.value if code == 0 else 0
@@ -104,7 +104,8 @@ _PROTOTYPE = ctypes.CFUNCTYPE(
 )
 
 
-def _load_driver() -> ctypes.CDLL:
+def load_driver() -> ctypes.CDLL:
+    """The driver's library. Raises DriverError."""
     try:
         return ctypes.CDLL("libcuda.so.1")
     except OSError as error:

@@ -8,6 +8,7 @@ was killed: a copy in flight then still reads what it was promised.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
@@ -17,14 +18,22 @@ import numpy.typing as npt
 
 from .cpu import IO_DEPTH, CpuBackend
 from .errors import ConfigError
+from .kernel_calls import MADV_HUGEPAGE, advise
+from .memory import address_of
 
 _F_ADD_SEALS, _F_GET_SEALS = 1033, 1034
 _SEAL_SEAL, _SEAL_SHRINK, _SEAL_GROW, _SEAL_FUTURE_WRITE = 0x1, 0x2, 0x4, 0x10
 _SIZE_SEALS = _SEAL_SHRINK | _SEAL_GROW
+_BLOCK_BYTES = 512  # of st_blocks
 
 
-def make_rows(rows: int, row_bytes: int, *, name: str, read_only: bool = False) -> tuple[npt.NDArray[np.uint8], int]:
-    """Zeroed rows that this process may write, and the descriptor for others. Raises OSError."""
+def make_rows(
+    rows: int, row_bytes: int, *, name: str, read_only: bool = False, huge_pages: bool = False
+) -> tuple[npt.NDArray[np.uint8], int]:
+    """Zeroed rows that this process may write, and the descriptor for others. Raises OSError.
+
+    `huge_pages` asks for them; the system grants them where transparent_hugepage/shmem_enabled is advise or within_size.
+    """
     size = max(rows * row_bytes, mmap.PAGESIZE)
     fd = os.memfd_create(f"kvtier-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
@@ -34,7 +43,17 @@ def make_rows(rows: int, row_bytes: int, *, name: str, read_only: bool = False) 
     except BaseException:
         os.close(fd)
         raise
-    return _rows_of(memory, rows, row_bytes), fd
+    made = _rows_of(memory, rows, row_bytes)
+    if huge_pages and made.nbytes:
+        with contextlib.suppress(OSError):  # a kernel without them: only slower
+            advise(*address_of(made), MADV_HUGEPAGE)
+    return made, fd
+
+
+def is_allocated(fd: int) -> bool:
+    """Whether every page of a memfd is there, so that mapping them all takes no memory."""
+    found = os.fstat(fd)
+    return found.st_blocks * _BLOCK_BYTES >= found.st_size
 
 
 def map_rows(fd: int, rows: int, row_bytes: int, *, read_only: bool = False) -> npt.NDArray[np.uint8]:
@@ -65,7 +84,7 @@ class SharingBackend(CpuBackend):
     def alloc_host(self, rows: int, row_bytes: int, *, huge_pages: str = "auto") -> npt.NDArray[np.uint8]:
         if rows == 0:
             return np.empty((0, row_bytes), np.uint8)
-        made, fd = make_rows(rows, row_bytes, name="slab")
+        made, fd = make_rows(rows, row_bytes, name="slab", huge_pages=huge_pages != "off")
         self.fds.append(fd)
         return made
 

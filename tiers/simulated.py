@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .memory import aligned_rows
-from .streams import POISON, Event, IntArray, Rows, copy_rows_now
+from .streams import POISON, AllDone, Event, IntArray, Rows, copy_rows_now
 
 Step = Callable[[], bool]  # runs once more; True when the operation is over
 
@@ -124,6 +124,12 @@ class SimulatedIo:
         self.calls.append((fn, event))
         return event
 
+    def has_backlog(self) -> bool:
+        return bool(self.calls)
+
+    def submit_shared(self, jobs: list[Callable[[], None]]) -> AllDone:
+        return AllDone([self.submit(job) for job in jobs])
+
     def run(self, index: int) -> None:
         fn, event = self.calls.pop(index)
         try:
@@ -186,6 +192,9 @@ class SimulatedBackend:
 
     def wait_any(self, timeout_s: float) -> None:
         self.run_one()
+
+    def notify(self) -> None:
+        """Nothing happens elsewhere."""
 
     def fail_next(self, name: str, error: BaseException) -> None:
         self._failures.setdefault(name, deque()).append(error)

@@ -59,6 +59,12 @@ class IoQueue(Protocol):
 
     def submit(self, fn: Callable[[], None]) -> Event: ...
 
+    def has_backlog(self) -> bool:
+        """Whether calls wait for a worker."""
+
+    def submit_shared(self, jobs: list[Callable[[], None]]) -> Event:
+        """Jobs, at least one, that belong together; who waits for them may be made to do some of them."""
+
 
 class Backend(Protocol):
     """Memory and streams of one kind of machine."""
@@ -107,6 +113,9 @@ class Backend(Protocol):
     def wait_any(self, timeout_s: float) -> None:
         """Park until something may have completed since the caller last looked."""
 
+    def notify(self) -> None:
+        """Something has completed elsewhere that somebody here may wait for."""
+
     def close(self, timeout_s: float) -> None: ...
 
 
@@ -144,6 +153,27 @@ class AllDone:
             return all(event.wait() for event in self._events)
         deadline_s = time.monotonic() + timeout_s
         return all(event.wait(max(0.0, deadline_s - time.monotonic())) for event in self._events)
+
+
+class ForeignCopy:
+    """Event of a copy that another process makes.
+
+    Where that process is lost nobody knows when its target is at rest, so this is not done; but nothing will be read from
+    that target, so its source may be written again: `source_over` is done.
+    """
+
+    def __init__(self, over: Event, source_over: Event) -> None:
+        self._over, self.source_over = over, source_over
+
+    @property
+    def error(self) -> BaseException | None:
+        return self._over.error
+
+    def is_done(self) -> bool:
+        return self._over.is_done()
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        return self._over.wait(timeout_s)
 
 
 class Progress:

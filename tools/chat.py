@@ -9,9 +9,11 @@ from typing import Any
 
 from kvtier import Engine, PagerConfig, SamplingParams, Session
 
+from ..engine.attending import Attention
 from ..engine.loading import load_checkpoint
 from ..tiers.errors import ConfigError, KvTierError
 from ..tiers.layout import format_bytes
+from .format_flags import given_formats
 
 _HELP = "/fork  /rollback N  /park  /resume  /stats  /help  /quit"
 
@@ -24,19 +26,22 @@ def run_chat(arguments: argparse.Namespace) -> int:
         nvme_path=arguments.store,
         nvme_bytes=arguments.nvme_bytes,
         nvme_codec=arguments.nvme_codec,
+        **given_formats(arguments),
     )
-    params = dict(
+    params: dict[str, Any] = dict(
         max_tokens=arguments.max_tokens,
         temperature=arguments.temperature,
         top_p=arguments.top_p,
         seed=arguments.seed,
+        attention=Attention.parse(arguments.attention),
     )
     SamplingParams(**params)  # refuse bad values before anything is loaded
     config.validate()
     model, tokenizer = load_checkpoint(arguments.model, arguments.dtype)
     if tokenizer is None:
         raise ConfigError(f"--model {arguments.model!r} has no tokenizer; chat needs one saved beside the weights")
-    with Engine.from_model(model, config, tokenizer, pager=arguments.pager) as engine:
+    attention = Attention.parse(arguments.attention)
+    with Engine.from_model(model, config, tokenizer, attention=attention, pager=arguments.pager) as engine:
         end = tokenizer.eos_token_id
         _Chat(engine, arguments.session, SamplingParams(**params, stop_token_ids=() if end is None else (end,))).run()
     return 0
@@ -69,12 +74,18 @@ class _Chat:
 
         engine, session = self._engine, self._session.resume()
         streamer: Any = TextStreamer(engine.tokenizer, skip_special_tokens=True)
-        usage = session.send(text, self._params, on_token=lambda token: streamer.put(_tensor(token))).usage
+        out = session.send(text, self._params, on_token=lambda token: streamer.put(_tensor(token)))
+        usage, read = out.usage, out.selection
         streamer.end()
         _say(
             f"[{usage.cached_tokens} tokens cached: {usage.device_tokens} on device, {usage.host_tokens} on host, "
             f"{usage.disk_tokens} on disk; {usage.completion_tokens} new; first token after {usage.ttft_s:.2f} s]"
         )
+        if read is not None and read.steps:
+            _say(
+                f"[{100 * read.share_read:.1f} % of the pages read in {read.steps} steps, {format_bytes(read.bytes_fetched)} "
+                f"fetched; at most {read.left_out_bound:.2g} of any head's weight left out]"
+            )
 
     def _command(self, verb: str, *rest: str) -> None:
         session = self._session

@@ -20,6 +20,7 @@ from kvtier import Engine, PagerConfig, SamplingParams
 
 from ..tiers.errors import ConfigError
 from ..tiers.layout import format_bytes, parse_bytes
+from .format_flags import given_formats
 
 KV_BYTES_PER_TOKEN = {"float32": 2048, "bfloat16": 1024}  # 2 layers x (K + V) x 2 heads x 64, per token
 DEVICE_SHARE, HOST_SHARE = 10, 30  # per cent of the context's KV
@@ -82,6 +83,7 @@ class _Demo:
         self.margin = float("inf")
         self.totals: dict[str, float] = {}
         self.peaks: dict[str, int] = {}
+        self.formats: dict[str, str] = {}
         self.screen = _Screen(enabled=not arguments.json)
 
     def _config(self, path: Path) -> PagerConfig:
@@ -101,6 +103,7 @@ class _Demo:
             nvme_path=path,
             nvme_bytes=self.arguments.nvme_bytes or 2 * self.kv_bytes + (64 << 20),
             nvme_codec=self.arguments.nvme_codec,
+            **given_formats(self.arguments),
             backend="auto",
         )
 
@@ -165,6 +168,7 @@ class _Demo:
             self.peaks[tier] = max(self.peaks.get(tier, 0), used)
             self.peaks[f"{tier}_capacity"] = levels["capacity_bytes"]
             self.peaks[f"{tier}_blocks"] = levels["blocks"]
+            self.formats[tier] = ", ".join(levels["formats"])
 
     def _moved(self, what: str, directions: tuple[str, ...]) -> int:
         return int(sum(self.totals.get(f"{what}:{direction}", 0) for direction in directions))
@@ -186,6 +190,7 @@ class _Demo:
             "host_bytes": self.peaks["host"],
             "host_cap_bytes": self.config.host_size,
             "nvme_bytes": self.peaks["nvme"],
+            "formats": self.formats,
             "promoted_blocks": self._moved("moved_blocks", _PROMOTE) + slices,
             "demoted_blocks": self._moved("moved_blocks", _DEMOTE),
             "moved_bytes": {direction: self._moved("moved_bytes", (direction,)) for direction in moves},
@@ -260,14 +265,20 @@ def _print_table(r: dict[str, Any]) -> None:
         ("device tier, peak", f"{format_bytes(r['device_bytes'])} ({share:.1f} % of the KV)"),
         ("host tier, peak", format_bytes(r["host_bytes"])),
         ("Zarr store", format_bytes(r["nvme_bytes"])),
+        ("formats", "  ".join(f"{k} {v}" for k, v in r["formats"].items())),
         ("blocks per tier at the end", "  ".join(f"{k} {v}" for k, v in r["blocks_at_end"].items())),
         ("blocks up / down", f"{r['promoted_blocks']:,} / {r['demoted_blocks']:,}"),
         *((k.replace("_", " "), format_bytes(v)) for k, v in r["moved_bytes"].items()),
         ("context read from", "  ".join(f"{k} {100 * v / reads:.1f} %" for k, v in r["read_blocks"].items())),
         ("recomputed after restart", f"{r['recomputed_tokens_after_restart']} tokens"),
         (f"fill ({r['fill']})", f"{r['prefill_s']:.1f} s"),
-        ("first token after resume", f"{r['resume_ttft_s']:.2f} s ({r['prefill_s'] / r['resume_ttft_s']:.0f}x faster)"),
+        ("first token after resume", f"{r['resume_ttft_s']:.2f} s" + _faster(r)),
     ]
     for row in rows:
         table.add_row(*row)
     Console().print(table)
+
+
+def _faster(r: dict[str, Any]) -> str:
+    """How a resume compares with the prefill that it saves; nothing where the cache was filled without one."""
+    return f" ({r['prefill_s'] / r['resume_ttft_s']:.0f}x faster)" if r["fill"] == "prefill" else ""

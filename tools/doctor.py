@@ -22,9 +22,9 @@ from ..tiers.layout import format_bytes
 from ..tiers.machine import Machine
 from ..tiers.memory import address_of, aligned_rows
 from ..tiers.numa import Placement
+from ..tiers.nvme import SEGMENT_BYTES
 from ..tiers.nvme.calibrate import probe_disk
 from ..tiers.nvme.codecs import CODECS
-from ..tiers.nvme.layout import SEGMENT_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,9 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     if not path.is_dir():
         raise ConfigError(f"--path {str(path)!r} is not a directory")
     checks: list[Callable[[], Finding]] = [_torch, _cuda, _cupy, _triton, _codecs, _memory, _memlock]
-    checks += [_huge_pages, _reserved_pages, _prefault, _numa]
+    checks += [_huge_pages, _reserved_pages, _prefault, _numa, _tuning]
+    if arguments.tune:
+        _tune()
     findings = [check() for check in checks] + [_disk(path), *_disk_speed(path)]
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings]))
@@ -69,6 +71,36 @@ def _cuda() -> Finding:
         "the device tier is capped CPU memory, and host memory is not pinned",
         "install kvtier[cuda] and an NVIDIA driver, on a machine with a GPU",
     )
+
+
+def _tuning() -> Finding:
+    """Which row of the table the kernels are cut by, or that it was measured here."""
+    if importlib.util.find_spec("torch") is None:
+        return Finding("tuning", True, "no kernels without torch")
+    from ..kernels import tuning
+
+    row = tuning.current(_kind())
+    found = f"row {row.name!r}: blocks of {row.block} tokens"
+    if _kind() == "cuda":
+        found += f", decode tiles of {row.tile}, {row.warps} warps, {row.programs_per_sm} programs per SM"
+    if row.is_measured:
+        return Finding("tuning", True, f"{found}; measured on this device ({tuning.cache_path()})")
+    return Finding("tuning", True, f"{found}; from the table (`kvtier doctor --tune` measures)")
+
+
+def _kind() -> str:
+    return "cpu" if cuda_missing() else "cuda"
+
+
+def _tune() -> None:
+    """Measure how decodes are best cut here and keep it. Raises ConfigError where it cannot be kept."""
+    from ..kernels import tuning
+    from .tune import decode_seconds
+
+    try:
+        tuning.tune(_kind(), lambda row: decode_seconds(row, _kind()))
+    except OSError as error:
+        raise ConfigError(f"{tuning.cache_path()} cannot be written: {error.strerror or error}") from error
 
 
 def _torch() -> Finding:

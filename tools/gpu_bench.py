@@ -1,4 +1,4 @@
-"""GPU benchmarks of gpu_check: copies between device and pinned host memory, paged decode, and one beside the other.
+"""GPU benchmarks of gpu_check: copies between device and pinned host memory, paged decode, one beside the other, formats.
 
 Each number stands beside a limit or a peer that was measured in the same rounds, in turns; a median is taken of each.
 Work is queued far ahead of the device, so that a time is the device's and not that of Python launching.
@@ -6,6 +6,7 @@ Work is queued far ahead of the device, so that a time is the device's and not t
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ..tiers.errors import ConfigError, KvTierError
+from ..tiers.errors import ConfigError
 
 ROUNDS = 7
 BLOCK_BYTES = 2 << 20
@@ -23,6 +24,7 @@ SEQUENCES, CONTEXT_TOKENS, BLOCK_TOKENS = 4, 131072, 64
 KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
 LAUNCHES = 20  # per timing: about 10 ms, against some 50 us until the host sees the end
 STEP_LAYERS, STEP_REPEATS, HIDDEN = 8, 5, 8192
+ATTENTION = "--device cuda --shapes GQA4 --contexts 32768,131072,1048576 --prefill-contexts 16384 --seconds 3"
 MAX_ERROR = 0.05  # of the largest output: bfloat16 results of two kernels over the same keys
 _GB = 1e9
 
@@ -44,11 +46,11 @@ class Row:
 def run_gpu_benchmarks() -> list[dict[str, Any]]:
     """Every row. A benchmark that fails leaves a row that says so, because machines with a GPU are few."""
     rows: list[Row] = []
-    for bench in (_copies, _decode):
+    for bench in (_copies, _decode, _attention):
         try:
             rows += bench()
-        except (RuntimeError, KvTierError) as error:
-            rows.append(_missing(bench.__name__.strip("_"), f"failed: {error}"))
+        except Exception as error:  # compiler, driver and torch have no common class, and the other figures count
+            rows.append(_missing(bench.__name__.strip("_"), f"failed: {type(error).__name__}: {error}"))
     return [asdict(row) for row in rows]
 
 
@@ -260,3 +262,14 @@ def _beside_copies(backend: Any, path: str, attend: Callable[[], Any]) -> list[R
         Row(case, "time", beside_ms, "ms", reference, alone_ms, alone_ms / beside_ms, ROUNDS),
         Row(case, "slowed by", slowed, "%", reference, 0.0, alone_ms / beside_ms, ROUNDS),
     ]
+
+
+# ---------------------------------------------------------------------- attention
+def _attention() -> list[Row]:
+    """`kvtier bench attention` on one shape: every page format, decode up to a million tokens."""
+    from .bench import attention
+
+    parser = argparse.ArgumentParser()
+    attention.add_arguments(parser)
+    found = attention.run(parser.parse_args(ATTENTION.split()))
+    return [Row(**asdict(row)) for row in found]

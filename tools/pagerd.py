@@ -56,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-models", metavar="N", type=int, help="models served at once, in equal parts (default 1)")
     parser.add_argument("--durability", choices=("none", "batch", "always"))
     parser.add_argument("--no-prefault", action="store_true", help="take memory only as it is used")
+    parser.add_argument(
+        "--allow-ipc",
+        action="store_true",
+        help="copy into the device memory of clients that ask for it and map the slab",
+    )
     parser.add_argument("--listen", metavar="HOST:PORT", help="TCP with TLS and tokens besides the socket")
     parser.add_argument("--metrics", metavar="ADDRESS", help="Prometheus at unix:///path or 127.0.0.1:port")
     parser.add_argument("--log-format", choices=("text", "json"))
@@ -121,18 +126,20 @@ def _load(arguments: argparse.Namespace) -> DaemonConfig:
     )
     given: dict[str, Any] = {name: getattr(arguments, name) for name in (*names, "log_format", "log_level")}
     given["host_prefault"] = False if arguments.no_prefault else None
+    given["allow_ipc"] = True if arguments.allow_ipc else None
     return load_daemon_config(arguments.config, **given)
 
 
 def _check(config: DaemonConfig) -> None:
     """What needs files and libraries besides. Raises ConfigError."""
     from ..pager.daemon.metrics import check_metrics
-    from ..pager.daemon.tls import parse_address, server_context
+    from ..pager.daemon.tls import server_context
+    from ..pager.wire.hosts import parse_host
 
     if config.metrics is not None:
         check_metrics(config.metrics)
     if config.listen is not None and config.tls_cert is not None and config.tls_key is not None:
-        parse_address(config.listen, name="listen")
+        parse_host(config.listen, name="listen")
         server_context(config.tls_cert, config.tls_key)
 
 

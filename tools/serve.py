@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..tiers.errors import ConfigError
+from .format_flags import add_format_flags, given_formats
 
 SIZES = {"device_bytes": "256MiB", "host_bytes": "1GiB"}  # where neither flag, environment nor file says another
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
@@ -27,7 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--api-keys", metavar="FILE", help='TOML file of lines "KEY" = "namespace"')
     parser.add_argument("--store", metavar="PATH", help="directory of the Zarr store (default: none, nothing survives)")
     parser.add_argument(
-        "--pager", metavar="ADDRESS", help="unix:///... of a pagerd to share blocks with others through"
+        "--pager",
+        metavar="ADDRESS",
+        help="unix:///... or tls://host:port of a pagerd to share blocks with others through",
+    )
+    parser.add_argument(
+        "--transfer",
+        choices=("client", "ipc"),
+        help="who copies between our device memory and a pagerd's: we (default), or with ipc the pagerd, where it may",
     )
     parser.add_argument(
         "--config",
@@ -39,9 +47,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nvme-bytes", metavar="SIZE", help="most that the store may take (default 80%% of the free disk)"
     )
+    add_format_flags(parser)
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto)")
     parser.add_argument(
         "--block-size", type=int, metavar="N", help="tokens per block (default: the store's, or by device)"
+    )
+    parser.add_argument(
+        "--attention",
+        default="full",
+        metavar="HOW",
+        help="of requests that name none: full (default), window:TOKENS or select:PAGES",
     )
     parser.add_argument("--device", help="cpu or cuda (default: where the checkpoint is loaded)")
     parser.add_argument(
@@ -58,6 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--idle", type=float, default=300.0, metavar="S", help="park a session unused so long (default 300)"
     )
+    parser.add_argument(
+        "--otel", action="store_true", help="OpenTelemetry spans of requests, to the provider that this process has set"
+    )
     parser.add_argument("--keep-alive", type=float, default=5.0, metavar="S", help="between signs of life (default 5)")
 
 
@@ -66,6 +84,10 @@ def run_serve(arguments: argparse.Namespace) -> int:
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} is not installed; the server needs: pip install 'kvtier[serve]'")
+    from ..engine.tracing import check_tracing, trace_requests
+
+    if arguments.otel:
+        check_tracing()
     from kvtier import Engine
 
     from ..engine.server.run import run_server
@@ -93,11 +115,22 @@ def run_serve(arguments: argparse.Namespace) -> int:
         host_bytes=arguments.host_bytes,
         nvme_path=arguments.store,
         nvme_bytes=arguments.nvme_bytes,
+        transfer=arguments.transfer,
+        **given_formats(arguments),
     )
     model, tokenizer = _load(arguments)
     if tokenizer is None:
         raise ConfigError(f"--model {arguments.model!r} has no tokenizer; a server needs one saved beside the weights")
-    with Engine.from_model(model, config, tokenizer, block_size=arguments.block_size, pager=arguments.pager) as engine:
+    with Engine.from_model(
+        model,
+        config,
+        tokenizer,
+        block_size=arguments.block_size,
+        attention=arguments.attention,
+        pager=arguments.pager,
+    ) as engine:
+        if arguments.otel:
+            trace_requests(engine)
         return run_server(engine, settings, arguments.host, arguments.port)
 
 

@@ -30,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             one.add_argument("target", metavar="TARGET", help="directory of the other store")
         if verb == "export":
             one.add_argument(
-                "--codec", choices=[*CODECS, *ENCRYPTED], help="how a new store keeps blocks (default: as this one)"
+                "--codec",
+                metavar="NAME",
+                help=f"how a new store keeps blocks: {', '.join((*CODECS, *ENCRYPTED))}, or fewer "
+                "bits of them, such as int4 (default: as this one)",
             )
         if verb != "gc":
             one.add_argument(

@@ -71,12 +71,21 @@ class Sampling(Body):
     stop: str | list[str] | None = Field(None, description=f"Up to {MAX_STOPS} texts that end an answer.")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    attention: str | None = Field(
+        None,
+        max_length=64,
+        description="full, window:TOKENS,sinks=TOKENS or select:PAGES,recall=SHARE; the server's when not given. All but "
+        "full are approximate.",
+    )
     cache_salt: str | None = Field(
         None, min_length=1, max_length=512, description="Only requests with the same salt share cached blocks."
     )
     prompt_cache_key: str | None = Field(None, max_length=512)
     prompt_cache_retention: Retention | None = Field(None, description="24h keeps the whole prompt for a day.")
     prompt_cache_options: CacheOptions | None = None
+    end_of_session: bool | None = Field(
+        None, description="Nobody goes on from this answer: its own cached blocks may leave first."
+    )
 
     @field_validator("stop")
     @classmethod

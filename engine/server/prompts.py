@@ -32,6 +32,7 @@ class Prompt:
 
     token_ids: list[int]
     kept: tuple[Kept, ...] = ()
+    is_last: bool = False  # nobody goes on from its answer
 
 
 class PromptReader:

@@ -43,6 +43,9 @@ class KvTierUsage(BaseModel):
     ledger: dict[str, float]
     pinned_tokens: int | None = None
     reuse_break_at: ReuseBreakReply | None = None
+    selection: dict[str, float] | None = (
+        None  # of attention=select: pages and bytes read, and a bound on what was left out
+    )
 
 
 class UsageReply(BaseModel):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from ...pager.keys import salted
 from ...tiers.errors import ConfigError, QueueFullError
+from ..attending import Attention
 from ..conversations import Conversations
 from ..engine import Engine
 from ..loop import EngineLoop, Submission
@@ -130,6 +131,7 @@ class Service:
             n=body.n or 1,
             stop_token_ids=self.ends,
             logprobs=logprobs,
+            attention=None if body.attention is None else Attention.parse(body.attention),
         )
 
     def _max_tokens(self, body: Sampling, left: int) -> int:
@@ -141,10 +143,11 @@ class Service:
         return min(DEFAULT_COMPLETION_TOKENS, max(left, 1)) if limit is None else limit
 
     def kept_of(self, body: Sampling, prompt: Prompt) -> Prompt:
-        """With prompt_cache_retention: all of it is kept."""
-        if body.prompt_cache_retention != "24h":
-            return prompt
-        return Prompt(prompt.token_ids, (*prompt.kept, Kept(len(prompt.token_ids), SECONDS["24h"])))
+        """With prompt_cache_retention: all of it is kept. With end_of_session: what is not kept is given up."""
+        kept = prompt.kept
+        if body.prompt_cache_retention == "24h":
+            kept = (*kept, Kept(len(prompt.token_ids), SECONDS["24h"]))
+        return Prompt(prompt.token_ids, kept, is_last=bool(body.end_of_session))
 
     # ------------------------------------------------------------------ generating
     async def generate(
@@ -181,6 +184,8 @@ class Service:
         def make(engine: Engine) -> Request:
             request = engine.request(prompt.token_ids, asked.params, asked.namespace)
             request.name = asked.name
+            for one in (request, *request.twins):
+                one.is_last = prompt.is_last
             if prompt.kept:
                 request.on_prompt = lambda done: self._keep(asked, prompt, done)
             return request
@@ -241,6 +246,7 @@ class Service:
                 ledger=firsts[0].output.ledger,
                 pinned_tokens=max((pin.tokens for pin in asked.pins), default=0) if asked.wants_pins else None,
                 reuse_break_at=asked.reuse_break,
+                selection=None if (read := firsts[0].output.selection) is None else read.to_dict(),
             ),
         )
 

@@ -67,7 +67,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.delete("/{session_id}", responses=_VERB)
     async def delete(session_id: str, request: Request) -> Deleted:
-        """Forget the session; its blocks become ordinary cache."""
+        """Forget the session; its own blocks are the first to leave every tier."""
         await verb(request, session_id, lambda inner, ns: conversations.delete(inner, namespace=ns))
         return Deleted(id=session_id)
 
@@ -107,6 +107,10 @@ def router(service: Service) -> APIRouter:
         if body.cache_salt is not None or (body.n or 1) > 1:
             raise bad(
                 "a session has one answer per turn and its own blocks; leave n and cache_salt out, or fork it", "n"
+            )
+        if body.end_of_session:
+            raise bad(
+                "a session ends with DELETE /v1/sessions/{session_id}; leave end_of_session out", "end_of_session"
             )
         with entered(service) as stay:
             asked = await _turn(service, session_id, body, namespace_of(request))

@@ -14,8 +14,9 @@ from ...tiers.errors import Busy, ConfigError, KvTierError, ProtocolError, TierU
 from ..wire import messages
 from ..wire.frames import HEADER, Fields, pack, parse_header, unpack
 from ..wire.replies import reply_of
-from .address import socket_path
+from .address import host_and_port, is_remote, socket_path
 from .connection import TIMEOUT_S, Greeting
+from .transport import client_context
 
 M = TypeVar("M")
 
@@ -39,7 +40,7 @@ class AsyncDaemonConnection:
         said = greeting or Greeting()
         try:
             async with asyncio.timeout(timeout_s):
-                reader, writer = await asyncio.open_unix_connection(socket_path(address))
+                reader, writer = await _connect(address, said.ca_file)
         except (OSError, TimeoutError) as error:
             raise TierUnavailableError(f"no daemon answers at {address}: {error}") from error
         connection = cls(reader, writer, address)
@@ -121,3 +122,10 @@ class AsyncDaemonConnection:
             for future in self._waiting.values():
                 if not future.done():
                     future.set_exception(why)
+
+
+async def _connect(address: str, ca_file: str | None) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    if not is_remote(address):
+        return await asyncio.open_unix_connection(socket_path(address))
+    host, port = host_and_port(address)
+    return await asyncio.open_connection(host, port, ssl=client_context(ca_file))

@@ -6,18 +6,23 @@ Small blocking calls in the daemon's words, batched to its limits; retries while
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ...tiers.errors import Busy, TierUnavailableError
 from ...tiers.layout import KVLayout
-from ...tiers.shared import map_rows
+from ...tiers.prefault import Prefault
+from ...tiers.shared import is_allocated, map_rows
 from ...tiers.streams import IntArray, Rows
 from ..wire import messages as m
-from .connection import DaemonConnection, Greeting
+from .connection import DaemonConnection, Greeting, Reply, wait_all
+
+if TYPE_CHECKING:
+    from ..prefix import Match
 
 OPEN_TIMEOUT_S = 30.0  # a large store is recovered first
 NO_ROOM = -2
@@ -35,6 +40,9 @@ class Attachment:
         self.is_durable = opened.is_durable
         self.rows: list[Rows] = []  # of the daemon's memory, empty where we do not see it
         self.generations: list[npt.NDArray[np.uint64]] = []
+        self._unheard: list[Reply[m.Noted]] = []  # to USED
+        self._may_populate = False
+        self._populating: Prefault | None = None
 
     @classmethod
     def open(
@@ -73,6 +81,16 @@ class Attachment:
         self.rows = [map_rows(fd, slots, layout.block_bytes) for fd, slots, layout in parts]
         table = map_rows(fds[-1], 1, 8 * sum(self.num_slots), read_only=True).reshape(-1).view(np.uint64)
         self.generations = np.split(table, np.cumsum(self.num_slots)[:-1])
+        self._may_populate = all(map(is_allocated, fds[:-1]))
+
+    def populate(self) -> Prefault | None:
+        """Fault our mapping in, in the background, where the daemon has faulted in all of its memory; else do nothing.
+
+        A first copy into a slot, or out of one, pays a fault per page otherwise. It takes page tables and no memory.
+        """
+        if self._may_populate and self._populating is None:
+            self._populating = Prefault(self.rows, room=lambda: sys.maxsize)
+        return self._populating
 
     @property
     def has_slab(self) -> bool:
@@ -89,7 +107,7 @@ class Attachment:
         for start in range(0, len(keys), m.MAX_KEYS):
             batch = keys[start : start + m.MAX_KEYS]
             found = self.connection.call_patiently(
-                m.Lookup(self.store, b"".join(batch), prefix, hold and self.version >= 2), m.Found
+                m.Lookup(self.store, b"".join(batch), prefix, hold and self.version >= 2, counts=False), m.Found
             )
             parts.append(np.frombuffer(found.held, np.uint8).reshape(len(self.layouts), found.num_keys).copy())
             if prefix and found.num_keys < len(batch):
@@ -117,6 +135,25 @@ class Attachment:
         if keys:
             self.connection.call_patiently(m.Unhold(self.epoch, self.store, group, keys), m.Unheld)
 
+    def hint(self, keys: list[bytes], hint: str) -> None:
+        """Of the last MAX_KEYS of a chain. An older daemon is told nothing."""
+        if keys and m.HINTS in self.connection.welcome.features:
+            blob = b"".join(keys[-m.MAX_KEYS :])
+            self.connection.call_patiently(m.Hint(self.epoch, self.store, blob, hint), m.Hinted)
+
+    def used(self, keys: list[bytes], num_tokens: int, found: Match, *, is_turn: bool) -> None:
+        """A request came, of at most MAX_KEYS whole blocks. An older daemon counts look-ups instead.
+
+        Begun here and now, so that the daemon hears of what missed before it gets it anew; nobody waits for the answer, and
+        a daemon that owes many is told no more: requests that nobody gives up would take the places of those that count.
+        """
+        self._unheard = [reply for reply in self._unheard if not reply.is_over]
+        most = max(1, self.connection.welcome.max_requests // 4)
+        if m.USAGE in self.connection.welcome.features and len(self._unheard) < most:
+            blob, tiers = b"".join(keys[: m.MAX_KEYS]), (found.device_tokens, found.host_tokens, found.nvme_tokens)
+            message = m.Used(self.epoch, self.store, blob, num_tokens, *tiers, is_turn)
+            self._unheard.append(self.connection.begin(message, m.Noted))
+
     # ------------------------------------------------------------------ slots
     def reserve(self, group: int, count: int, timeout_s: float) -> tuple[IntArray, npt.NDArray[np.uint64]]:
         """At least one slot, at most `count`. Raises Busy when there was none for so long."""
@@ -134,25 +171,13 @@ class Attachment:
 
     def release(self, group: int, rows: IntArray) -> None:
         if len(rows):
-            message = m.Release(self.epoch, self.store, group, rows.astype("<u4").tobytes())
-            self.connection.call_patiently(message, m.Done)
+            self.connection.call_patiently(self._release(group, rows), m.Done)
 
     def commit(
         self, group: int, rows: IntArray, stamps: npt.NDArray[Any], parents: Sequence[bytes]
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]:
         """Results (see Committed in the protocol), with holds, and generations."""
-        keys = np.ascontiguousarray(stamps["key"]).tobytes()
-        message = m.Commit(
-            self.epoch,
-            self.store,
-            group,
-            rows.astype("<u4").tobytes(),
-            keys,
-            b"".join(parent or bytes(m.KEY_BYTES) for parent in parents),
-            stamps["tokens"].astype("<u4").tobytes(),
-            stamps["owner"].astype("<u4").tobytes(),
-            self.version >= 2,
-        )
+        message = self._commit(group, rows, stamps, parents, hold=self.version >= 2)
         done = self.connection.call_patiently(message, m.Committed)
         results = np.frombuffer(done.results, np.uint8).copy()
         if self.version < 2:
@@ -161,16 +186,59 @@ class Attachment:
             results[stored[flags == 1]] += 4
         return results, np.frombuffer(done.generations, np.uint64)
 
+    # ------------------------------------------------------------------ the same, begun now and asked for later
+    def begin_reserve(self, group: int, count: int) -> Reply[m.Slots]:
+        return self.connection.begin(m.Reserve(self.epoch, self.store, group, count), m.Slots)
+
+    def begin_lease(self, group: int, keys: bytes, timeout_s: float) -> Reply[m.Leased]:
+        return self.connection.begin(m.Lease(self.epoch, self.store, group, keys, int(timeout_s * 1000)), m.Leased)
+
+    def begin_release(self, group: int, rows: IntArray) -> Reply[m.Done]:
+        return self.connection.begin(self._release(group, rows), m.Done)
+
+    def begin_commit(
+        self, group: int, rows: IntArray, stamps: npt.NDArray[Any], parents: Sequence[bytes]
+    ) -> Reply[m.Committed]:
+        """Without holds: cache, once it is released."""
+        return self.connection.begin(self._commit(group, rows, stamps, parents, hold=False), m.Committed)
+
+    def _release(self, group: int, rows: IntArray) -> m.Release:
+        return m.Release(self.epoch, self.store, group, rows.astype("<u4").tobytes())
+
+    def _commit(
+        self, group: int, rows: IntArray, stamps: npt.NDArray[Any], parents: Sequence[bytes], *, hold: bool
+    ) -> m.Commit:
+        return m.Commit(
+            self.epoch,
+            self.store,
+            group,
+            rows.astype("<u4").tobytes(),
+            np.ascontiguousarray(stamps["key"]).tobytes(),
+            b"".join(parent or bytes(m.KEY_BYTES) for parent in parents),
+            stamps["tokens"].astype("<u4").tobytes(),
+            stamps["owner"].astype("<u4").tobytes(),
+            hold,
+        )
+
     # ------------------------------------------------------------------ bytes, where we do not see the memory
     def read_rows(self, group: int, rows: IntArray, target: Rows, target_rows: IntArray) -> None:
+        """Many requests at once: over a network the way there and back is paid once."""
         step = max(1, m.MAX_READ_BYTES // self.layouts[group].block_bytes)
+        replies = []
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             message = m.Read(self.epoch, self.store, group, rows[part].astype("<u4").tobytes())
-            self.connection.read_into(message, [memoryview(target[row]) for row in target_rows[part].tolist()])
+            into = [memoryview(target[row]) for row in target_rows[part].tolist()]
+            replies.append(self.connection.begin_read(message, into))
+        wait_all(replies)
 
-    def write_row(self, group: int, row: int, source: Rows) -> None:
-        self.connection.write_from(m.Write(self.epoch, self.store, group, row), memoryview(source))
+    def write_rows(self, group: int, rows: IntArray, source: Rows, source_rows: IntArray) -> None:
+        """Likewise."""
+        replies = []
+        for row, at in zip(rows.tolist(), source_rows.tolist(), strict=True):
+            message = m.Write(self.epoch, self.store, group, row)
+            replies.append(self.connection.begin(message, m.Written, memoryview(source[at])))
+        wait_all(replies)
 
     # ------------------------------------------------------------------ durability and sessions
     def flush(self, timeout_s: float) -> None:
@@ -186,8 +254,9 @@ class Attachment:
         found = self.connection.call(m.GetSession(self.epoch, self.store, session_id, True), m.Session)
         return {str(name): value for name, value in found.record.items()}
 
-    def drop_session(self, session_id: str, *, keep: bool) -> None:
-        self.connection.call_patiently(m.DropSession(self.epoch, self.store, session_id, keep), m.SessionDropped)
+    def drop_session(self, session_id: str, *, keep: bool, released: bool = False) -> None:
+        message = m.DropSession(self.epoch, self.store, session_id, keep, released)
+        self.connection.call_patiently(message, m.SessionDropped)
 
     def list_sessions(self) -> list[list[Any]]:
         rows: list[list[Any]] = []
@@ -199,13 +268,17 @@ class Attachment:
             more = page.more and bool(page.sessions)
         return rows
 
-    def goodbye(self) -> None:
-        """Raises nothing: the daemon finds out anyway when this process ends."""
+    def goodbye(self) -> bool:
+        """Whether the daemon has let everything go. Raises nothing: it finds out anyway when this process ends."""
+        if self._populating is not None:
+            self._populating.close()
         try:
             self.connection.call(m.Goodbye(self.epoch), m.Bye, timeout_s=2.0)
+            return True
         except (TierUnavailableError, Busy):
-            pass
-        self.connection.close()
+            return False
+        finally:
+            self.connection.close()
 
 
 def _ints(found: list[object]) -> list[int]:

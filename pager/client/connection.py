@@ -10,22 +10,21 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from ...tiers.errors import Busy, KvTierError, ProtocolError, TierUnavailableError
 from ..wire import messages
 from ..wire.frames import HEADER, META_LENGTH, Fields, Header, meta_bytes, pack, pack_raw, parse_header, unpack
 from ..wire.replies import reply_of
 from .address import dial
+from .transport import Transport
 
 TIMEOUT_S = 10.0
-MAX_FDS = 64
 M = TypeVar("M")
 
 
@@ -40,6 +39,7 @@ class Greeting:
     newest_version: int = messages.VERSION
     previous_boot: bytes = b""
     previous_epoch: int = 0
+    ca_file: str | None = None  # what the daemon's certificate is checked against, not said to it
 
 
 @dataclass(slots=True)
@@ -49,11 +49,46 @@ class _Pending:
     fds: list[int] = field(default_factory=list)
 
 
+class Reply(Generic[M]):
+    """To one request that was sent."""
+
+    def __init__(
+        self, connection: DaemonConnection, request_id: int, kind: type[M], future: Future[tuple[int, Fields]]
+    ) -> None:
+        self._connection, self._request_id, self._kind, self._future = connection, request_id, kind, future
+
+    @property
+    def is_over(self) -> bool:
+        """Answered, or the daemon is gone: `result` would not wait."""
+        return self._future.done()
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """The connection ended before an answer came; once it is over."""
+        return self._future.cancelled() or self._future.exception() is not None
+
+    def when_over(self, call: Callable[[], object]) -> None:
+        """Call it then, from the thread that finds out; now, where it is over already."""
+        self._future.add_done_callback(lambda _: call())
+
+    def result(self, timeout_s: float = TIMEOUT_S) -> M:
+        """Raises what the daemon answered; TierUnavailableError when it is gone or silent."""
+        try:
+            number, fields = self._future.result(timeout_s)
+        except TimeoutError:
+            self._connection.give_up(self._request_id)
+            self._future.cancel()
+            raise TierUnavailableError(
+                f"the daemon at {self._connection.address} did not answer in {timeout_s:.1f} s"
+            ) from None
+        return reply_of(self._kind, number, fields)
+
+
 class DaemonConnection:
     """Open with `DaemonConnection.open`."""
 
-    def __init__(self, connection: socket.socket, address: str) -> None:
-        self._socket, self.address = connection, address
+    def __init__(self, transport: Transport, address: str) -> None:
+        self._transport, self.address = transport, address
         self._sending = threading.Lock()
         self._pending: dict[int, _Pending] = {}
         self._guard = threading.Lock()  # of _pending and is_lost
@@ -69,7 +104,7 @@ class DaemonConnection:
     def open(cls, address: str, greeting: Greeting | None = None, *, timeout_s: float = TIMEOUT_S) -> DaemonConnection:
         """Connect and say HELLO. Raises: ConfigError, TierUnavailableError, ProtocolError (versions, not let in)."""
         said = greeting or Greeting()
-        connection = cls(dial(address, timeout_s), address)
+        connection = cls(dial(address, timeout_s, said.ca_file), address)
         hello = messages.Hello(
             said.oldest_version,
             said.newest_version,
@@ -100,6 +135,14 @@ class DaemonConnection:
         """One request and its reply. Raises what the daemon answered; TierUnavailableError when it is gone or silent."""
         return self._exchange(message, kind, _Pending(), None, timeout_s)
 
+    def begin(self, message: object, kind: type[M], payload: memoryview | None = None) -> Reply[M]:
+        """Send a request now and ask for its reply later. The daemon serves what one client begins in that order."""
+        return self._begin(message, kind, _Pending(), payload)
+
+    def begin_read(self, message: messages.Read, target: Sequence[memoryview]) -> Reply[messages.Bytes]:
+        """The payload of the reply goes to `target`, in order: memory that is the reply's until `result` returns."""
+        return self._begin(message, messages.Bytes, _Pending(target=target), None)
+
     def call_patiently(self, message: object, kind: type[M], *, timeout_s: float = TIMEOUT_S) -> M:
         """As `call`, asking again while the daemon says that it is busy, until the time is up."""
         deadline_s = time.monotonic() + timeout_s
@@ -121,17 +164,9 @@ class DaemonConnection:
             _close_all(pending.fds)
             raise
 
-    def read_into(self, message: messages.Read, target: Sequence[memoryview], *, timeout_s: float = TIMEOUT_S) -> None:
-        """The payload of the reply goes to `target`, in order."""
-        self._exchange(message, messages.Bytes, _Pending(target=target), None, timeout_s)
-
-    def write_from(self, message: messages.Write, payload: memoryview, *, timeout_s: float = TIMEOUT_S) -> None:
-        self._exchange(message, messages.Written, _Pending(), payload, timeout_s)
-
     def close(self) -> None:
         """Whoever waits for a reply gets TierUnavailableError."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        self._transport.shut()
         if threading.current_thread() is not self._reader:
             self._reader.join(5.0)
 
@@ -139,24 +174,32 @@ class DaemonConnection:
     def _exchange(
         self, message: object, kind: type[M], pending: _Pending, payload: memoryview | None, timeout_s: float
     ) -> M:
-        with self._slots:
-            request_id = next(self._ids)
-            with self._guard:
-                if self.is_lost:
-                    raise TierUnavailableError(f"the daemon at {self.address} is gone")
+        return self._begin(message, kind, pending, payload).result(timeout_s)
+
+    def _begin(self, message: object, kind: type[M], pending: _Pending, payload: memoryview | None) -> Reply[M]:
+        """Waits only while as many requests are in flight as the daemon wants at most."""
+        slots = self._slots  # HELLO was sent under others than those that it is answered with
+        slots.acquire()
+        request_id = next(self._ids)
+        pending.future.add_done_callback(lambda _: self._ended(request_id, slots))
+        with self._guard:
+            is_lost = self.is_lost
+            if not is_lost:
                 self._pending[request_id] = pending
-            try:
-                self._send(request_id, message, payload)
-                number, fields = pending.future.result(timeout_s)
-            except TimeoutError:
-                self._give_up(request_id)
-                raise TierUnavailableError(
-                    f"the daemon at {self.address} did not answer in {timeout_s:.1f} s"
-                ) from None
-            finally:
-                with self._guard:
-                    self._pending.pop(request_id, None)
-        return reply_of(kind, number, fields)
+        try:
+            if is_lost:
+                raise TierUnavailableError(f"the daemon at {self.address} is gone")
+            self._send(request_id, message, payload)
+        except BaseException:
+            pending.future.cancel()
+            raise
+        return Reply(self, request_id, kind, pending.future)
+
+    def _ended(self, request_id: int, slots: threading.BoundedSemaphore) -> None:
+        """A request is over: answered, given up, or lost with the daemon. Called once for each."""
+        with self._guard:
+            self._pending.pop(request_id, None)
+        slots.release()
 
     def _send(self, request_id: int, message: object, payload: memoryview | None) -> None:
         number: int = type(message).KIND  # type: ignore[attr-defined]
@@ -168,12 +211,12 @@ class DaemonConnection:
         try:
             with self._sending:
                 for part in parts:
-                    self._socket.sendall(part)
+                    self._transport.send(part)
         except OSError as error:
             self.close()  # half a frame may be out: nothing can follow it
             raise TierUnavailableError(f"the daemon at {self.address} is gone: {error}") from error
 
-    def _give_up(self, request_id: int) -> None:
+    def give_up(self, request_id: int) -> None:
         """A late reply must find nobody. One with a payload cannot be told from what follows: then the socket ends."""
         with self._guard:
             pending = self._pending.get(request_id)
@@ -191,12 +234,14 @@ class DaemonConnection:
             self._lost(error)
 
     def _read_frame(self) -> None:
-        head, fds = _receive_with_fds(self._socket, HEADER.size)
+        head, fds = _receive_with_fds(self._transport, HEADER.size)
         try:
             header = parse_header(head)
             with self._guard:
                 pending = self._pending.get(header.request_id)
-            fields = self._read_raw(header, pending) if header.is_raw else unpack(_receive(self._socket, header.size))
+            fields = (
+                self._read_raw(header, pending) if header.is_raw else unpack(_receive(self._transport, header.size))
+            )
         except BaseException:
             _close_all(fds)
             raise
@@ -210,15 +255,15 @@ class DaemonConnection:
             pending.future.set_result((header.kind, fields))
 
     def _read_raw(self, header: Header, pending: _Pending | None) -> Fields:
-        start = _receive(self._socket, META_LENGTH.size)
+        start = _receive(self._transport, META_LENGTH.size)
         size = meta_bytes(header, start)
-        fields = unpack(_receive(self._socket, size))
+        fields = unpack(_receive(self._transport, size))
         left = header.size - META_LENGTH.size - size
         target = pending.target if pending is not None else ()
         if left != sum(part.nbytes for part in target):
             raise ProtocolError(f"{left} bytes of blocks came where others were awaited")
         for part in target:
-            _receive_into(self._socket, part)
+            _receive_into(self._transport, part)
         return fields
 
     def _lost(self, error: Exception) -> None:
@@ -227,30 +272,45 @@ class DaemonConnection:
         with self._guard:
             self.is_lost = True
             waiting, self._pending = list(self._pending.values()), {}
-        self._socket.close()
+        self._transport.close()
         for pending in waiting:
             with contextlib.suppress(Exception):
                 pending.future.set_exception(error if isinstance(error, ProtocolError) else gone)
         self.on_lost()
 
 
-def _receive_with_fds(connection: socket.socket, size: int) -> tuple[bytes, list[int]]:
+def wait_all(replies: Sequence[Reply[M]], timeout_s: float = TIMEOUT_S) -> list[M]:
+    """Every reply has come, or its connection has ended, before the first failure is raised: whatever memory the requests
+    named is nobody else's business from then on."""
+    found: list[M] = []
+    failed: KvTierError | None = None
+    for reply in replies:
+        try:
+            found.append(reply.result(timeout_s))
+        except KvTierError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
+    return found
+
+
+def _receive_with_fds(transport: Transport, size: int) -> tuple[bytes, list[int]]:
     """Descriptors come with the first byte of a frame."""
-    data, fds, _, _ = socket.recv_fds(connection, size, MAX_FDS)
+    data, fds = transport.receive_with_fds(size)
     if not data:
         raise EOFError("connection closed")
-    return data + _receive(connection, size - len(data)), list(fds)
+    return data + _receive(transport, size - len(data)), fds
 
 
-def _receive(connection: socket.socket, size: int) -> bytes:
+def _receive(transport: Transport, size: int) -> bytes:
     found = bytearray(size)
-    _receive_into(connection, memoryview(found))
+    _receive_into(transport, memoryview(found))
     return bytes(found)
 
 
-def _receive_into(connection: socket.socket, target: memoryview) -> None:
+def _receive_into(transport: Transport, target: memoryview) -> None:
     while target.nbytes:
-        count = connection.recv_into(target)
+        count = transport.receive_into(target)
         if not count:
             raise EOFError("connection closed in the middle of a frame")
         target = target[count:]

@@ -15,10 +15,11 @@ from typing import Any
 from ...tiers.errors import ConfigError, KvTierError
 from ...tiers.layout import KVLayout
 from .attachment import Attachment
-from .connection import Greeting
+from .connection import DaemonConnection, Greeting
 from .sharing import Sharing
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.05, 0.5
+DIAL_TIMEOUT_S = 2.0
 _LOG = logging.getLogger("kvtier.client")
 
 
@@ -50,6 +51,10 @@ class Link:
         attachment = self._attach(self._greeting)
         self._is_up = not attachment.is_lost
         return attachment
+
+    def dial(self) -> DaemonConnection:
+        """One more connection, with nothing open in it. Raises as `DaemonConnection.open` does."""
+        return DaemonConnection.open(self._address, self._greeting, timeout_s=DIAL_TIMEOUT_S)
 
     def keep(self, sharing: Sharing, attachment: Attachment) -> None:
         """From now on look after this pager."""

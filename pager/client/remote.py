@@ -14,20 +14,26 @@ from ...tiers.layout import KVLayout
 from ...tiers.streams import Backend
 from ..config import PagerConfig
 from ..core import Core
-from ..keys import unsalted
+from ..keys import KeyChain, unsalted
 from ..page_table import Sequence as TokenSequence
 from ..parking import Parking
+from ..prefix import Match
 from ..rules import Rules
 from ..sessions import SessionEntry
 from ..sizing import Sizes, plan_sizes
+from ..tier_formats import refuse_formats
 from ..wire import messages as m
+from .address import read_token
 from .attachment import Attachment
 from .connection import DaemonConnection, Greeting
+from .daemon_copies import DaemonCopies
 from .link import Link
 from .sharing import Sharing, attach_slabs
 from .slab import LeasedSlab
 from .tier import RemoteTier
 
+IPC = "ipc"  # of config.transfer
+_CLOSE_S = 5.0
 PRIVATE_HOST_BYTES = 64 << 20  # of our own, where the daemon's memory is not ours to map and host_bytes is not given
 
 
@@ -35,9 +41,16 @@ class Remote:
     """Of one client pager."""
 
     def __init__(
-        self, core: Core, tier: RemoteTier, sharing: Sharing, link: Link, slabs: list[LeasedSlab] | None
+        self,
+        core: Core,
+        tier: RemoteTier,
+        sharing: Sharing,
+        link: Link,
+        slabs: list[LeasedSlab] | None,
+        copies: DaemonCopies | None,
     ) -> None:
         self._core, self._tier, self._sharing, self._link, self._slabs = core, tier, sharing, link, slabs
+        self._copies = copies
 
     @classmethod
     def connect(
@@ -58,6 +71,7 @@ class Remote:
             raise ConfigError(
                 f"nvme_path={str(config.nvme_path)!r} with a daemon: the daemon keeps the store; leave it out"
             )
+        refuse_formats(config, who="a daemon")
         link = Link(address, layouts, model_fingerprint, about, greeting)
         attachment = link.open()
         try:
@@ -65,15 +79,23 @@ class Remote:
             tier = RemoteTier(attachment, backend, slabs, link.is_up)
             for index, slab in enumerate(slabs or ()):
                 slab.ask_with(index, tier.ask_for_room)
-            attach_slabs(slabs, attachment, backend)
+            attach_slabs(slabs, attachment, backend, populate=config.host_prefault)
             config = _with_secrets(config, attachment)
             sizes = _sizes(layouts, config, slabs)
-            core = Core(layouts, config, sizes, backend, tier, model_fingerprint, rules, clock, slabs)
+            wants_ipc = config.transfer == IPC
+            core = Core(
+                *(layouts, config, sizes, backend, tier, model_fingerprint, rules, clock, slabs),
+                exports_pools=wants_ipc,
+            )
+            copies = DaemonCopies(core, link.dial) if wants_ipc else None
+            if copies is not None:
+                copies.use(copies.prepare(attachment))
         except BaseException:
             attachment.connection.close()
             raise
-        sharing = Sharing(core, tier, slabs)
-        return core, cls(core, tier, sharing, link, slabs)
+        tier.copies = copies
+        sharing = Sharing(core, tier, slabs, copies)
+        return core, cls(core, tier, sharing, link, slabs, copies)
 
     def start(self, on_change: Callable[[], object]) -> None:
         """Watch the daemon from now on."""
@@ -97,10 +119,11 @@ class Remote:
         for slab in self._slabs or ():
             if slab.is_pinned and is_drained:
                 self._core.backend.unpin(slab.rows)
-        if is_drained:
-            self._tier.attachment.goodbye()
-        else:
+        is_over = is_drained and self._tier.attachment.goodbye()
+        if not is_drained:
             self._tier.attachment.connection.close()
+        if self._copies is not None:
+            self._copies.close(_CLOSE_S, is_over=is_over)
 
     # ------------------------------------------------------------------ namespaces
     def check_owned(self, namespace: str) -> None:
@@ -111,20 +134,24 @@ class Remote:
             raise ConfigError(f"namespace={namespace!r} is not ours at this daemon; it gives us: {owned}")
 
     # ------------------------------------------------------------------ prompts
-    def find_prompt(self, namespace: str, token_ids: Sequence[int], *, with_tail: bool) -> None:
-        """So that matching this prompt finds what the daemon has."""
+    def find_prompt(
+        self, namespace: str, token_ids: Sequence[int], *, with_tail: bool, branch: tuple[int, str] | None = None
+    ) -> None:
+        """So that matching this prompt finds what the daemon has. `branch`: as of a sequence."""
         with self._core.lock:
             chain = self._core.chain(namespace)
+        if branch is not None:
+            chain = chain.branched(*branch)
         keys: list[bytes] = []
         chain.extend(keys, token_ids)
         self._sharing.find(chain, keys)
         if with_tail:
-            self._find_tails(namespace, keys, token_ids)
+            self._find_tails(chain, keys, token_ids)
 
-    def _find_tails(self, namespace: str, keys: list[bytes], token_ids: Sequence[int]) -> None:
+    def _find_tails(self, chain: KeyChain, keys: list[bytes], token_ids: Sequence[int]) -> None:
         """Behind the longest run of whole blocks."""
         with self._core.lock:
-            chain, count = self._core.chain(namespace), len(keys)
+            count = len(keys)
             for group in self._core.groups:
                 if group.layout.window is None:
                     has = group.directory.is_valid(group.directory.find(keys[:count]))
@@ -145,6 +172,16 @@ class Remote:
         if keys:
             self._sharing.find(seq.chain, keys, first)
 
+    def hint(self, keys: list[bytes], hint: str) -> None:
+        """Tell the daemon, in the background, what we know of a chain of blocks; see HINT in the protocol."""
+        if keys and self.is_up:
+            self._tier.hint(keys, hint)
+
+    def used(self, keys: list[bytes], num_tokens: int, found: Match, *, is_turn: bool = False) -> None:
+        """Tell the daemon of a request and of what it found, waiting for no answer. Not under the pager's lock."""
+        if num_tokens > 0 and self.is_up:
+            self._tier.used(keys, num_tokens, found, is_turn=is_turn)
+
     # ------------------------------------------------------------------ sessions
     def take_session(self, session_id: str, namespace: str) -> None:
         """Make the daemon's session ours, to be resumed. Raises: UnknownSessionError, Busy, TierUnavailableError."""
@@ -161,7 +198,8 @@ class Remote:
             self._tier.attachment.drop_session(session_id, keep=True)
             raise UnknownSessionError(f"session {session_id!r} is unknown in namespace {namespace!r}")
         entry.is_durable = is_durable
-        self.find_prompt(namespace, entry.token_ids[: entry.num_computed], with_tail=True)
+        computed = entry.token_ids[: entry.num_computed]
+        self.find_prompt(namespace, computed, with_tail=True, branch=entry.branch)
         with self._core.lock:
             self._core.sessions[session_id] = entry
 
@@ -184,14 +222,15 @@ class Remote:
         fields = ("namespace", "tokens", "computed_tokens", "is_active", "is_durable")
         return {row[0]: dict(zip(fields, row[1:], strict=True)) for row in self._tier.attachment.list_sessions()}
 
-    def forget_session(self, session_id: str) -> None:
+    def forget_session(self, session_id: str, *, released: bool = False) -> None:
         """Raises: UnknownSessionError, TierUnavailableError."""
-        self._tier.drop_session(session_id)
+        self._tier.drop_session(session_id, released=released)
 
 
-def block_size_at(address: str, model_fingerprint: str, token: str = "") -> int | None:
+def block_size_at(address: str, model_fingerprint: str, config: PagerConfig) -> int | None:
     """How the daemon's blocks of this model are cut, or None where it has none. Raises as `DaemonConnection.open` does."""
-    connection = DaemonConnection.open(address, Greeting("block size", token))
+    greeting = Greeting("block size", read_token(config.pager_token_file), ca_file=config.pager_ca)
+    connection = DaemonConnection.open(address, greeting)
     try:
         if connection.version < 2:
             return None
@@ -209,9 +248,16 @@ def _slabs_for(attachment: Attachment) -> list[LeasedSlab] | None:
 def _sizes(layouts: tuple[KVLayout, ...], config: PagerConfig, slabs: list[LeasedSlab] | None) -> Sizes:
     staging = config.staging_size
     if slabs is None:
-        return plan_sizes(layouts, config.device_size, config.host_size or PRIVATE_HOST_BYTES, staging, True)
-    sizes = plan_sizes(layouts, config.device_size, 0, staging, False)
-    return replace(sizes, host_slots=[slab.num_slots for slab in slabs])
+        return plan_sizes(
+            layouts,
+            config.device_size,
+            config.host_size or PRIVATE_HOST_BYTES,
+            staging,
+            True,
+            selection=config.selection_size,
+        )
+    sizes = plan_sizes(layouts, config.device_size, 0, staging, False, selection=config.selection_size)
+    return replace(sizes, host_slots=[slab.num_slots for slab in slabs], bounce_bytes=sizes.staging_bytes)
 
 
 def _with_secrets(config: PagerConfig, attachment: Attachment) -> PagerConfig:

@@ -27,6 +27,7 @@ from ..page_table import num_blocks_of
 from ..states import NOWHERE, PageState, SlotState
 from ..wire.messages import IN_MEMORY, IS_HELD, STORED
 from .attachment import Attachment
+from .daemon_copies import DaemonCopies
 from .slab import LeasedSlab
 from .tier import RemoteTier
 
@@ -37,8 +38,10 @@ _LOOK_S = 0.05
 class Sharing:
     """Of one client pager. `slabs` as in RemoteTier."""
 
-    def __init__(self, core: Core, tier: RemoteTier, slabs: Sequence[LeasedSlab] | None) -> None:
-        self._core, self._tier, self._slabs = core, tier, slabs
+    def __init__(
+        self, core: Core, tier: RemoteTier, slabs: Sequence[LeasedSlab] | None, copies: DaemonCopies | None = None
+    ) -> None:
+        self._core, self._tier, self._slabs, self._copies = core, tier, slabs, copies
         self._is_reconciling = [False] * len(core.groups)
         self._hold_again_s = [0.0] * len(core.groups)
         core.on_advance = self.beat
@@ -59,7 +62,7 @@ class Sharing:
         most = min(self._core.block_size - 1, len(token_ids))
         parent = keys[-1] if keys else None
         counts = np.arange(most, 0, -1)
-        tails = [chain.seal(parent, token_ids[:count]) for count in counts.tolist()]
+        tails = [chain.seal(parent, token_ids[:count], len(keys)) for count in counts.tolist()]
         self._ask(chain, tails, np.full(most, len(keys)), counts, prefix=False)
 
     def find_all(self, chain: KeyChain, keys: list[bytes]) -> None:
@@ -217,6 +220,8 @@ class Sharing:
     def lost(self) -> None:
         """What the daemon had is gone as far as we know. Its memory stays mapped, so leased slots can still be read."""
         with self._core.lock:
+            if self._copies is not None:
+                self._copies.lost()
             for group in self._core.groups:
                 for move in list(group.moves):
                     if move.kind not in ("host_to_device", "device_to_host"):
@@ -242,12 +247,18 @@ class Sharing:
 
     def attached(self, attachment: Attachment, stop: threading.Event) -> bool:
         """Change over to another daemon's memory, likewise."""
+        orders = self._copies.prepare(attachment) if self._copies is not None else None
 
         def take() -> None:
             self._tier.attachment = attachment
-            attach_slabs(self._slabs, attachment, self._core.backend)
+            if self._copies is not None:
+                self._copies.use(orders)
+            attach_slabs(self._slabs, attachment, self._core.backend, populate=self._core.config.host_prefault)
 
-        return self._change(take, stop)
+        is_taken = self._change(take, stop)
+        if orders is not None and not is_taken:
+            orders.close()
+        return is_taken
 
     def _change(self, change: Callable[[], None], stop: threading.Event) -> bool:
         while not stop.is_set():
@@ -301,15 +312,19 @@ class Sharing:
             found = d.find([seq.keys[i] for i in lost.tolist()])
             there = d.is_valid(found)
             old, new = ids[lost[there]], found[there]
-            table.ids[lost[there]] = new
+            table.put(lost[there], new)
             group.ref(new)
             group.unref(old)
 
 
-def attach_slabs(slabs: Sequence[LeasedSlab] | None, attachment: Attachment, backend: Backend) -> None:
-    """Let the slabs stand for this attachment's memory, page-locked where the backend can."""
+def attach_slabs(
+    slabs: Sequence[LeasedSlab] | None, attachment: Attachment, backend: Backend, *, populate: bool
+) -> None:
+    """Let the slabs stand for this attachment's memory, page-locked where the backend can, else mapped page by page."""
     for index, slab in enumerate(slabs or ()):
         if slab.is_pinned:
             backend.unpin(slab.rows)
         slab.is_pinned = backend.pin(attachment.rows[index])
         slab.attach(attachment.rows[index], attachment.generations[index], attachment.epoch)
+    if populate and not all(slab.is_pinned for slab in slabs or ()):
+        attachment.populate()

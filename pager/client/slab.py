@@ -25,6 +25,9 @@ SPARE_SHARE = 4  # of the slots that we may have, a quarter may wait to be writt
 class LeasedSlab:
     """One layer group's slots, within what one client may lease."""
 
+    nodes: IntArray | None = None  # which rows we get is the daemon's choice
+    node_rates: tuple[float, ...] = ()
+
     def __init__(self, lease_limit: int) -> None:
         self.spare_limit = max(1, lease_limit // SPARE_SHARE)
         self.stream_limit = max(1, lease_limit // SPARE_SHARE)

@@ -7,22 +7,27 @@ workers, one request for many blocks. Without a daemon every call fails at once:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ...tiers.errors import BlockMissError, Busy, KvTierError, TierFullError, TierUnavailableError
-from ...tiers.nvme.store import IoTicket
+from ...tiers.nvme.reading import IoTicket
 from ...tiers.streams import AllDone, Backend, IntArray, Rows
 from ..wire.messages import HELD_ALREADY, IS_HELD, STORED, TAKEN
 from .attachment import NO_ROOM, Attachment
 from .handles import Handles
 from .slab import LeasedSlab
+
+if TYPE_CHECKING:
+    from ..prefix import Match
+    from .daemon_copies import DaemonCopies
 
 LEASE_WAIT_S = 10.0  # for room in the daemon's memory; then it is a miss and is computed again
 RESERVE_WAIT_S = 1.0
@@ -44,6 +49,7 @@ class RemoteTier:
         self._backend, self._slabs, self._is_up = backend, slabs, is_up
         self.handles = [Handles(2 * capacity + SPARE_HANDLES) for capacity in attachment.capacity_blocks]
         self.attachment = attachment
+        self.copies: DaemonCopies | None = None  # where we asked for them; for the status
         self.last_write_error: str | None = None
         self._refused_until_s = [0.0] * len(self.handles)
         self._nonce = os.urandom(32)  # private blocks of ours have keys that nobody can guess
@@ -154,9 +160,8 @@ class RemoteTier:
         while done < len(stamps):
             rows, _ = attachment.reserve(group, len(stamps) - done, LEASE_WAIT_S)
             try:
-                for i, row in enumerate(rows.tolist(), done):
-                    attachment.write_row(group, row, source[source_rows[i]])
                 part = slice(done, done + len(rows))
+                attachment.write_rows(group, rows, source, source_rows[part])
                 results[part], _ = attachment.commit(group, rows, stamps[part], parents[part])
             finally:
                 attachment.release(group, rows)
@@ -268,6 +273,14 @@ class RemoteTier:
     def unhold(self, group: int, keys: bytes) -> None:
         self._later(lambda attachment: attachment.unhold(group, keys))
 
+    def hint(self, keys: list[bytes], hint: str) -> None:
+        self._later(lambda attachment: attachment.hint(keys, hint))
+
+    def used(self, keys: list[bytes], num_tokens: int, found: Match, *, is_turn: bool) -> None:
+        """See USED in the protocol. A daemon that has gone counts nothing."""
+        with contextlib.suppress(KvTierError):
+            self.attachment.used(keys, num_tokens, found, is_turn=is_turn)
+
     def _later(self, call: Callable[[Attachment], None]) -> None:
         attachment = self.attachment
         if not attachment.is_lost:
@@ -291,8 +304,8 @@ class RemoteTier:
         except BlockMissError as error:
             raise TierFullError(f"the daemon could not keep it all: {error}", retry_after_s=1.0) from error
 
-    def drop_session(self, session_id: str) -> None:
-        self._require().drop_session(session_id, keep=False)
+    def drop_session(self, session_id: str, *, released: bool = False) -> None:
+        self._require().drop_session(session_id, keep=False, released=released)
 
     def sessions(self) -> dict[str, dict[str, Any]]:
         return {}  # asked for one by one, when they are resumed
@@ -310,6 +323,7 @@ class RemoteTier:
             "known_blocks": sum(handles.limit - handles.num_free for handles in self.handles),
             "held_blocks": sum(int(handles.is_held.sum()) for handles in self.handles),
             "last_write_error": self.last_write_error,
+            **({} if self.copies is None else self.copies.status()),
         }
 
     def close(self) -> None:

@@ -33,6 +33,7 @@ from ..wire.frames import (
 HIGH_WATER_BYTES = 1 << 20  # of replies that the peer has not read
 UNREAD_S = 10.0  # so long may it leave more than that
 _FIRST_BUFFER = 1 << 16
+_KEPT_BUFFER = 8 * _FIRST_BUFFER  # a look-up of 8,192 keys is a little over 256 KiB: made once while they keep coming
 _PEER = struct.Struct("3i")
 _SO_PEERGROUPS, _MAX_GROUPS = 59, 255  # <asm-generic/socket.h>; getsockopt of Python gives 1 KiB at most
 _LOG = logging.getLogger("kvtier.pagerd")
@@ -64,6 +65,7 @@ class Connection(asyncio.BufferedProtocol):
         self._handler, self._loop = handler, loop
         self._buffer = bytearray(_FIRST_BUFFER)
         self._used = 0
+        self._has_heard = False  # since `rest` looked
         self._target: memoryview | None = None  # rest of a payload that goes elsewhere
         self._skip = 0  # rest of a payload that goes nowhere
         self._raw: Header | None = None
@@ -88,6 +90,8 @@ class Connection(asyncio.BufferedProtocol):
             peer = self.socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
             self.pid, self.uid, gid = _PEER.unpack(peer)
             self.gids = frozenset({gid, *_groups(self.socket)})
+        elif self.socket is not None:
+            _notice_silence(self.socket)
         self._handler.connected(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -100,6 +104,7 @@ class Connection(asyncio.BufferedProtocol):
             self._fill(nbytes)
             return
         self._used += nbytes
+        self._has_heard = True
         try:
             start = self._take_frames()
         except ProtocolError as error:
@@ -209,8 +214,14 @@ class Connection(asyncio.BufferedProtocol):
         if start and rest:
             self._buffer[:rest] = self._buffer[start : self._used]
         self._used = rest
-        if not rest and len(self._buffer) > 4 * _FIRST_BUFFER:
+        if not rest and len(self._buffer) > _KEPT_BUFFER:
             self._buffer = bytearray(_FIRST_BUFFER)
+
+    def rest(self) -> None:
+        """Called now and then: who sent nothing since the last time needs no large buffer."""
+        if not self._has_heard and not self._used:
+            self._buffer = self._buffer if len(self._buffer) == _FIRST_BUFFER else bytearray(_FIRST_BUFFER)
+        self._has_heard = False
 
     # ------------------------------------------------------------------ limits
     def _note(self, header: Header, nbytes: int) -> None:
@@ -322,6 +333,13 @@ class Connection(asyncio.BufferedProtocol):
             if payload:
                 self._transport.write(payload)
         self._answered(request_id)
+
+
+def _notice_silence(peer: socket.socket) -> None:
+    """A machine that is gone without a word keeps what it held for a minute, not for ever."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, seconds in ((socket.TCP_KEEPIDLE, 30), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 3)):
+        peer.setsockopt(socket.IPPROTO_TCP, option, seconds)
 
 
 def _groups(peer: socket.socket) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
     reserved   slots that the client may be writing to; STAGING until it commits
     leased     slots that the client may be reading from, counted; held as for any copy (rule 7)
+    copying    of both: slots that we copy into or out of for the client; they are not given back meanwhile
     held       blocks that must not vanish while the client's sequences refer to them; a reference each
 
 Changes the books of a group, under the lock of whoever calls. Guards rule 8: while the process lives, a slot with a copy of
@@ -9,6 +10,8 @@ it in flight is neither freed nor given to anybody else, connected or not.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +28,7 @@ class Holdings:
         self.lease_limit, self.hold_limit = lease_limit, hold_limit
         self.reserved = np.zeros(len(group.host), bool)
         self.leased = np.zeros(len(group.host), np.int32)
+        self.copying = np.zeros(len(group.host), np.int32)  # copies of ours that the client ordered, under way
         self.held: set[int] = set()
         self._private: set[int] = set()  # of the held: blocks that nobody else can know of
         self._unflushed: set[int] = set()  # of the held: committed since the last flush
@@ -41,9 +45,6 @@ class Holdings:
         """Blocks once per reference of this client."""
         held = np.fromiter(self.held, np.int64, len(self.held))
         return np.concatenate([held, self.group.host.block[self.reserved]])
-
-    def may_read(self, slots: IntArray) -> bool:
-        return bool((self.leased[slots] > 0).all())
 
     # ------------------------------------------------------------------ slots
     def reserve(self, slots: IntArray, owner: int) -> None:
@@ -67,6 +68,11 @@ class Holdings:
         self._end_reservations(np.unique(slots[is_reserved & ~is_leased]))
         return is_leased | is_reserved
 
+    def is_in_use(self, slots: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether a copy runs that giving these slots back once would leave without a hold."""
+        last: npt.NDArray[np.bool_] = (self.copying[slots] > 0) & (self.leased[slots] <= 1)
+        return last
+
     def _end_leases(self, slots: IntArray, count: int | npt.NDArray[np.int32]) -> None:
         group = self.group
         group.host.holds[slots] -= count
@@ -84,40 +90,69 @@ class Holdings:
         group.unref(blocks)
 
     # ------------------------------------------------------------------ commits
-    def commit(self, slot: int, key: bytes, parent: bytes | None, tokens: int, owner: int, *, hold: bool) -> bool:
-        """A reserved slot was written whole: name its block, and lease it. False when a valid block has that name.
+    def commit(
+        self,
+        slots: IntArray,
+        keys: Sequence[bytes],
+        parents: Sequence[bytes | None],
+        tokens: IntArray,
+        owners: npt.NDArray[np.uint32],
+        *,
+        hold: bool,
+    ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+        """Reserved slots, each once, were written whole: name their blocks, and lease them. Returns per block whether it
+        was taken and whether it is held now; not taken is a key that a valid block, or an earlier one of these, has.
 
         A private block (no tokens) without a hold is forgotten when its lease ends: nobody could ask for it.
         """
         group, d = self.group, self.group.directory
-        block = int(group.host.block[slot])
-        twin = d.by_key.get(key)
-        if twin is not None:
-            if d.is_valid(np.array([twin]))[0]:
-                return False
-            d.unbind(twin)  # lost meanwhile: whoever refers to it finds a miss
+        blocks = group.host.block[slots]
+        taken = self._free_names(keys)
+        for i in np.flatnonzero(taken).tolist():
+            self._name(int(blocks[i]), keys[i], parents[i], int(tokens[i]), int(owners[i]))
+        at, named = slots[taken], blocks[taken]
+        group.touch_chain(named, d.depth[named])
+        group.host.publish(at)
+        self.reserved[at] = False
+        self.lease(at)
+        is_held = np.zeros(len(slots), bool)
+        is_held[taken] = self._end_reservations_of(named, hold=hold, is_private=tokens[taken] == 0)
+        return taken, is_held
+
+    def _free_names(self, keys: Sequence[bytes]) -> npt.NDArray[np.bool_]:
+        """Which of these keys no valid block has. What has one and was lost meanwhile gives it up: its users find a miss."""
+        d = self.group.directory
+        twins = d.find(list(keys))
+        free = ~d.is_valid(twins)
+        for twin in dict.fromkeys(twins[free & (twins >= 0)].tolist()):
+            d.unbind(twin)
+        first = dict(zip(reversed(keys), range(len(keys) - 1, -1, -1), strict=True))
+        free &= np.fromiter((first[key] == i for i, key in enumerate(keys)), bool, len(keys))
+        return free
+
+    def _name(self, block: int, key: bytes, parent: bytes | None, tokens: int, owner: int) -> None:
+        group, d = self.group, self.group.directory
         d.owner[block] = owner
         d.bind(block, key, parent, tokens)
-        depth = 0 if parent is None or parent not in d.by_key else int(d.depth[d.by_key[parent]]) + 1
-        one, at = np.array([block]), np.array([slot])
-        group.touch_chain(one, np.array([depth]))
-        group.host.publish(at)
-        self.reserved[slot] = False
-        self.lease(at)
-        self._end_reservation_of(block, hold=hold, is_private=tokens == 0)
-        return True
+        before = None if parent is None else d.by_key.get(parent)
+        d.depth[block] = 0 if before is None else d.depth[before] + 1
+        if before is not None and tokens == group.layout.block_size:
+            d.note_child(before, key)
 
-    def _end_reservation_of(self, block: int, *, hold: bool, is_private: bool) -> None:
-        """The reservation's reference becomes a hold, where that is wanted and there is room."""
-        if hold and len(self.held) < self.hold_limit:
-            self.held.add(block)
-            self._unflushed.add(block)
-            if is_private:
-                self._private.add(block)
-            return
-        if is_private:
+    def _end_reservations_of(
+        self, blocks: IntArray, *, hold: bool, is_private: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[np.bool_]:
+        """The reservation's reference becomes a hold, where that is wanted and there is room; returns where."""
+        room = max(0, self.hold_limit - len(self.held)) if hold else 0
+        held, rest = blocks[:room].tolist(), blocks[room:]
+        self.held.update(held)
+        self._unflushed.update(held)
+        self._private.update(blocks[:room][is_private[:room]].tolist())
+        for block in rest[is_private[room:]].tolist():
             self.group.directory.unbind(block)
-        self.group.unref(np.array([block]))
+        self.group.unref(rest)
+        is_held: npt.NDArray[np.bool_] = np.arange(len(blocks)) < room
+        return is_held
 
     def take_unflushed(self) -> IntArray:
         """Held blocks committed since the last call."""
@@ -138,6 +173,12 @@ class Holdings:
             self.held.update(new)
             self.group.ref(np.array(new, np.int64))
         return np.fromiter((block in self.held for block in wanted), bool, len(wanted))
+
+    def is_alone_with(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether nobody but this client refers to each block."""
+        mine = np.fromiter((block in self.held for block in blocks.tolist()), np.int64, len(blocks))
+        alone: npt.NDArray[np.bool_] = self.group.directory.refs[blocks] <= mine
+        return alone
 
     def unhold(self, blocks: IntArray) -> None:
         gone = [block for block in dict.fromkeys(blocks.tolist()) if block in self.held]

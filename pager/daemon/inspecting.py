@@ -17,6 +17,7 @@ from .. import protocol
 
 if TYPE_CHECKING:
     from ..core import Core
+    from ..inspection.service import Snapshots
     from .models import Models
 
 
@@ -30,6 +31,7 @@ class DaemonInspector:
 
     def __init__(self, models: Models, status: Callable[[], dict[str, Any]]) -> None:
         self._models, self._status = models, status
+        self._snapshots: Snapshots | None = None
 
     def reply(self, request_id: int, packed: bytes) -> bytes:
         """The frame that answers a question; what it cannot mean is an error that says so."""
@@ -54,10 +56,11 @@ class DaemonInspector:
 
     def published(self) -> dict[str, Any] | None:
         """What the snapshot page holds: the model opened last; None while none is open."""
-        from ..inspection.service import snapshot
+        from ..inspection.service import Snapshots
 
+        self._snapshots = self._snapshots or Snapshots()
         cores = self._models.cores()
-        return snapshot(_chosen(cores, 0)[1]) if cores else None
+        return self._snapshots.take(_chosen(cores, 0)[1]) if cores else None
 
 
 def _chosen(cores: dict[int, Core], wanted: object) -> tuple[int, Core]:

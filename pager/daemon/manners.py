@@ -61,6 +61,7 @@ class Manners:
             service.limits = plan.config.limits
             if isinstance(tenants, TenantTable):
                 tenants.update(plan.config)
+                service.show_out()
             logging.getLogger().setLevel(plan.config.log_level.upper())
             for name in plan.refused:
                 _LOG.warning("event=reload_needs_restart setting=%s", name)

@@ -13,13 +13,12 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...tiers.errors import ConfigError
-from .tls import parse_address
+from ..wire.hosts import parse_host
 
 if TYPE_CHECKING:
     from .service import Service
@@ -39,7 +38,7 @@ def check_metrics(address: str) -> None:
         if not os.path.isabs(address.removeprefix(_UNIX)):
             raise ConfigError(f"metrics={address!r}: give the absolute path of a socket, unix:///...")
         return
-    host, _ = parse_address(address, name="metrics")
+    host, _ = parse_host(address, name="metrics")
     try:
         is_loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -66,7 +65,7 @@ class MetricsServer:
 
         try:
             if not address.startswith(_UNIX):
-                host, port = parse_address(address, name="metrics")
+                host, port = parse_host(address, name="metrics")
                 return cls(await asyncio.start_server(answer, host, port, limit=MAX_HEAD_BYTES), None)
             path = Path(address.removeprefix(_UNIX))
             previous = os.umask(0o177)
@@ -115,6 +114,8 @@ class DaemonMetrics:
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Any]:
+        from importlib.metadata import version  # brings the mail parser: not while a daemon starts
+
         from prometheus_client.core import InfoMetricFamily
 
         from ..metrics import counter, gauge, of_counters, of_tiers

@@ -1,7 +1,8 @@
-"""Models: one SharedStore per model and layout, within one budget of memory and disk for all of them.
+"""Models: one SharedStore per model, layout and trust domain, within one budget of memory and disk for all of them.
 
 Every model gets an equal part of both, `max_models` of them at once. A model whose clients are all gone stays, as cache,
 until another one needs its part; then it is written down and closed, and its store on disk waits for its next client.
+Guards: tenants of two trust domains share neither a slab nor a store, so what one maps holds no byte of the other's.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from ..config import PagerConfig
 
 if TYPE_CHECKING:
     from ..core import Core
+    from .client import Client
     from .reading import LeaseRequest
-    from .store import Client, SharedStore
+    from .store import SharedStore
     from .tenants import Tenant
 
 CLOSE_TIMEOUT_S = 30.0
 _LOG = logging.getLogger("kvtier.pagerd")
-Identity = tuple[tuple[KVLayout, ...], str]
+Identity = tuple[tuple[KVLayout, ...], str, str]  # layouts, model, trust domain
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,20 +77,21 @@ class Models:
         """
         if not layouts or len({layout.block_size for layout in layouts}) != 1:
             raise ConfigError(f"layouts: need at least one layer group, all of one block_size; got {len(layouts)}")
-        identity = layouts, fingerprint
+        identity = layouts, fingerprint, tenant.domain
         with self._opening:
             number = self._numbers.get(identity)
             if number is None:
-                number = self._open(layouts, fingerprint, about)
+                number = self._open(identity, about)
                 self._numbers[identity] = number
             store = self._stores[number]
             return number, store, store.attach(tenant)
 
-    def _open(self, layouts: tuple[KVLayout, ...], fingerprint: str, about: Mapping[str, Any]) -> int:
+    def _open(self, identity: Identity, about: Mapping[str, Any]) -> int:
         from .store import SharedStore
 
         self._make_room()
-        folder = _folder(layouts, fingerprint)
+        layouts, fingerprint, _ = identity
+        folder = _folder(*identity)
         config = self._budget.share(folder)
         store = SharedStore.open(layouts, config, model_fingerprint=fingerprint, about=about, clock=self._clock)
         store.core.backend.on_progress = self._progress
@@ -99,7 +102,7 @@ class Models:
 
     def block_size_of(self, fingerprint: str) -> int:
         """Of the blocks that are open or stored for a model; 0 where there are none."""
-        for layouts, known in self._numbers:
+        for layouts, known, _ in self._numbers:
             if known == fingerprint:
                 return layouts[0].block_size
         return _stored_block_size(self._budget.nvme_path, fingerprint)
@@ -190,9 +193,10 @@ class Models:
             self.on_progress()
 
 
-def _folder(layouts: tuple[KVLayout, ...], fingerprint: str) -> str:
+def _folder(layouts: tuple[KVLayout, ...], fingerprint: str, domain: str) -> str:
     """A name of ours for the model's store; nothing from outside becomes a path."""
-    text = json.dumps([fingerprint, [layout.to_dict() for layout in layouts]], sort_keys=True)
+    names = [fingerprint, [layout.to_dict() for layout in layouts], *([domain] if domain else [])]
+    text = json.dumps(names, sort_keys=True)
     return "model-" + hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 

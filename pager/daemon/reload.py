@@ -1,8 +1,8 @@
 """SIGHUP: which settings of a running daemon can change, and which wait for a restart. Decides; the server applies.
 
 Limits, quotas, who owns a namespace, new namespaces and the log level change at once. What memory, disk and sockets were
-made from does not, nor the secret of a namespace: its blocks are named and sealed with it. Guards: a file that is refused
-changes nothing at all.
+made from does not, nor the secret of a namespace or its trust domain: its blocks are named and sealed with the one, and lie
+in the memory of the other. Guards: a file that is refused changes nothing at all.
 """
 
 from __future__ import annotations
@@ -33,6 +33,12 @@ def plan_reload(old: DaemonConfig, new: DaemonConfig) -> Reload:
     if moved:
         refused += [f"namespaces.{name}.secret" for name in moved]
         new = _with_secrets_of(old, new, moved)
+    for name in sorted(old.namespaces.keys() & new.namespaces.keys()):
+        domain = old.namespaces[name].trust_domain
+        if new.namespaces[name].trust_domain != domain:
+            refused.append(f"namespaces.{name}.trust_domain")
+            stays = replace(new.namespaces[name], trust_domain=domain)
+            new = replace(new, namespaces={**new.namespaces, name: stays})
     if bool(old.namespaces) != bool(new.namespaces):
         refused.append("namespaces")  # the table comes with the first namespace, and goes with the last
         new = replace(new, **{name: getattr(old, name) for name in _FILES})

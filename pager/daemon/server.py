@@ -61,8 +61,15 @@ class Daemon:
     async def _serve(self, listener: socket.socket, on_ready: Callable[[], object]) -> int:
         loop = asyncio.get_running_loop()
         models, tenants = Models(self.budget), self.tenants or OwnerOnly()
-        limits = None if self.manners is None else self.manners.config.limits
-        service = Service(models, tenants, loop, newest_version=self.newest_version, limits=limits)
+        config = None if self.manners is None else self.manners.config
+        service = Service(
+            models,
+            tenants,
+            loop,
+            newest_version=self.newest_version,
+            limits=None if config is None else config.limits,
+            allow_ipc=config is not None and config.allow_ipc,
+        )
         loop.set_exception_handler(_on_error)
         stop, hurry = asyncio.Event(), asyncio.Event()
 
@@ -86,7 +93,7 @@ class Daemon:
         _LOG.info("event=drain")
         if publisher is not None:
             publisher.close()
-        service.is_draining = True
+        service.begin_drain()
         for server in servers:
             server.close()
         if self.manners is not None:
@@ -106,6 +113,9 @@ def listen(path: Path, mode: int = 0o600) -> socket.socket:
         raise ConfigError(f"socket={str(path)!r} has more than {MAX_PATH_BYTES} bytes; choose a shorter path")
     if path.exists() and not path.is_socket():
         raise ConfigError(f"socket={str(path)!r} is there already and is no socket; choose another path")
+    if not path.parent.is_dir():
+        folder = str(path.parent)
+        raise ConfigError(f"socket={str(path)!r} cannot be made: there is no directory {folder!r}; make it first")
     if path.is_socket() and _answers(path):
         raise ConfigError(f"socket={str(path)!r}: another daemon listens there; stop it or choose another path")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)

@@ -20,9 +20,13 @@ from ...tiers.nvme.codecs import is_encrypted
 from ..config import PagerConfig, check_namespace, check_tags
 from ..quota import NamespaceQuota, Size
 from ..settings import names_of, read_settings, to_toml
+from ..tier_formats import refuse_formats
 from .secret_files import check_token_hash, derive_secret, read_secret
 
-ENGINE_SETTINGS = ("device_bytes", "staging_bytes", "require_pinned", "backend")  # of a shared file: not for a daemon
+ENGINE_SETTINGS = (  # of a shared file: not for a daemon
+    *("device_bytes", "staging_bytes", "require_pinned", "backend"),
+    *("device", "host", "nvme", "pager_token_file", "pager_ca", "transfer"),
+)
 _MASKED = ("namespace_secrets", "tokens")
 MAX_MODELS = 64
 SOCKET_MODES = (0o600, 0o660, 0o666)
@@ -60,6 +64,7 @@ class NamespaceSettings:
     gids: tuple[int, ...] = ()
     tokens: tuple[str, ...] = ()  # hashes of them
     secret_file: str | None = None  # else derived from root_secret_file
+    trust_domain: str = ""  # namespaces of one domain share memory, and who maps it sees all of theirs
     host_floor: Size = 0
     host_ceiling: Size | None = None
     nvme_floor: Size = 0
@@ -85,8 +90,9 @@ class DaemonConfig(PagerConfig):
     tls_cert: str | None = None
     tls_key: str | None = None
     metrics: str | None = None  # unix:///path or 127.0.0.1:port; None: no metrics
-    max_models: int = 1  # served at once, in equal parts
-    slab_uids: tuple[int, ...] = ()  # trusted with the slab itself, and so with the blocks of every namespace
+    max_models: int = 1  # served at once, in equal parts; one model in two trust domains counts twice
+    slab_uids: tuple[int, ...] = ()  # trusted with the slab itself, and so with every namespace of their domain
+    allow_ipc: bool = False  # copy into the device memory of clients with the slab that ask for it (transfer = "ipc")
     root_secret_file: str | None = None
     log_format: str = "text"  # text (key=value) or json
     log_level: str = "info"
@@ -96,6 +102,7 @@ class DaemonConfig(PagerConfig):
     def validate(self) -> DaemonConfig:
         """Check everything that can be checked without opening a socket or a store. Raises ConfigError."""
         PagerConfig.check_tiers(self)
+        refuse_formats(self, who="a daemon")
         if self.host_size < 1:
             raise ConfigError(f"host_bytes={self.host_bytes!r}: the daemon's blocks live there; give it some memory")
         if not 1 <= self.max_models <= MAX_MODELS:
@@ -105,6 +112,8 @@ class DaemonConfig(PagerConfig):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown; choose {', '.join(choices)}")
         if self.socket_mode not in SOCKET_MODES:
             raise ConfigError(f"socket_mode={self.socket_mode:#o}: choose {', '.join(map(oct, SOCKET_MODES))}")
+        if not isinstance(self.allow_ipc, bool):
+            raise ConfigError(f"allow_ipc={self.allow_ipc!r}: choose true or false")
         self.limits.validate()
         self._check_namespaces()
         self._check_listen()
@@ -116,6 +125,8 @@ class DaemonConfig(PagerConfig):
             for number in (*settings.uids, *settings.gids):
                 if number < 0:
                     raise ConfigError(f"{where}: uid or gid {number} must not be negative")
+            if settings.trust_domain:
+                check_namespace(settings.trust_domain)
             for token_hash in settings.tokens:
                 check_token_hash(token_hash, name=f"{where}.tokens")
             if settings.secret_file is None and self.root_secret_file is None:

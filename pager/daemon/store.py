@@ -2,7 +2,7 @@
 
 Slots, directory, policy, quotas, disk and sessions are those of the embedded pager; here they serve clients, each with
 its holdings. Every verb takes the lock, changes the books, and waits for nothing; what has to wait is a LeaseRequest, or
-runs on a thread of its own (flush, sessions). Guards: a tenant sees blocks of its own namespaces alone, and foreign ones
+is the keeper's (flush, sessions). Guards: a tenant sees blocks of its own namespaces alone, and foreign ones
 take the same path as absent ones; a slot that another tenant wrote to is zeroed before it is handed out.
 """
 
@@ -16,16 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...tiers.errors import BlockMissError, Busy, ConfigError, ProtocolError, TierFullError, UnknownSessionError
+from ...tiers.errors import ConfigError, ProtocolError, TierFullError
 from ...tiers.layout import KVLayout
 from ...tiers.shared import SharingBackend, make_rows
+from .. import hints
 from ..config import PagerConfig
 from ..core import Core
-from ..group import MAX_MOVE_BYTES
-from ..parking import Parking
-from ..prefix import adopt, take_tail
+from ..prefetching import Prefetcher
 from ..rules import ALL_RULES, Rules
-from ..sessions import SessionEntry
 from ..sizing import Sizes, split_blocks
 from ..states import IntArray, SlotState
 from ..stores import open_nvme
@@ -38,10 +36,15 @@ from ..wire.messages import (
     NOT_THERE,
     ON_DISK,
     OVER_LIMIT,
+    PREFETCH,
     REFUSED,
+    RELEASE,
     TAKEN,
 )
+from .client import Client
+from .counting import RequestCounts
 from .holdings import Holdings
+from .keeping import Keeper
 from .reading import LeaseRequest
 from .tenants import Tenant
 
@@ -51,27 +54,14 @@ HOLD_SHARE = 2  # of all blocks that the tiers take, one client's sequences may 
 _NO_DEVICE_PAGES = 1  # the books want one; nothing is ever put there, so it takes no memory
 
 
-class Client:
-    """What one attached process holds of one store."""
-
-    def __init__(self, tenant: Tenant, holdings: list[Holdings]) -> None:
-        self.tenant, self.holdings = tenant, holdings
-        self.requests: list[LeaseRequest] = []
-        self.sessions: set[str] = set()  # those that it has taken
-        self.writing: tuple[int, int] | None = None  # group and slot that a payload is on its way into
-
-    def require_not_writing(self, index: int, slots: IntArray) -> None:
-        if self.writing is not None and self.writing[0] == index and (slots == self.writing[1]).any():
-            raise ProtocolError(f"slot {self.writing[1]}: its WRITE is not over")
-
-
 class SharedStore:
     """Open with `SharedStore.open`."""
 
     def __init__(self, core: Core, fds: list[int]) -> None:
         self.core, self.fds = core, fds
-        self.parking = Parking(core)
-        self.clients: set[Client] = set()
+        self.clients: dict[Client, None] = {}  # in order of their coming
+        self.keeper = Keeper(core, self.clients)
+        self.prefetcher, self.counts = Prefetcher(core), RequestCounts(core, self._visible)
         self._writer = [
             np.zeros(len(g.host), np.uint32) for g in core.groups
         ]  # tag of the namespace whose bytes are in a slot
@@ -91,7 +81,15 @@ class SharedStore:
         """`config` gives this model's part of the memory and disk. Raises: ConfigError, StoreMismatchError,
         StoreLockedError."""
         backend = SharingBackend(io_depth=config.nvme_queue_depth)
-        sizes = Sizes([_NO_DEVICE_PAGES] * len(layouts), split_blocks(layouts, config.host_size), [0] * len(layouts))
+        none = [0] * len(layouts)
+        sizes = Sizes(
+            [_NO_DEVICE_PAGES] * len(layouts),
+            split_blocks(layouts, config.host_size),
+            none,
+            bounce_bytes=none,
+            summaries=none,
+            slices=none,
+        )
         if min(sizes.host_slots) < 1:
             raise ConfigError(
                 f"host_bytes={config.host_bytes!r} for this model holds no block; one of each layer group takes "
@@ -108,7 +106,7 @@ class SharedStore:
             backend.close(5.0)
             raise
         store = cls(core, fds)
-        store.parking.recover()
+        store.keeper.parking.recover()
         if config.host_prefault:
             core.memory.start_prefault()
         return store
@@ -126,41 +124,18 @@ class SharedStore:
         self.core.memory.close()
         if self.core.nvme is not None:
             deadline_s = self.core.clock() + timeout_s
-            self.write_down(timeout_s)
+            self.keeper.write_down(timeout_s)
             self.core.wait_until(lambda: not self.core.in_flight(), max(1.0, deadline_s - self.core.clock()))
             self.core.nvme.close()
         self.core.backend.close(timeout_s)
         while self.fds:
             os.close(self.fds.pop())
 
-    def write_down(self, timeout_s: float) -> None:
-        """Bring every block that only the slab holds to nvme, each tried once: in a full tier they would only take turns."""
-        core = self.core
-        with core.lock:
-            left = [self._only_in_slab(index) for index in range(len(core.groups))]
-
-        def is_down() -> bool:
-            for index, group in enumerate(core.groups):
-                batch = left[index][: max(1, MAX_MOVE_BYTES // group.layout.block_bytes)]
-                if len(batch) and group.nvme_room() and not group.moves:
-                    core.sink_blocks(group, batch, "drain")
-                    left[index] = left[index][len(batch) :]
-            return not any(map(len, left)) and not core.in_flight()
-
-        core.wait_until(is_down, timeout_s)
-
-    def _only_in_slab(self, index: int) -> IntArray:
-        """Blocks that a crash would lose, those that others refer to first."""
-        group = self.core.groups[index]
-        d, blocks = group.directory, group.host.block[group.host.state == SlotState.VALID]
-        blocks = blocks[d.is_named[blocks] & (d.nvme_slot[blocks] < 0)]
-        return blocks[np.argsort(-d.refs[blocks], kind="stable")]
-
     # ------------------------------------------------------------------ clients
     def attach(self, tenant: Tenant) -> Client:
         with self.core.lock:
             client = Client(tenant, [self._holdings(i) for i in range(len(self.core.groups))])
-            self.clients.add(client)
+            self.clients[client] = None
             return client
 
     def detach(self, client: Client) -> None:
@@ -172,7 +147,7 @@ class SharedStore:
             for holdings in client.holdings:
                 self._note_writers(client, holdings.group.index, np.flatnonzero(holdings.reserved))
                 holdings.end()
-            self.clients.discard(client)
+            self.clients.pop(client, None)
 
     def _holdings(self, index: int) -> Holdings:
         group = self.core.groups[index]
@@ -189,8 +164,13 @@ class SharedStore:
         return max(below, len(self.core.groups[index].host))
 
     # ------------------------------------------------------------------ verbs that answer at once
-    def lookup(self, client: Client, keys: list[bytes], *, prefix: bool, hold: bool) -> npt.NDArray[np.uint8]:
-        """[groups, keys] of ABSENT, IN_MEMORY or ON_DISK, and IS_HELD. Columns behind the first miss are left out."""
+    def lookup(
+        self, client: Client, keys: list[bytes], *, prefix: bool, hold: bool, counts: bool = True
+    ) -> npt.NDArray[np.uint8]:
+        """[groups, keys] of ABSENT, IN_MEMORY or ON_DISK, and IS_HELD. Columns behind the first miss are left out.
+
+        `counts`: this is all that there will be to know of the client's request.
+        """
         with self.core.locked():
             found = [self._visible(client, index, keys) for index in range(len(self.core.groups))]
             end = len(keys)
@@ -198,8 +178,8 @@ class SharedStore:
                 if prefix and group.layout.window is None:
                     has = blocks[:end] >= 0
                     end = len(has) if has.all() else int(np.argmin(has))
-            if prefix:
-                self.core.observer.looked_up(client.tenant.name, client.tenant.owns_tags, keys, end)
+            if prefix and counts:
+                self.counts.looked_up(client, keys, found[0][:end])
             return np.stack([self._answer(client, i, blocks[:end], hold) for i, blocks in enumerate(found)])
 
     def _answer(self, client: Client, index: int, blocks: IntArray, hold: bool) -> npt.NDArray[np.uint8]:
@@ -229,6 +209,8 @@ class SharedStore:
             if room < count:
                 self.core.make_host_room(group, count, asker)
             if slots is None:
+                if holdings.room() and pins != 0:  # for want of room in the tier, not of a limit of its own
+                    self.core.observer.turned_away.append((self.core.clock(), index))
                 raise TierFullError(self._why_full(index, holdings, count, pins), retry_after_s=0.02)
             self._zero_foreign(client, index, slots)
             holdings.reserve(slots, asker)
@@ -266,23 +248,24 @@ class SharedStore:
         *,
         hold: bool,
     ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint64]]:
-        """Per block NOT_THERE, HOLDS, OVER_LIMIT = 0, 1, 2
-        REFUSED, TAKEN or HELD_ALREADY, and IS_HELD; and the generations of their slots."""
+        """Per block REFUSED, TAKEN or HELD_ALREADY, and IS_HELD; and the generations of their slots."""
         with self.core.locked():
             group, holdings = self.core.groups[index], client.holdings[index]
-            client.require_not_writing(index, slots)
+            client.require_at_rest(index, slots)
             may = holdings.reserved[slots] & client.tenant.owns_tags(owners) & (tokens <= self.core.block_size)
+            may &= _first_times(slots)
             results = np.zeros(len(slots), np.uint8)
-            for i in np.flatnonzero(may).tolist():  # a few dozen, each with its own key
-                slot, key, parent = int(slots[i]), keys[i], parents[i] if any(parents[i]) else None
-                if not holdings.reserved[slot]:
-                    continue  # twice in one message
-                if holdings.commit(slot, key, parent, int(tokens[i]), int(owners[i]), hold=hold):
-                    self._writer[index][slot] = owners[i]
-                    results[i] = TAKEN
-                    self.core.ghosts.forget(key)
+            own = np.flatnonzero(may)
+            names = [keys[i] for i in own.tolist()]
+            before = [parents[i] if any(parents[i]) else None for i in own.tolist()]
+            taken, is_held = holdings.commit(slots[own], names, before, tokens[own], owners[own], hold=hold)
+            results[own] = taken * TAKEN + is_held * IS_HELD
+            self._writer[index][slots[own[taken]]] = owners[own[taken]]
+            for i in own.tolist():
+                if results[i]:
+                    self.core.ghosts.forget(keys[i])
                 else:
-                    results[i] = self._commit_twin(client, index, key, hold)
+                    results[i] = self._commit_twin(client, index, keys[i], hold)
             return results, group.host.generation[slots].copy()
 
     def _commit_twin(self, client: Client, index: int, key: bytes, hold: bool) -> int:
@@ -306,7 +289,7 @@ class SharedStore:
     def release(self, client: Client, index: int, slots: IntArray) -> npt.NDArray[np.bool_]:
         with self.core.lock:
             holdings = client.holdings[index]
-            client.require_not_writing(index, slots)
+            client.require_at_rest(index, slots)
             self._note_writers(client, index, slots[holdings.reserved[slots]])
             return holdings.release(slots)
 
@@ -324,6 +307,18 @@ class SharedStore:
             blocks = self.core.groups[index].directory.find(keys)
             client.holdings[index].unhold(blocks[blocks >= 0])
 
+    def hint(self, client: Client, keys: list[bytes], hint: str) -> None:
+        """What a client says of a chain, as far as it may see it. Blocks that another client refers to stay as they are."""
+        with self.core.locked():
+            for index, group in enumerate(self.core.groups):
+                blocks = self._visible(client, index, keys)
+                blocks = blocks[blocks >= 0]
+                if hint == RELEASE:
+                    blocks = hints.own_end(group.directory, blocks)
+                    hints.release(group, blocks[client.holdings[index].is_alone_with(blocks)])
+                elif hint == PREFETCH:
+                    self.prefetcher.read(group, blocks)
+
     def row(self, client: Client, index: int, slot: int, *, to_write: bool) -> memoryview:
         """The bytes of a slot that the client has. Raises ProtocolError when it has not."""
         holdings = client.holdings[index]
@@ -332,6 +327,21 @@ class SharedStore:
         if not (holdings.reserved[slot] if to_write else holdings.leased[slot] > 0):
             raise ProtocolError(f"slot {slot} is not {'reserved' if to_write else 'leased'} by this client")
         return memoryview(holdings.group.slab.rows[slot])  # type: ignore[arg-type]
+
+    def begin_copy(self, client: Client, index: int, slots: IntArray, *, to_write: bool) -> None:
+        """A copy into these slots, or out of them, is about to run for this client. Raises ProtocolError: not its slots."""
+        with self.core.lock:
+            holdings = client.holdings[index]
+            may = holdings.reserved[slots] if to_write else holdings.reserved[slots] | (holdings.leased[slots] > 0)
+            if not may.all():
+                raise ProtocolError(
+                    f"slot {slots[~may][0]} is not {'reserved' if to_write else 'leased'} by this client"
+                )
+            np.add.at(holdings.copying, slots, 1)
+
+    def end_copy(self, client: Client, index: int, slots: IntArray) -> None:
+        with self.core.lock:
+            np.subtract.at(client.holdings[index].copying, slots, 1)
 
     # ------------------------------------------------------------------ progress
     def advance(self) -> list[LeaseRequest]:
@@ -345,97 +355,6 @@ class SharedStore:
                 over += done
             return over
 
-    # ------------------------------------------------------------------ verbs that wait, on a thread
-    def flush(self, client: Client, timeout_s: float) -> None:
-        """Make durable what the client committed and still holds. Raises: TierFullError, TierUnavailableError."""
-        core = self.core
-        with core.lock:
-            wanted = [(holdings, holdings.take_unflushed()) for holdings in client.holdings]
-        if core.nvme is None:
-            return
-
-        def all_down() -> bool:
-            missing = 0
-            for holdings, blocks in wanted:
-                d = holdings.group.directory
-                todo = blocks[d.is_live[blocks] & ~d.nvme_valid[blocks]]
-                core.sink_blocks(holdings.group, todo[d.in_host(todo) & (d.nvme_slot[todo] < 0)], "persist")
-                missing += len(todo)
-            return missing == 0
-
-        if not core.wait_until(all_down, timeout_s, may_wait_for_pins=True):
-            with core.lock:
-                for holdings, blocks in wanted:
-                    holdings.still_unflushed(blocks)
-            raise TierFullError(f"not everything could be written to nvme within {timeout_s:.0f} s", retry_after_s=1.0)
-        core.nvme.flush(timeout_s)
-
-    def put_session(self, client: Client, session_id: str, record: dict[str, Any], timeout_s: float) -> None:
-        """Remember a session; durable when this returns. Raises BlockMissError when some of its blocks are gone."""
-        core, entry = self.core, _entry(session_id, record)
-        if not client.tenant.owns(entry.namespace):
-            raise UnknownSessionError(f"namespace {entry.namespace!r} is not of this client")
-        self._require_not_taken(client, session_id)
-        with core.locked():
-            seq = core.begin(entry.namespace)
-            seq.token_ids = list(entry.token_ids)
-            full, rest = divmod(entry.num_computed, core.block_size)
-            adopt(core, seq, entry.num_computed, count=False)
-            if rest and seq.num_computed == full * core.block_size:
-                take_tail(core, seq, rest)
-        try:
-            if seq.num_computed < entry.num_computed:
-                raise BlockMissError(
-                    f"session {session_id!r}: {seq.num_computed} of its {entry.num_computed} tokens are held here; write "
-                    "the others again"
-                )
-            self.parking.park(session_id, seq, entry.extra, timeout_s)
-        except BaseException:
-            with core.locked():
-                core.drop_tables(seq, released=False)
-                core.sequences.pop(seq.id, None)
-            raise
-        client.sessions.add(session_id)
-
-    def get_session(self, client: Client, session_id: str, *, take: bool) -> dict[str, Any]:
-        """Raises UnknownSessionError, also for a session of somebody else; Busy while another client has it."""
-        with self.core.lock:
-            entry = self._session(client, session_id)
-            if take:
-                self._require_not_taken(client, session_id)
-                client.sessions.add(session_id)
-            return entry.to_record() | {"is_durable": entry.is_durable}
-
-    def drop_session(self, client: Client, session_id: str, *, keep: bool) -> None:
-        with self.core.lock:
-            self._session(client, session_id)
-            self._require_not_taken(client, session_id)
-            client.sessions.discard(session_id)
-        if not keep:
-            self.parking.forget(session_id)
-
-    def list_sessions(self, client: Client, after: str, limit: int) -> tuple[list[SessionEntry], bool]:
-        """Those of this tenant's namespaces behind `after`, in order; and whether there are more."""
-        with self.core.lock:
-            ids = sorted(i for i, e in self.core.sessions.items() if i > after and client.tenant.owns(e.namespace))
-            return [self.core.sessions[i] for i in ids[:limit]], len(ids) > limit
-
-    def is_taken(self, session_id: str) -> bool:
-        return any(session_id in client.sessions for client in self.clients)
-
-    def _session(self, client: Client, session_id: str) -> SessionEntry:
-        entry = self.core.sessions.get(session_id)
-        if entry is None or not client.tenant.owns(entry.namespace):
-            raise UnknownSessionError(f"session {session_id!r} is unknown")
-        return entry
-
-    def _require_not_taken(self, client: Client, session_id: str) -> None:
-        entry = self.core.sessions.get(session_id)
-        if entry is not None and not client.tenant.owns(entry.namespace):
-            raise UnknownSessionError(f"session id {session_id!r} cannot be used; choose another")
-        if any(session_id in other.sessions for other in self.clients - {client}):
-            raise Busy(f"session {session_id!r} is active in another process", retry_after_s=0.1)
-
     # ------------------------------------------------------------------ integrity
     def references(self, group: int) -> Iterable[IntArray]:
         for client in self.clients:
@@ -445,6 +364,10 @@ class SharedStore:
     def reserved(self, group: int) -> IntArray:
         found = [np.flatnonzero(client.holdings[group].reserved) for client in self.clients]
         return np.concatenate([np.empty(0, np.int64), *found])
+
+    def shares(self) -> Iterable[tuple[str, list[IntArray]]]:
+        for number, client in enumerate(self.clients, 1):
+            yield f"client {number} (of {client.tenant.name})", [one.references() for one in client.holdings]
 
     def check_integrity(self) -> None:
         """Raises InvariantError when the books of blocks, or those of clients, contradict each other."""
@@ -458,19 +381,6 @@ class SharedStore:
             return sum(int(((g.host.holds > 0) | (g.host.state == SlotState.STAGING)).sum()) for g in self.core.groups)
 
 
-def _entry(session_id: str, record: dict[str, Any]) -> SessionEntry:
-    """Raises ProtocolError for a record that is none."""
-    try:
-        entry = SessionEntry.from_record(session_id, record)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ProtocolError(f"session {session_id[:40]!r}: its record is not one: {error}") from error
-    if not 0 <= entry.num_computed <= len(entry.token_ids) or not isinstance(entry.extra, dict):
-        raise ProtocolError(
-            f"session {session_id[:40]!r}: {entry.num_computed} of {len(entry.token_ids)} tokens computed"
-        )
-    return entry
-
-
 def _share_generations(core: Core) -> int:
     """Put the slots' generations where clients can read them and cannot write; returns the descriptor."""
     counts = [len(group.host) for group in core.groups]
@@ -480,3 +390,10 @@ def _share_generations(core: Core) -> int:
         group.host.generation = generations[start : start + count]
         start += count
     return fd
+
+
+def _first_times(slots: IntArray) -> npt.NDArray[np.bool_]:
+    """Where a slot is named for the first time in one message."""
+    found = np.zeros(len(slots), bool)
+    found[np.unique(slots, return_index=True)[1]] = True
+    return found

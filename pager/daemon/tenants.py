@@ -19,12 +19,14 @@ from ...tiers.owners import owner_of, unsalted
 
 @dataclass(frozen=True)
 class Tenant:
-    """`namespaces`: name -> secret. `owns_all`: every other namespace too. `maps_slab`: trusted with the memory itself."""
+    """`namespaces`: name -> secret. `owns_all`: every other namespace too. `maps_slab`: trusted with the memory itself, of
+    its `domain`."""
 
     name: str
     namespaces: Mapping[str, bytes] = field(default_factory=dict)
     owns_all: bool = False
     maps_slab: bool = True
+    domain: str = ""
     tags: npt.NDArray[np.uint32] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -35,6 +37,11 @@ class Tenant:
     def tag(self) -> int:
         """One that stands for bytes of this tenant; 1 for who owns all."""
         return int(self.tags[0]) if len(self.tags) else 1
+
+    def covers(self, other: Tenant) -> bool:
+        """Whether this one may do all that the other may."""
+        owns = self.owns_all or (not other.owns_all and self.namespaces.keys() >= other.namespaces.keys())
+        return owns and self.maps_slab >= other.maps_slab and self.domain == other.domain
 
     def owns(self, namespace: str) -> bool:
         return self.owns_all or unsalted(namespace) in self.namespaces

@@ -13,6 +13,7 @@ import stat
 from pathlib import Path
 
 from ...tiers.errors import ConfigError
+from ..wire.hosts import parse_host
 
 BACKLOG = 64
 
@@ -30,28 +31,9 @@ def server_context(cert: str, key: str) -> ssl.SSLContext:
     return context
 
 
-def client_context(ca_file: str | None = None) -> ssl.SSLContext:
-    """Checks the daemon's certificate and name, against `ca_file` or the system's authorities. Raises ConfigError."""
-    try:
-        context = ssl.create_default_context(cafile=ca_file)
-    except (ssl.SSLError, OSError) as error:
-        raise ConfigError(f"tls_ca={ca_file!r} cannot be used: {error}") from error
-    context.minimum_version = ssl.TLSVersion.TLSv1_3
-    return context
-
-
-def parse_address(text: str, *, name: str) -> tuple[str, int]:
-    """Host and port of "host:port" or "[::1]:port". Raises ConfigError."""
-    host, colon, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon or not host or not port.isdecimal() or not 0 <= int(port) < 65536:
-        raise ConfigError(f"{name}={text!r}: give host:port, such as 192.0.2.7:7070 or [::1]:7070")
-    return host, int(port)
-
-
 def tcp_listener(address: str, *, name: str) -> socket.socket:
     """Raises ConfigError for an address that cannot be had."""
-    host, port = parse_address(address, name=name)
+    host, port = parse_host(address, name=name)
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=BACKLOG)

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ...tiers.errors import ConfigError, KvTierError, ProtocolError, TierUnavailableError
+from ...tiers.nvme.below import stores_below
 from .. import protocol
 from .history import history_path, read_history
-from .snapshot import page_path, read_snapshot
+from .snapshot import page_path, read_snapshot, stop_watching
 
 DAEMON_SOCKET = "pagerd.sock"
-AT_REST = ("status", "sessions", "session", "blocks", "prefix", "check")
+AT_REST = ("status", "sessions", "session", "blocks", "prefix", "explain", "doctor", "check")
 
 
 class UnreachableError(TierUnavailableError):
@@ -60,8 +61,10 @@ class Target:
                 if live or (path / "store.json").exists():
                     return cls(live[0] if live else None, path if (path / "store.json").exists() else None, timeout_s)
         looked = ", ".join(places)
+        below = "".join(stores_below(Path(place)) for place in places)
         raise UnreachableError(
-            f"{looked}: no such socket or store. Is the pager running? Name its socket or its store's directory with -s"
+            f"{looked}: no such socket or store. Is the pager running? Name its socket or its store's directory with "
+            f"-s{below}"
         )
 
     def ask(self, verb: str, **arguments: Any) -> dict[str, Any]:
@@ -76,19 +79,29 @@ class Target:
                 # its pager died and left the socket behind; the store itself can still be read
         assert self.store is not None
         if verb not in AT_REST:
-            raise RefusedError(
-                f"{verb} needs a running pager; {self.store} is a store at rest (it answers {', '.join(AT_REST)})"
-            )
+            raise self._needs_a_pager(verb)
         from .at_rest import answer
 
         return answer(self.store, verb, arguments)
 
+    def _needs_a_pager(self, verb: str) -> RefusedError:
+        return RefusedError(
+            f"{verb} needs a running pager; {self.store} is a store at rest (it answers {', '.join(AT_REST)})"
+        )
+
     def snapshot(self, *, watch: bool) -> dict[str, Any]:
-        """What the pager last published, without asking it. Raises UnreachableError."""
+        """What the pager last published, without asking it. Raises UnreachableError, RefusedError."""
+        if self.socket is None:
+            raise self._needs_a_pager("a live view")
         try:
             return read_snapshot(page_path(self._need_socket()), watch=watch)
         except TierUnavailableError as error:
             raise UnreachableError(str(error)) from error
+
+    def stop_watching(self) -> None:
+        """We look no more; whoever else does, says so again."""
+        if self.socket is not None:
+            stop_watching(page_path(self.socket))
 
     def history(self, since_s: float) -> list[dict[str, float]]:
         """Raises UnreachableError."""

@@ -6,6 +6,7 @@ is None here. A prompt is looked up with the namespace's default secret: a store
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...tiers.errors import ConfigError, KvTierError, UnknownSessionError
-from ...tiers.layout import KVLayout
+from ...tiers.layout import KVLayout, format_bytes
 from ...tiers.nvme.identity import MANIFEST_FILE, check_format, read_identity
 from ...tiers.nvme.manifest import Listing, replay
 from ...tiers.nvme.status import read_store_status
@@ -24,6 +25,7 @@ from .places import LETTERS, NOT_HELD, NVME
 from .views import MAX_LIMIT, parse_tag, shown_tag
 
 SCHEMA = 1
+MIN_FREE_SHARE = 0.02  # of the file system
 
 
 class RestingStore:
@@ -56,6 +58,8 @@ def answer(path: Path, verb: str, arguments: Mapping[str, Any]) -> dict[str, Any
         "session": _session,
         "blocks": _blocks,
         "prefix": _prefix,
+        "explain": _explain,
+        "doctor": _doctor,
         "check": _check,
     }
     told = {"schema": SCHEMA, "verb": verb, "source": "store"}
@@ -101,10 +105,12 @@ def _session(store: RestingStore, *, session: str) -> dict[str, Any]:
         raise UnknownSessionError(f"no session {session!r} in {store.path}; `pager-inspect sessions` lists them")
     keys: list[bytes] = []
     chain = store.chain(entry.namespace)
+    if entry.branch is not None:
+        chain = chain.branched(*entry.branch)
     chain.extend(keys, entry.token_ids[: entry.num_computed])
     tail = entry.token_ids[len(keys) * store.block_size : entry.num_computed]
     if tail:
-        keys.append(chain.seal(keys[-1] if keys else None, tail))
+        keys.append(chain.seal(keys[-1] if keys else None, tail, len(keys)))
     maps = []
     for index, layout in enumerate(store.layouts):
         held = store.keys(index)
@@ -178,6 +184,41 @@ def _prefix(store: RestingStore, *, tokens: bytes, namespace: str = "default") -
     runs = [{"tier": "nvme", "first": 0, "blocks": end}] if end else []
     counts = {"tokens": len(token_ids), "hit_tokens": end * size, "blocks": len(keys), "hit_blocks": end}
     return counts | {"block_size": size, "runs": runs, "break": at}
+
+
+def _explain(store: RestingStore, *, about: str, limit: int = 50) -> dict[str, Any]:
+    """Where it is; why went with the pager that decided it."""
+    is_session, now = about in store.listing.sessions, []
+    for index, layout in enumerate([] if is_session else store.layouts):
+        listed = store.listing.group(index)
+        held = tags_of(listed.stamps["key"][listed.slots()].tolist()) == parse_tag(about)
+        place = {"group": layout.name, "tier": "nvme", "in_host": False, "on_nvme": True, "pinned": False, "refs": None}
+        now += [place] * int(held.sum())
+    told = {"about": about, "is_session": is_session, "now": now, "ghost": None, "events": []}
+    return told | {"events_left_out": 0, "ring_reaches_back_s": 0.0}
+
+
+def _doctor(store: RestingStore) -> dict[str, Any]:
+    """Books that do not agree, and a disk without room; all else shows in a pager at work."""
+    found = [
+        {
+            "name": f"damaged store: {row['what']}",
+            "severity": "crit",
+            "what": row["detail"],
+            "mend": "`kvtier store check` reads every block; what is lost is computed again",
+            "see": "check",
+        }
+        for row in _check(store)["checks"]
+        if row["verdict"] != "ok"
+    ]
+    disk = os.statvfs(store.path)
+    if disk.f_bavail < MIN_FREE_SHARE * disk.f_blocks:
+        free = (
+            f"{format_bytes(disk.f_bavail * disk.f_frsize)} of {format_bytes(disk.f_blocks * disk.f_frsize)} are free"
+        )
+        mend = "free space, or set a smaller nvme_bytes: a disk that fills refuses writes"
+        found.append({"name": "disk nearly full", "severity": "warn", "what": free, "mend": mend, "see": "status"})
+    return {"findings": found}
 
 
 def _check(store: RestingStore) -> dict[str, Any]:

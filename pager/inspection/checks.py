@@ -1,7 +1,7 @@
 """Checks: the books' invariants by name, each told as holding or not; nothing is raised and nothing is changed.
 
+The facts are those of pager/integrity.py, which tests raise at; here they are told, with what is looked at beside the books.
 Array code under the lock, so that a check of a million blocks holds up the pager for a moment and not for seconds.
-`Core.check_integrity` raises at the first contradiction, for tests; this lists them all, for people and probes.
 """
 
 from __future__ import annotations
@@ -10,16 +10,29 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from ..states import PageState, SlotState
+from ..integrity import Fact
 
 if TYPE_CHECKING:
     from ..core import Core
-    from ..group import BlockGroup
 
 SLOW_LOCK_S, OLD_MOVE_S = 1.0, 30.0
 Check = tuple[str, str, str, str]  # rule, what it says, "ok" | "warn" | "crit", detail
+SAYS = {  # what a fact of integrity.py says while it holds
+    "B1": "pages and blocks agree",
+    "B2": "host slots and blocks agree",
+    "B3": "references agree with tables",
+    "B4": "free pages are counted",
+    "B5": "every used page has a live block",
+    "B6": "free host slots are counted",
+    "B7": "slots of one block are linked",
+    "B8": "what sequences remember of their blocks' places is so",
+    "K1": "keys name their blocks",
+    "R5": "free pages hold nothing",
+    "R6": "clean pages have a copy below",
+    "S1": "no page moves without a copy",
+    "S2": "no copy is counted that is over",
+    "S3": "no slot waits for a copy that is over",
+}
 
 
 def check(core: Core) -> dict[str, Any]:
@@ -28,8 +41,7 @@ def check(core: Core) -> dict[str, Any]:
     with core.lock:
         waited_s = time.monotonic() - asked_s
         rows = [("P1", "the pager answers", "ok" if waited_s < SLOW_LOCK_S else "warn", f"{waited_s * 1e3:.1f} ms")]
-        for group in core.groups:
-            rows += _books(core, group)
+        rows += [_told(name, fact) for name, fact in core.facts()]
         rows += _traffic(core)
     checks = [
         {"rule": rule, "what": what, "verdict": verdict, "detail": detail} for rule, what, verdict, detail in rows
@@ -37,30 +49,11 @@ def check(core: Core) -> dict[str, Any]:
     return {"checks": checks, "findings": sum(row["verdict"] != "ok" for row in checks)}
 
 
-def _books(core: Core, group: BlockGroup) -> Iterator[Check]:
-    d, pages, host, name = group.directory, group.pages, group.host, group.layout.name
-    used = np.flatnonzero(pages.state != PageState.FREE)
-    free = pages.state == PageState.FREE
-    yield _verdict("R5", f"{name}: free pages hold nothing", free & ((pages.pins > 0) | (pages.copies > 0)), len(pages))
-    yield _verdict("B1", f"{name}: pages and blocks agree", d.page[pages.block[used]] != used, len(used))
-    held = np.flatnonzero(host.state != SlotState.NONE)
-    yield _verdict("B2", f"{name}: host slots and blocks agree", d.host_slot[host.block[held]] != held, len(held))
-    refs = _references(core, group)
-    yield _verdict("B3", f"{name}: references agree with tables", refs != d.refs, int(refs.sum()))
-    clean = pages.block[pages.state == PageState.RESIDENT]
-    alone = ~(d.in_host(clean) | d.nvme_valid[clean])
-    yield _verdict("R6", f"{name}: clean pages have a copy below", alone, len(clean))
-    blocks = list(d.by_key.values())
-    wrong = int(list(map(d.key.__getitem__, blocks)) != list(d.by_key))
-    yield _verdict("K1", f"{name}: keys name their blocks", np.array([wrong]), len(blocks))
-    if not group.moves:
-        moving = np.isin(pages.state, [PageState.FILLING, PageState.WRITING_BACK, PageState.EVICTING])
-        yield _verdict("S1", f"{name}: no page moves without a copy", moving, len(pages))
-
-
-def _references(core: Core, group: BlockGroup) -> Any:
-    ids = np.concatenate([*core.references(group.index), np.empty(0, np.int64)])
-    return np.bincount(ids[ids >= 0], minlength=len(group.directory.refs))
+def _told(group: str, fact: Fact) -> Check:
+    detail = f"{fact.total:,} looked at"
+    if fact.broken:
+        detail = f"{len(fact.broken):,} of {fact.total:,} do not: {fact.what}, first {fact.broken[:3]}"
+    return fact.rule, f"{group}: {SAYS[fact.rule]}", "crit" if fact.broken else "ok", detail
 
 
 def _traffic(core: Core) -> Iterator[Check]:
@@ -78,9 +71,3 @@ def _traffic(core: Core) -> Iterator[Check]:
         takes = all(group.can_write_nvme for group in core.groups)
         error = "" if takes else core.nvme.last_write_error or "unknown error"
         yield "N1", "the nvme tier takes writes", "ok" if takes else "crit", error
-
-
-def _verdict(rule: str, what: str, broken: Any, total: int) -> Check:
-    bad = np.flatnonzero(broken)
-    detail = f"{total:,} looked at" if not len(bad) else f"{len(bad):,} of {total:,} do not, first {bad[:3].tolist()}"
-    return rule, what, "crit" if len(bad) else "ok", detail

@@ -1,15 +1,16 @@
 """Doctor: what is wrong with a running pager, from what it counted, and what to change.
 
 Each rule looks at one cause and tells what it saw with figures; a rule that is not sure says nothing. Rules read the
-books, the decision ring and (two of them) the machine; they change nothing. Thresholds stand beside the rule that uses
-them, and each rule has a test that plants its cause in a real pager.
+books, the decision ring and (one of them) the machine; they change nothing. Thresholds stand beside the rule that uses
+them, and each rule has a test that plants its cause in a real pager, and in a real daemon. Rules that only a daemon has are in
+doctor_clients.py.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,8 @@ import numpy as np
 from ...tiers.layout import format_bytes
 from ..states import PageState, SlotState
 from .decisions import thrash
-from .events import KIND, TIERS
+from .doctor_clients import hogging_clients, starved_clients
+from .finding import RECENT_S, SEVERITIES, Finding, Rule, quiet_s, recent
 from .neighbours import other_stores
 from .observer import HEAD_BLOCKS, Lookup
 from .places import bytes_by_place, owners
@@ -27,20 +29,6 @@ from .views import shown_tag
 if TYPE_CHECKING:
     from ..core import Core
     from ..group import BlockGroup
-
-RECENT_S = 600.0
-SEVERITIES = ("crit", "warn", "info")
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One cause. crit: act now; warn: look today; info: costs something, nothing is wrong."""
-
-    name: str
-    severity: str
-    what: str
-    mend: str
-    see: str = ""
 
 
 def doctor(core: Core) -> dict[str, Any]:
@@ -84,7 +72,7 @@ def rereading(core: Core) -> Iterator[Finding]:
     if core.nvme is None:
         return
     ring = core.observer.events
-    batches = _recent(core, "read")
+    batches = recent(core, "read")
     tags = [ring.blocks_of(batch)[1] for batch in batches]
     if not tags:
         return
@@ -109,16 +97,14 @@ def starved_writeback(core: Core) -> Iterator[Finding]:
         ready = group.pages.num_free + len(group.unpinned_by_ttl(clean))
         if dirty < 0.5 * total or ready >= max(1, int(total * core.config.low_watermark)):
             continue
-        last = _recent(core, "demoted")
-        quiet_s = core.clock() - float(last["time_s"][-1]) if len(last) else core.clock() - core.observer.started_s
-        room = group.host_room()
-        if room and quiet_s < 1.0:
+        room, still_s = group.host_room(), quiet_s(core, group, "demoted")
+        if room and still_s < 1.0:
             continue
         yield Finding(
             "write-back starved",
             "warn",
             f"{dirty} of {total} pages of group {group.layout.name!r} are not written down; the host tier can take {room} "
-            f"blocks ({_host_holders(group)}), last write-back {quiet_s:.0f} s ago",
+            f"blocks ({_host_holders(group)}), last write-back {still_s:.0f} s ago",
             "raise host_bytes, shorten pins, or mend what keeps the tier below from taking blocks",
             "blocks --state dirty",
         )
@@ -138,7 +124,7 @@ def hogging(core: Core) -> Iterator[Finding]:
     largest = max(sizes, key=lambda pair: pair[0], default=None)
     if largest is None or len(sizes) < 2 or largest[0] < 0.6 * capacity:
         return
-    if not len(_recent(core, "evicted", tier="device", within_s=60.0)):
+    if not len(recent(core, "evicted", tier="device", within_s=60.0)):
         return
     size, owner = largest
     yield Finding(
@@ -152,17 +138,21 @@ def hogging(core: Core) -> Iterator[Finding]:
 
 
 def quota_hit(core: Core) -> Iterator[Finding]:
-    """A namespace holds all that it may."""
-    refused = len(_recent(core, "refused"))
+    """A namespace holds all that it may. Of the host tier over nvme that is how it is meant: what leaves goes down."""
+    refused, smallest = len(recent(core, "refused")), {"host": 0, "nvme": 0}
+    smallest["host"] = min(group.layout.block_bytes for group in core.groups)
+    smallest["nvme"] = min(group.cold_bytes for group in core.groups)
     for name, quota in core.quotas.to_dict().items():
-        smallest = min(group.cold_bytes for group in core.groups)
-        if quota["used_bytes"] + smallest > quota.get("limit_bytes", float("inf")):
+        for tier, used in (("host", quota["host_used_bytes"]), ("nvme", quota["used_bytes"])):
+            ceiling = quota.get(f"{tier}_ceiling")
+            if ceiling is None or used + smallest[tier] <= ceiling:
+                continue
             yield Finding(
                 "quota hit",
-                "warn",
-                f"namespace {name!r} holds {format_bytes(quota['used_bytes'])} of its {format_bytes(quota['limit_bytes'])} on "
-                f"nvme; {refused} batches had blocks refused lately",
-                f"raise namespace_quotas[{name!r}] or forget sessions of it",
+                "info" if tier == "host" and core.nvme is not None else "warn",
+                f"namespace {name!r} holds {format_bytes(used)} of its {format_bytes(ceiling)} on {tier}; "
+                f"{refused} batches had blocks refused lately",
+                f"raise {tier}_ceiling of namespace {name!r} or forget sessions of it",
                 "sessions",
             )
 
@@ -171,7 +161,7 @@ def quota_hit(core: Core) -> Iterator[Finding]:
 def slow_disk(core: Core) -> Iterator[Finding]:
     """Half of the moves to or from nvme took over 20 ms and ran below 100 MB/s; at least four of them."""
     for kind, verb in (("read", "reads from"), ("written", "writes to")):
-        batches = _recent(core, kind)
+        batches = recent(core, kind)
         seconds = np.maximum(batches["time_s"] - batches["started_s"], 1e-9)
         if len(batches) < 4 or np.median(seconds) < 0.02 or np.median(batches["nbytes"] / seconds) > 100e6:
             continue
@@ -244,7 +234,7 @@ def changed_template(core: Core) -> Iterator[Finding]:
     """Prompts of a namespace began alike, and for the last eight look-ups begin alike in another way."""
     by_namespace: dict[str, list[Lookup]] = {}
     for lookup in core.observer.lookups:
-        if lookup.session_id is None and len(lookup.head):
+        if lookup.session_id is None and not lookup.is_turn and len(lookup.head):
             by_namespace.setdefault(lookup.namespace, []).append(lookup)
     for namespace, lookups in by_namespace.items():
         before, after = lookups[-40:-8], lookups[-8:]
@@ -283,22 +273,15 @@ def _template_finding(core: Core, namespace: str, depth: int, old: int, new: int
     )
 
 
-def _recent(core: Core, kind: str, *, tier: str | None = None, within_s: float = RECENT_S) -> Any:
-    batches = core.observer.events.batches()
-    keep = (batches["kind"] == KIND[kind]) & (batches["time_s"] >= core.clock() - within_s)
-    if tier is not None:
-        keep &= batches["tier"] == TIERS.index(tier)
-    return batches[keep]
-
-
-Rule = Callable[["Core"], Iterator[Finding]]
 QUICK: tuple[Rule, ...] = (
     refused_writes,
     corrupt_blocks,
     undersized_tier,
     rereading,
     starved_writeback,
+    starved_clients,
     hogging,
+    hogging_clients,
     quota_hit,
     slow_disk,
     changed_template,

@@ -32,6 +32,7 @@ KINDS = (
     "refused",  # not taken by a tier: quota
     "corrupt",  # read back wrong; never served
     "failed",  # a copy that did not arrive
+    "released",  # a client said that it is not used again
 )
 KIND = {name: number for number, name in enumerate(KINDS)}
 TIERS = ("device", "host", "nvme")

@@ -23,9 +23,11 @@ if TYPE_CHECKING:
     from ..accounting import Ghosts
     from ..page_table import Sequence
     from ..prefix import Match
+    from .requests import Copy
 
 Owns = Callable[[npt.NDArray[Any]], npt.NDArray[np.bool_]]  # which of these tags are the asker's namespaces
-MAX_LOOKUPS, MAX_REQUESTS, MAX_GHOST_HITS = 4096, 1024, 8192
+OnAnswered = Callable[["RequestRecord", "list[Copy]", float], None]  # its copies; when it ended, of the pager's clock
+MAX_LOOKUPS, MAX_REQUESTS, MAX_GHOST_HITS, MAX_TURNED_AWAY = 4096, 1024, 8192, 256
 HEAD_BLOCKS = 16  # of each look-up, to notice that prompts begin differently than they did
 
 
@@ -41,6 +43,7 @@ class Lookup:
     hit_tokens: int
     ghost_tokens: int
     head: npt.NDArray[np.uint32]
+    is_turn: bool = False  # of a conversation that goes on
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +86,15 @@ class Observer:
         self.lookups: deque[Lookup] = deque(maxlen=MAX_LOOKUPS)
         self.ghost_hits: deque[GhostHit] = deque(maxlen=MAX_GHOST_HITS)
         self.requests: deque[RequestRecord] = deque(maxlen=MAX_REQUESTS)
+        self.turned_away: deque[tuple[float, int]] = deque(
+            maxlen=MAX_TURNED_AWAY
+        )  # clients' asking for room: when, group
         self.num_lookups = self.num_requests = 0
+        self.on_answered: OnAnswered | None = None
         self.reuse = ReuseSampler()
         self.recorder = Recorder(clock)
 
-    def asked(self, seq: Sequence, num_tokens: int, match: Match) -> None:
+    def asked(self, seq: Sequence, num_tokens: int, match: Match, *, is_turn: bool = False) -> None:
         """A prompt of so many tokens was matched; `seq.keys` holds the keys of its whole blocks."""
         now_s = self.clock()
         keys = seq.keys[: num_tokens // self.block_size]
@@ -101,30 +108,42 @@ class Observer:
             match.tokens,
             match.ghost_tokens,
             tags[:HEAD_BLOCKS].copy(),
+            is_turn,
         )
         self.lookups.append(lookup)
         self.num_lookups += 1
-        self.reuse.used(tags)
+        self.reuse.used(tags, now_s)
         if match.ghost_tokens:
             self._count_ghosts(lookup, keys[match.tokens // self.block_size :])
-        self.recorder.asked(seq.id, num_tokens, keys)
+        self.recorder.asked(seq.id, len(seq.token_ids), keys)
 
-    def looked_up(self, namespace: str, owns: Owns, keys: list[bytes], num_hit: int) -> None:
-        """Keys in a row were asked for by somebody whose prompt is not known here, and so many of them found.
+    def looked_up(
+        self,
+        namespace: str,
+        owns: Owns,
+        keys: list[bytes],
+        missed: list[bytes],
+        num_tokens: int,
+        hit_tokens: int,
+        *,
+        is_turn: bool = False,
+    ) -> int:
+        """A request of so many tokens, of which the keys of whole blocks are known here; returns tokens of ghosts.
 
         What others have had must not show, not even in time: keys are sampled under the asker's name, and a ghost of
         somebody else's block counts as no ghost.
         """
-        self.reuse.used(tags_of(keys) ^ np.uint32(owner_tag(namespace)))
-        owners = self._ghosts.owners(keys[num_hit:])
-        is_ghost = (owners >= 0) & owns(owners)
-        ghosts = len(is_ghost) if is_ghost.all() else int(np.argmin(is_ghost))
-        size, nothing = self.block_size, np.zeros(0, np.uint32)
-        tokens = (len(keys) * size, num_hit * size, ghosts * size)
-        self.lookups.append(Lookup(self.clock(), namespace, None, 0, *tokens, nothing))
+        now_s, tags = self.clock(), tags_of(keys)
+        self.reuse.used(tags ^ np.uint32(owner_tag(namespace)), now_s)
+        owners = self._ghosts.owners(missed)
+        is_ghost = (owners >= 0) & owns(owners)  # behind gaps too: not every block of a chain reaches a daemon
+        ghosts = int(is_ghost.sum()) * self.block_size
+        head = tags[:HEAD_BLOCKS].copy()
+        self.lookups.append(Lookup(now_s, namespace, None, 0, num_tokens, hit_tokens, ghosts, head, is_turn))
         self.num_lookups += 1
         if ghosts:
-            self._count_ghosts(self.lookups[-1], keys[num_hit:])
+            self._count_ghosts(self.lookups[-1], [missed[i] for i in np.flatnonzero(is_ghost).tolist()])
+        return ghosts
 
     def ended(self, seq: Sequence) -> None:
         """The sequence is going: whatever it has beyond its prompt was its output."""

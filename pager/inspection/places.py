@@ -88,7 +88,7 @@ def bytes_by_place(core: Core, owner: Owner) -> dict[str, int]:
     for group, table in zip(core.groups, owner.tables, strict=False):
         counts = np.bincount(place_of(group, table.ids), minlength=4)
         for place in (DEVICE, HOST, NVME):
-            total[PLACES[place]] += int(counts[place]) * group.layout.block_bytes
+            total[PLACES[place]] += int(counts[place]) * group.tier_bytes(PLACES[place])
     return total
 
 

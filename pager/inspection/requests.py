@@ -7,6 +7,7 @@ negative line, waiting that no copy of its blocks explains is waiting for room. 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,22 +34,34 @@ MEANING = {
 }
 
 
-def copies_of(core: Core, seq: Sequence, from_s: float, to_s: float) -> tuple[dict[str, float], dict[str, int]]:
-    """Seconds and bytes of copies up of this sequence's blocks within a time, by direction; overlapping ones count once."""
-    ring, seconds, nbytes = core.observer.events, dict.fromkeys(WAYS_UP, 0.0), dict.fromkeys(WAYS_UP, 0)
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Some of a request's blocks on their way up, in seconds of the pager's clock, cut to the time that was asked about."""
+
+    way: str
+    started_s: float
+    ended_s: float
+    nbytes: int
+
+
+def copies_of(core: Core, seq: Sequence, from_s: float, to_s: float) -> list[Copy]:
+    """Copies up of this sequence's blocks within a time, in order of their way."""
+    ring, found = core.observer.events, []
     batches = ring.batches()
     batches = batches[(batches["time_s"] >= from_s) & (batches["started_s"] <= to_s)]
     for way in WAYS_UP:
-        spans = []
         for batch in batches[batches["kind"] == OF_MOVE[way][0]]:
             group = core.groups[int(batch["group"])]
-            ids = seq.tables[group.index].ids
-            own = int(np.isin(ring.blocks_of(batch)[0], ids).sum())
+            own = int(np.isin(ring.blocks_of(batch)[0], seq.tables[group.index].ids).sum())
             if own:
-                spans.append((max(from_s, float(batch["started_s"])), min(to_s, float(batch["time_s"]))))
-                nbytes[way] += own * group.layout.block_bytes
-        seconds[way] = _union_s(spans)
-    return seconds, nbytes
+                span = max(from_s, float(batch["started_s"])), min(to_s, float(batch["time_s"]))
+                found.append(Copy(way, *span, own * group.tier_bytes(way.partition("_to_")[0])))
+    return found
+
+
+def _seconds_by_way(copies: list[Copy]) -> dict[str, float]:
+    """Overlapping ones of one way count once."""
+    return {way: _union_s([(c.started_s, c.ended_s) for c in copies if c.way == way]) for way in WAYS_UP}
 
 
 def _union_s(spans: list[tuple[float, float]]) -> float:
@@ -128,11 +141,8 @@ def note(
     """Remember an answered request; `age_s` is how long ago it came, `lines_s` its ledger."""
     with core.lock:
         state, began_s = core.sequences.get(seq), core.clock() - age_s
-        seconds: dict[str, float] = {}
-        nbytes: dict[str, int] = {}
-        if state is not None:
-            seconds, nbytes = copies_of(core, state, began_s, began_s + lines_s["ttft_s"])
-        core.observer.answered(
+        copies = copies_of(core, state, began_s, began_s + lines_s["ttft_s"]) if state is not None else []
+        record = core.observer.answered(
             name=name,
             namespace=state.namespace if state is not None else "",
             session_id=state.session_id if state is not None else None,
@@ -140,6 +150,9 @@ def note(
             outcome=outcome,
             lines_s=lines_s,
             usage=usage,
-            copies_s=seconds,
-            copied_bytes=nbytes,
+            copies_s=_seconds_by_way(copies),
+            copied_bytes={way: sum(c.nbytes for c in copies if c.way == way) for way in WAYS_UP},
         )
+        listener = core.observer.on_answered
+    if listener is not None:
+        listener(record, copies, began_s + age_s)

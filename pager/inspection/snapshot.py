@@ -8,6 +8,7 @@ readers), body in msgpack. Imports neither numpy nor the pager, so that readers 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import struct
@@ -98,6 +99,17 @@ def read_snapshot(path: Path, *, watch: bool = False) -> dict[str, Any]:
         raise TierUnavailableError(f"snapshot page {path} is empty") from error
     finally:
         os.close(fd)
+
+
+def stop_watching(path: Path) -> None:
+    """Nobody looks any more; who still does says so again at the next look."""
+    with contextlib.suppress(OSError, ValueError):
+        fd = os.open(path, os.O_RDWR)
+        try:
+            with mmap.mmap(fd, 0) as page:
+                _WATCHED.pack_into(page, _WATCHED_AT, 0.0)
+        finally:
+            os.close(fd)
 
 
 def _read(page: mmap.mmap, path: Path) -> dict[str, Any]:

@@ -33,7 +33,12 @@ def sessions(
     _one_of("sort", sort, SESSION_SORTS)
     now_s = core.clock()
     with core.lock:
-        rows = [_session_row(core, owner, now_s) for owner in owners(core) if namespace in ("", owner.namespace)]
+        rows = [session_row(core, owner, now_s) for owner in owners(core) if namespace in ("", owner.namespace)]
+    return sorted_sessions(rows, sort, limit, offset)
+
+
+def sorted_sessions(rows: list[dict[str, Any]], sort: str, limit: int, offset: int = 0) -> dict[str, Any]:
+    """The first so many of them, and how many there are."""
     if sort == "name":
         rows.sort(key=lambda row: row["name"])
     else:
@@ -42,7 +47,7 @@ def sessions(
     return _page(rows, "sessions", limit, offset)
 
 
-def _session_row(core: Core, owner: Owner, now_s: float) -> dict[str, Any]:
+def session_row(core: Core, owner: Owner, now_s: float) -> dict[str, Any]:
     size, used_s = bytes_by_place(core, owner), last_used_s(core, owner)
     return {
         "name": owner.name,
@@ -69,7 +74,7 @@ def session(core: Core, *, session: str) -> dict[str, Any]:
     """One session: its row, and per layer group a letter for each of its blocks."""
     with core.lock:
         owner = find_owner(core, session)
-        row = _session_row(core, owner, core.clock())
+        row = session_row(core, owner, core.clock())
         maps = []
         for group, table in zip(core.groups, owner.tables, strict=False):
             shown = table.ids[:MAX_MAP]

@@ -12,14 +12,25 @@ blocks, and ends of prompts that fill no block (only the same prompt again could
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from itertools import islice
 
 import numpy as np
 
 from .base import _FIRST_SIZE, NOWHERE, UNKNOWN, BoolArray, FloatArray, IntArray, Policy, Request, resized
-from .reuse import AGE_ENDS_S, LEFTOVER, NUM_AGES, RISKS, TURNS, LifeTable, Risk, age_bin, age_bins, half_octave
+from .reuse import (
+    AGE_ENDS_S,
+    LEFTOVER,
+    NUM_AGES,
+    NUM_FEATURES,
+    RISKS,
+    LifeTable,
+    Risk,
+    age_bin,
+    age_bins,
+    features_of,
+    kind_of,
+)
 from .segments import Segments
 from .shelf import Order, Shelf
 
@@ -99,12 +110,12 @@ class Auto(Policy):
         self._is_released = np.zeros(_FIRST_SIZE, bool)  # only with a clock
         self._used_s = np.zeros(_FIRST_SIZE)  # of blocks whose chain was not told; only with a clock
         self._most_segments = _SPARE_SEGMENTS
-        self._segments, self._table, self._risk = Segments(), LifeTable(), Risk(4)
+        self._segments, self._table, self._risk = Segments(), LifeTable(), Risk(NUM_FEATURES)
         self._by_density = ByDensity(self._segments, self._table)
         self._held = Shelf(self._segments, ByRecency(self._segments), self.capacity)
         self._shadow = Shelf(self._segments, self._by_density, self.capacity)
         self._saved = [0.0, 0.0]  # blocks, by the held shelf and by its shadow
-        self._features: dict[int, tuple[object, ...]] = {}  # of open segments
+        self._features: dict[int, tuple[Hashable, ...]] = {}  # of open segments
         self._swept = np.zeros(NUM_AGES, np.int64)  # per age the first segment that has not reached it
         self._judged = 0
         self._patience_s = 300.0  # after which a chain counts as not used again: what 95 in 100 gaps are shorter than
@@ -155,9 +166,9 @@ class Auto(Policy):
     def _open(self, chain: IntArray, start: int, turn: int, gap_s: float, request: Request) -> None:
         segments = self._segments
         number = segments.open(chain, start, request.now_s)
-        features = _features(turn, gap_s, request)
+        features = features_of(turn, gap_s, request)
         segments.turn[number] = turn
-        segments.kind[number] = self._kind(turn, features)
+        segments.kind[number] = kind_of(turn, self._risk.of(features))
         segments.is_open[number] = True
         self._features[number] = features
         has_tail = request.has_partial_tail and len(chain) - start > 1
@@ -168,11 +179,6 @@ class Auto(Policy):
     def _place(self, number: int, high: int) -> None:
         self._held.add(number, high)
         self._shadow.add(number, high)
-
-    def _kind(self, turn: int, features: tuple[object, ...]) -> int:
-        bucket = turn if turn < 4 else min(TURNS - 1, 2 + half_octave(turn) // 2)
-        risk = round((RISKS - 1) / 2 + 2 * math.log(self._risk.of(features)))
-        return bucket * RISKS + min(RISKS - 1, max(0, risk))
 
     def _note_use(self, parent: int) -> None:
         segments = self._segments
@@ -340,14 +346,3 @@ class Auto(Policy):
             self._held, self._shadow = self._held.copy(self._shadow.order), self._held.copy(order)
             self._saved = [shadow, held]
         self._saved = [_WEIGHT_FADE * saved for saved in self._saved]
-
-
-def _features(turn: int, gap_s: float, request: Request) -> tuple[object, ...]:
-    """What a chain is judged by, besides its turn: lengths, by early turns and later ones, and think time, by powers of 2."""
-    early = min(turn, 2)
-    return (
-        (early, half_octave(request.input_tokens) // 2),
-        (early, half_octave(request.output_tokens) // 2),
-        half_octave(gap_s) // 2,
-        request.input_tokens >> 5 if turn == 0 and request.input_tokens < 4096 else -1,  # prompts from one template
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -32,6 +33,9 @@ class Setting:
     window: int | None = None
     sinks: int = 4
     clock: Callable[[], float] | None = None  # of a pager at work
+    load_cost: float = (
+        math.inf
+    )  # seconds to load tokens from the tier below over those to compute them; inf: none below
 
 
 _MAKERS: dict[str, Callable[[Setting], Policy]] = {
@@ -48,7 +52,7 @@ _MAKERS: dict[str, Callable[[Setting], Policy]] = {
     "gdsf": lambda s: Gdsf(s.capacity),
     "wtinylfu": lambda s: WTinyLfu(s.capacity),
     "importance": lambda s: Importance(s.capacity),
-    "prefix": lambda s: PrefixAware(s.capacity, s.block_size),
+    "prefix": lambda s: PrefixAware(s.capacity, s.block_size, s.load_cost),
 }
 NAMES = tuple(_MAKERS)
 # The others need what a pager does not tell its policies yet: ghosts beyond a block's id, whole chains, attention mass.

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
+from functools import cache
 
 import numpy as np
 
-from .base import FloatArray, IntArray
+from .base import FloatArray, IntArray, Request
 
 NUM_AGES = 36
 _FIRST_AGE_S = 2.0  # ages below share a bin; above, three bins to a doubling, so the last begins at 1.4 hours
@@ -29,6 +30,7 @@ LEFTOVER = NUM_KINDS  # what a chain's successor did not take over
 _TURN_WEIGHT, _KIND_WEIGHT = 20.0, 40.0  # chains' worth of evidence that a prior counts as
 _LEFTOVER_SHARE = 0.1  # of the average hazard: forks are rarer than turns, and were not worth counting
 _FADE = 0.998  # of evidence, per update
+NUM_FEATURES = 4
 
 
 def age_bin(age_s: float) -> int:
@@ -42,10 +44,12 @@ def age_bins(age_s: FloatArray) -> IntArray:
 class LifeTable:
     """Chains alive and used again, by kind and age; `density` is refreshed by `update`."""
 
-    def __init__(self) -> None:
+    def __init__(self, prior_uses: float = 0.5) -> None:
+        """`prior_uses`: of 10 chains at every age, so many before there is any evidence."""
+        self._prior_uses = prior_uses
         self._used = np.zeros((NUM_KINDS, NUM_AGES))
         self._alive = np.zeros((NUM_KINDS, NUM_AGES))
-        self.update()
+        self.cumulative, self.hazard, self.density = _without_evidence(prior_uses)
 
     def note_use(self, kind: int, bin: int) -> None:
         self._used[kind, bin] += 1
@@ -57,15 +61,27 @@ class LifeTable:
 
     def update(self) -> None:
         """Densities from the evidence, which then fades. Cost: some 10^5 multiplications."""
-        used, alive = (table.reshape(TURNS, RISKS, NUM_AGES) for table in (self._used, self._alive))
-        of_all = (used.sum((0, 1)) + 0.5) / (alive.sum((0, 1)) + 10)  # of 10 chains before any evidence, at every age
-        of_turn = _shrunk(used.sum(1), alive.sum(1), of_all, 2.0, _TURN_WEIGHT)
-        of_kind = _shrunk(used, alive, of_turn[:, None, :], 5.0, _KIND_WEIGHT)
-        hazard = np.vstack([of_kind.reshape(NUM_KINDS, NUM_AGES), _LEFTOVER_SHARE * of_all])
-        self.cumulative = np.cumsum(of_all)
-        self.density = _densities(np.minimum(hazard, 0.98))
+        self.cumulative, self.hazard, self.density = _rates(self._used, self._alive, self._prior_uses)
         self._used *= _FADE
         self._alive *= _FADE
+
+
+def _rates(used: FloatArray, alive: FloatArray, prior_uses: float) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Hazard of all summed by age; hazard by kind and age: used in this bin, of those alive at its start; density likewise."""
+    used, alive = (table.reshape(TURNS, RISKS, NUM_AGES) for table in (used, alive))
+    of_all = (used.sum((0, 1)) + prior_uses) / (alive.sum((0, 1)) + 10)
+    of_turn = _shrunk(used.sum(1), alive.sum(1), of_all, 2.0, _TURN_WEIGHT)
+    of_kind = _shrunk(used, alive, of_turn[:, None, :], 5.0, _KIND_WEIGHT)
+    hazard = np.vstack([of_kind.reshape(NUM_KINDS, NUM_AGES), _LEFTOVER_SHARE * of_all])
+    hazard = np.minimum(hazard, 0.98)
+    return np.cumsum(of_all), hazard, _densities(hazard)
+
+
+@cache
+def _without_evidence(prior_uses: float) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """The same for every new table, and a third of the time that opening a small pager took."""
+    nothing = np.zeros((NUM_KINDS, NUM_AGES))
+    return _rates(nothing, nothing, prior_uses)
 
 
 def _shrunk(used: FloatArray, alive: FloatArray, prior: FloatArray, ratio_weight: float, weight: float) -> FloatArray:
@@ -123,3 +139,21 @@ class Risk:
 
 def half_octave(number: float) -> int:
     return int(2 * math.log2(number)) if number > 0 else -1
+
+
+def kind_of(turn: int, risk: float) -> int:
+    """Of a chain that has had so many turns before and is so much likelier than average to be used again."""
+    bucket = turn if turn < 4 else min(TURNS - 1, 2 + half_octave(turn) // 2)
+    level = round((RISKS - 1) / 2 + 2 * math.log(risk))
+    return bucket * RISKS + min(RISKS - 1, max(0, level))
+
+
+def features_of(turn: int, gap_s: float, request: Request) -> tuple[Hashable, ...]:
+    """What a chain is judged by, besides its turn: lengths, by early turns and later ones, and think time, by powers of 2."""
+    early = min(turn, 2)
+    return (
+        (early, half_octave(request.input_tokens) // 2),
+        (early, half_octave(request.output_tokens) // 2),
+        half_octave(gap_s) // 2,
+        request.input_tokens >> 5 if turn == 0 and request.input_tokens < 4096 else -1,  # prompts from one template
+    )

@@ -28,6 +28,7 @@ class InsideDaemon:
         tenants: Tenants | None = None,
         rules: Rules = ALL_RULES,
         version: int = VERSION,
+        allow_ipc: bool = False,
         **budget: Any,
     ) -> None:
         self._socket = folder / "inside.sock"
@@ -37,13 +38,13 @@ class InsideDaemon:
         self.loop.set_exception_handler(lambda loop, context: self.errors.append(context))
         settings = {"host_prefault": False}
         self.models = Models(Budget(host_bytes, settings=settings, **budget))
-        self._options = {"newest_version": version, "rules": rules}
+        self._options = {"newest_version": version, "rules": rules, "allow_ipc": allow_ipc}
         self._tenants = tenants or OwnerOnly()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
 
     def __enter__(self) -> InsideDaemon:
         self._thread.start()
-        asyncio.run_coroutine_threadsafe(self._begin(), self.loop).result(10)
+        asyncio.run_coroutine_threadsafe(self._begin(), self.loop).result(60)
         return self
 
     async def _begin(self) -> None:
@@ -52,9 +53,9 @@ class InsideDaemon:
         self._server = await self.loop.create_unix_server(lambda: Connection(self.service, self.loop), sock=listener)
 
     def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._end(), self.loop).result(30)
+        asyncio.run_coroutine_threadsafe(self._end(), self.loop).result(60)
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(10)
+        self._thread.join(60)
         self.loop.close()
         self._socket.unlink(missing_ok=True)
         assert not self.errors, self.errors

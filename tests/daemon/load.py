@@ -1,6 +1,6 @@
 """Run as a program: a client that never rests, with every value that it reads checked.
 
-    load.py ADDRESS SEED [private]
+    load.py ADDRESS SEED [private | ipc] [dies=N]   killed in the middle of its N-th copy, or of one that it ordered (ipc)
 
 Prints a line per event: "ack NAME TOKENS" once a session was stored durably, "wrong ..." for a value that was not what it
 should be. Runs until it is killed, or its standard input ends; then it prints "end" and how much it did.
@@ -14,15 +14,18 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from daemon.dying import die_in_copy, die_in_order
 from pager.harness import Rig
 
 from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.errors import BlockMissError, Busy, ConfigError, TierUnavailableError
 
 PAGES, STAGING, SESSIONS = 24, 2, 6
+KINDS: dict[str, dict[str, Any]] = {"private": {"private_host": 16}, "ipc": {"transfer": "ipc"}}
 REFUSALS = (Busy, TierUnavailableError, BlockMissError)
 
 
@@ -37,10 +40,11 @@ def prompt_of(name: str, num_tokens: int) -> list[int]:
 class Load:
     """Sessions that grow, are stored, left, and taken up again."""
 
-    def __init__(self, address: str, seed: int, options: dict[str, int]) -> None:
+    def __init__(self, address: str, seed: int, options: dict[str, Any]) -> None:
         self.choose = random.Random(seed)
         backend = CpuBackend(poison=True, delay_s=0.001)
         self.rig = Rig(daemon=address, backend=backend, pages=PAGES, staging=STAGING, **options)
+        assert options.get("transfer") is None or self.rig.pager._core.nvme.status()["copies"] == "daemon"
         self.prefix = f"s{seed}"
         self.done = {"steps": 0, "parks": 0, "resumes": 0, "refused": 0}
 
@@ -81,7 +85,10 @@ class Load:
 
 def main() -> None:
     address, seed = sys.argv[1], int(sys.argv[2])
-    load = Load(address, seed, {"private_host": 16} if "private" in sys.argv else {})
+    for option in sys.argv[3:]:
+        if option.startswith("dies="):
+            (die_in_order if "ipc" in sys.argv else die_in_copy)(int(option.removeprefix("dies=")))
+    load = Load(address, seed, next((KINDS[name] for name in KINDS if name in sys.argv), {}))
     ended = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), ended.set()), daemon=True).start()
     print("ready", flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -34,11 +35,17 @@ class LoadClient:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
+            if line.endswith("\n"):  # the last one of a killed client may be cut short
+                self.lines.append(line.rstrip("\n"))
 
     def wait_ready(self) -> None:
-        wait_for(lambda: "ready" in self.lines or self.process.poll() is not None, 30.0)
+        wait_for(lambda: "ready" in self.lines or self.process.poll() is not None, 120.0)
         assert self.process.poll() is None, self.errors()
+
+    def wait_killed(self, timeout_s: float = 120.0) -> None:
+        """By its own hand, in the middle of a copy."""
+        assert self.process.wait(timeout_s) == -signal.SIGKILL, self.errors()
+        self._reader.join(5)
 
     def kill(self) -> None:
         self.process.kill()
@@ -49,7 +56,7 @@ class LoadClient:
         """Let it finish what it does. Fails when it ended badly."""
         assert self.process.stdin is not None
         self.process.stdin.close()
-        assert self.process.wait(90) == 0, self.errors()
+        assert self.process.wait(180) == 0, self.errors()
         self._reader.join(5)
 
     def errors(self) -> str:

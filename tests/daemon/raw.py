@@ -39,11 +39,11 @@ def put(client: Attachment, numbers: list[int], namespace: str = "default", *, k
     """Store blocks; their rows, which stay leased where `keep`."""
     rows, _ = client.reserve(0, len(numbers), 5.0)
     assert len(rows) == len(numbers)
-    for row, number in zip(rows.tolist(), numbers, strict=True):
-        if client.has_slab:
-            client.rows[0][row] = block(number)
-        else:
-            client.write_row(0, row, block(number))
+    blocks = np.stack([block(number) for number in numbers])
+    if client.has_slab:
+        client.rows[0][rows] = blocks
+    else:
+        client.write_rows(0, rows, blocks, np.arange(len(rows)))
     results, _ = client.commit(0, rows, stamps(numbers, namespace), [b""] * len(numbers))
     assert (results & 3 == 1).all(), results
     if not keep:

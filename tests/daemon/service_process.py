@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import select
 import signal
 import socket
@@ -20,8 +21,20 @@ from kvtier.tiers.layout import KVLayout
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32", name="full")
 BLOCK = LAYOUT.block_bytes
-WAIT_S = 30.0
+WAIT_S = 60.0
 _LAUNCH = 'LISTEN_PID=$$ exec "$0" "$@"'  # sd_listen_fds wants the pid of the process itself
+
+
+def free_port() -> int:
+    """One that no connection is given by chance before its server has it: below those that the kernel picks itself."""
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = secrets.randbelow(low - 10_000) + 10_000
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return port
+        except OSError:
+            continue
 
 
 class Pagerd:
@@ -113,7 +126,7 @@ class RawClient:
         return np.frombuffer(reply.slots, "<i4")
 
     def write(self, slot: int, block: bytes) -> None:
-        self.connection.write_from(m.Write(self.epoch, self.store, 0, int(slot)), memoryview(block))
+        self.connection.begin(m.Write(self.epoch, self.store, 0, int(slot)), m.Written, memoryview(block)).result()
 
     def commit(self, slots, keys: list[bytes], namespace: str, *, hold: bool = False) -> list[int]:
         n = len(keys)
@@ -146,7 +159,7 @@ class RawClient:
     def read(self, slots) -> list[bytes]:
         rows = [bytearray(BLOCK) for _ in slots]
         message = m.Read(self.epoch, self.store, 0, np.asarray(slots, "<i4").tobytes())
-        self.connection.read_into(message, [memoryview(row) for row in rows])
+        self.connection.begin_read(message, [memoryview(row) for row in rows]).result()
         return [bytes(row) for row in rows]
 
     def get(self, keys: list[bytes]) -> list[bytes | None]:

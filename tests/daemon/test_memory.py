@@ -28,7 +28,7 @@ def fill(daemon: Pagerd, first: int, count: int, *, over_socket: bool) -> None:
         rows, _ = client.reserve(0, 1, 30.0)
         block = rng.integers(0, 256, row_bytes, np.uint8)
         if over_socket:
-            client.write_row(0, int(rows[0]), block)
+            client.write_rows(0, rows[:1], block[None], np.zeros(1, np.int64))
         else:
             client.rows[0][rows[0]] = block
         results, _ = client.commit(0, rows, stamps([number], tokens=64), [b""])

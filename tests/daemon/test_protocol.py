@@ -12,7 +12,6 @@ import time
 import numpy as np
 import pytest
 
-from kvtier.pager.client.address import dial
 from kvtier.pager.client.asynchronous import AsyncDaemonConnection
 from kvtier.pager.client.connection import DaemonConnection, Greeting
 from kvtier.pager.daemon.settings import Limits
@@ -72,7 +71,7 @@ def test_unknown_fields_are_ignored_and_unknown_messages_answered(daemon):
     connection = DaemonConnection.open(daemon.address)
     frame = pack(99, 7, {"x": 1})
     with connection._sending:
-        connection._socket.sendall(frame)
+        connection._transport.send(memoryview(frame))
     with pytest.raises(ProtocolError, match=r"Lookup\.store is a str"):
         connection.call(m.Lookup("one", b""), m.Found)  # type: ignore[arg-type]
     fields = m.to_fields(m.Hello(1, 2, [])) | {"from_the_future": [1]}
@@ -83,9 +82,15 @@ def test_unknown_fields_are_ignored_and_unknown_messages_answered(daemon):
 
 
 # ---------------------------------------------------------------------- limits and bad input
+def raw_socket(address: str) -> socket.socket:
+    raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    raw.connect(address.removeprefix("unix://"))
+    return raw
+
+
 def refused(daemon, data: bytes, *, greet: bool = True) -> str:
     """What the daemon says to that before it closes; empty when it only closes."""
-    raw = dial(daemon.address, 5.0)
+    raw = raw_socket(daemon.address)
     raw.settimeout(5.0)
     if greet:
         raw.sendall(pack(m.Hello.KIND, 1, m.to_fields(m.Hello(1, 2, []))))
@@ -137,7 +142,7 @@ def test_random_bytes_harm_nobody(daemon, seed):
     put(witness, [1])
     valid = [pack(kind, 5, m.to_fields(m.Release(1, 1, 0, b"\x01\0\0\0"))) for kind in m.REQUEST_BY_KIND]
     for number in range(150):
-        raw = dial(daemon.address, 5.0)
+        raw = raw_socket(daemon.address)
         raw.settimeout(0.2)
         data = bytearray(choose.choice(valid)) if choose.random() < 0.7 else bytearray(choose.randbytes(40))
         for _ in range(choose.randrange(4)):
@@ -162,7 +167,7 @@ def test_slots_and_groups_out_of_range_are_refused(daemon):
         (lambda: client.release(0, np.array([1 << 20])), "layer group 0 has 64"),
         (lambda: client.release(3, np.array([0])), "layer group 3"),
         (lambda: client.hold(0, b"short"), "multiple of 32"),
-        (lambda: client.write_row(0, 5, block(1)), "not reserved"),
+        (lambda: client.write_rows(0, np.array([5]), block(1)[None], np.zeros(1, np.int64)), "not reserved"),
     ):
         with pytest.raises(ProtocolError, match=word):
             call()
@@ -171,10 +176,10 @@ def test_slots_and_groups_out_of_range_are_refused(daemon):
 
 
 def test_a_peer_that_sends_without_reading_is_held_back(daemon):
-    raw = dial(daemon.address, 5.0)
+    raw = raw_socket(daemon.address)
     raw.sendall(pack(m.Hello.KIND, 1, m.to_fields(m.Hello(1, 2, []))))
-    wait_for(lambda: daemon.service._attachments)
-    (connection,) = daemon.service._attachments
+    wait_for(lambda: daemon.service.attachments.by_connection)
+    (connection,) = daemon.service.attachments.by_connection
     raw.settimeout(0.5)
     with pytest.raises(TimeoutError):
         for request in range(2, 1 << 20):
@@ -184,6 +189,17 @@ def test_a_peer_that_sends_without_reading_is_held_back(daemon):
 
 
 # ---------------------------------------------------------------------- waiting and turns
+def test_a_large_request_leaves_no_large_buffer_behind(daemon):
+    raw = attach(daemon.address)
+    keys = [key(number) for number in range(8192)]
+    for _ in range(2):
+        assert raw.lookup(keys, prefix=False, hold=False).shape == (1, len(keys))
+    wait_for(lambda: {len(connection._buffer) for connection in daemon.service._connections} == {1 << 16})
+    put(raw, [1])
+    assert raw.lookup(keys, prefix=False, hold=False)[0].tolist().index(1) == 1
+    raw.goodbye()
+
+
 def test_a_cancelled_lease_gives_its_slots_back(daemon):
     client, other = attach(daemon.address), attach(daemon.address)
     put(client, [1])
@@ -205,7 +221,7 @@ def test_a_cancelled_lease_gives_its_slots_back(daemon):
     message = m.Lease(other.epoch, other.store, 0, key(1), 60_000)
     with pytest.raises(TierUnavailableError, match="did not answer"):
         other.connection.call(message, m.Leased, timeout_s=0.3)
-    wait_for(lambda: not daemon.service._waiting and not any(c.requests for c in store.clients))
+    wait_for(lambda: not daemon.service.verbs.waiting and not any(c.requests for c in store.clients))
     slow.finish()
     wait_for(lambda: not store.core.in_flight())
     store.check_integrity()
@@ -276,22 +292,22 @@ def test_the_async_client_speaks_the_same(daemon):
 def test_whoever_waits_hears_at_once_that_the_daemon_went(tmp_path):
     with InsideDaemon(tmp_path, host_bytes=64 * SIZE) as running:
         client = attach(running.address)
-        running.service.turns.put = lambda *_: None  # it answers nothing more
-        heard: list[float] = []
+        asked, heard = threading.Event(), list[float]()
+        running.service.turns.put = lambda *_: asked.set()  # it answers nothing more
 
         def ask() -> None:
             started_s = time.monotonic()
             with pytest.raises(TierUnavailableError, match="gone"):
-                client.connection.call(m.Lookup(client.store, b""), m.Found, timeout_s=30.0)
+                client.connection.call(m.Lookup(client.store, b""), m.Found, timeout_s=120.0)
             heard.append(time.monotonic() - started_s)
 
         thread = threading.Thread(target=ask)
         thread.start()
-        time.sleep(0.1)
-        (connection,) = running.service._attachments
+        assert asked.wait(30)
+        (connection,) = running.service.attachments.by_connection
         running.loop.call_soon_threadsafe(connection.close)
-        thread.join(10)
-        assert heard and heard[0] < 5.0
+        thread.join(60)
+        assert heard and heard[0] < 60.0
 
 
 def test_status_needs_no_hello(daemon):

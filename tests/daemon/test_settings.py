@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from kvtier.pager.config import DAEMON_SETTINGS, PagerConfig, load_config
 from kvtier.pager.daemon import secret_files
+from kvtier.pager.daemon.server import listen
 from kvtier.pager.daemon.settings import (
     DaemonConfig,
     default_config_file,
@@ -291,3 +293,8 @@ def test_reading_a_configuration_loads_neither_torch_nor_zarr_nor_cryptography(f
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert done.stdout.strip() == "set()"
+
+
+def test_a_socket_in_a_directory_that_is_not_there_is_refused_with_the_directory(tmp_path):
+    with pytest.raises(ConfigError, match=re.escape(f"no directory {str(tmp_path / 'run')!r}; make it first")):
+        listen(tmp_path / "run" / "pagerd.sock")

@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from kvtier.pager.client.attachment import Attachment
+from kvtier.pager.client.connection import DaemonConnection, Greeting
 from kvtier.pager.config import PagerConfig
 from kvtier.pager.daemon import secret_files
 from kvtier.pager.daemon.store import SharedStore
@@ -150,6 +152,28 @@ def test_a_slot_that_moved_between_tenants_reads_zero_before_it_is_written(tmp_p
             assert bob.commit(slot, [key], "bob") == [1]  # committed as it was handed out
             bob.release(slot)
             assert bob.get([key]) == [bytes(BLOCK)]
+        assert pagerd.end() == 0
+
+
+def test_trust_domains_share_no_memory_and_no_store(tmp_path):
+    """Two that may both map: the slab of each is another memory, with nothing of the other's in it."""
+    head = f'max_models = 2\nnvme_path = "{tmp_path / "nvme"}"\nnvme_bytes = "64MiB"'
+    config = two_tenants(tmp_path, 'trust_domain = "red"', 'trust_domain = "blue"', head)
+    with Pagerd(tmp_path, config).ready() as pagerd:
+        address = f"unix://{pagerd.socket}"
+        hers, his = (Attachment.open(address, [LAYOUT], "m", {}, Greeting("", token)) for token, _ in (ALICE, BOB))
+        assert hers.has_slab and his.has_slab
+        hers.rows[0][:], his.rows[0][:] = 0xAA, 0x55  # whatever they may do to what they map
+        assert (hers.rows[0] == 0xAA).all() and (his.rows[0] == 0x55).all()
+        assert len(list((tmp_path / "nvme").glob("model-*"))) == 2
+        with pytest.raises(TierFullError, match="max_models=2"):  # each is a model of its own to the budget
+            Attachment.open(address, [LAYOUT], "another", {}, Greeting("", ALICE[0]))
+        pagerd.reload(config.replace('"blue"', '"red"'))
+        assert "setting=namespaces.bob.trust_domain" in pagerd.wait_for_log("event=reload_needs_restart")
+        pagerd.reload(config.replace(BOB[1], f'{ALICE[1]}", "{BOB[1]}'))
+        with pytest.raises(ProtocolError, match="is not let in"):  # one connection is of one domain
+            DaemonConnection.open(address, Greeting("", ALICE[0]))
+        assert "trust domains ['blue', 'red']" in pagerd.log()
         assert pagerd.end() == 0
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from kvtier import SamplingParams
-from kvtier.engine.scheduler import SchedulerLimits
+from kvtier.engine.scheduler import Scheduler, SchedulerLimits
 from kvtier.tiers.errors import ConfigError
 
 from .test_families import stock, tiny
-from .test_scheduler import check_end, open_engine, prompt_of
+from .test_scheduler import check_end, drop_all, open_engine, prompt_of, run_with_clock
 
 
 @torch.inference_mode()
@@ -73,6 +73,74 @@ def test_beams_beside_others_on_few_pages():
         engine.run([*requests, *beams])
         assert [r.output.token_ids for r in requests] == wanted[0]
         assert [r.output.token_ids for r in beams] == wanted[1]
+        check_end(engine)
+
+
+def test_logits_offered_twice_count_once():
+    """A beam that waits for the others is preempted, and computed again in the step in which they come."""
+    model, prompt = tiny("llama"), prompt_of(41, 11)
+    wanted = stock_beams(model, prompt, 3, 1, 10)
+    with open_engine(model, 40) as engine:
+        request = engine.request(prompt, SamplingParams(max_tokens=10, num_beams=3))
+        engine.scheduler.add(request)
+        while len(engine.scheduler.active) < 3:
+            engine.step()
+        for _ in range(4):
+            late, *_, early = engine.scheduler.active
+            engine.scheduler.active.remove(late)
+            engine.step()  # all but one offer
+            for beam in (late, early):
+                engine.pager.discard(beam.seq)
+            engine.scheduler.active[:0] = [late]
+            engine.step()  # that one completes the step, then the last offers what it has offered before
+        while not request.is_done:
+            engine.step()
+        assert request.output.token_ids == wanted[0]
+        engine.settle_ended()
+        check_end(engine)
+
+
+@pytest.mark.parametrize("compute_s", [0.0, 1e-15])  # who makes room is parked, or computed again
+@pytest.mark.parametrize("priority", [0, 5])
+def test_beams_that_wait_make_room_for_the_one_that_they_wait_for(monkeypatch, priority, compute_s):
+    monkeypatch.setattr(Scheduler, "prefill_s_per_token", property(lambda self: compute_s))
+    model, prompt = tiny("llama"), prompt_of(125, 9)
+    wanted, other = stock_beams(model, prompt, 4, 1, 8), stock(model, prompt_of(60, 2), 8)
+    with open_engine(
+        model, 11, limits=SchedulerLimits(quantum_s=0.15)
+    ) as engine:  # all four together need twelve pages
+        requests = [
+            engine.request(prompt, SamplingParams(max_tokens=8, num_beams=4), priority=priority),
+            engine.request(prompt_of(60, 2), SamplingParams(max_tokens=8)),
+        ]
+        beams = {id(request) for request in run_with_clock(engine, requests, until=5)} - {id(requests[1])}
+        assert len(beams) == 4 and engine.scheduler.num_preempted > 0
+        assert [request.output.token_ids for request in requests] == [wanted[0], other]
+        drop_all(engine, requests)
+
+
+def test_a_beam_that_has_offered_comes_back_when_it_has_something_to_do():
+    model, prompt = tiny("llama"), prompt_of(41, 11)
+    wanted = stock_beams(model, prompt, 3, 1, 6)
+    with open_engine(model, 40) as engine:
+        request, scheduler = engine.request(prompt, SamplingParams(max_tokens=6, num_beams=3)), engine.scheduler
+        scheduler.add(request)
+        while len(scheduler.active) < 3:
+            engine.step()
+        early, *_, late = scheduler.active
+        scheduler.active.remove(late)
+        engine.step()  # all but one offer
+        scheduler._preempt(early)
+        engine.step()
+        assert early in scheduler.waiting
+        scheduler.active.append(late)
+        engine.step()  # that one completes the step, and all go on
+        engine.step()
+        assert early in scheduler.active
+        while not request.is_done:
+            engine.step()
+        assert request.output.token_ids == wanted[0]
+        engine.settle_ended()
         check_end(engine)
 
 

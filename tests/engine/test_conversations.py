@@ -90,7 +90,7 @@ def test_idle_sessions_are_parked_and_come_back_by_themselves(llama, tmp_path):
     served = Served(llama, tmp_path / "s", idle_s=0.2)
     served.chats.create("a")
     served.say("a", prompt_of(40, 1))
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 60
     while served.chats.info("a").state != "parked":
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
@@ -202,3 +202,38 @@ def test_a_disk_that_refuses_costs_safety_and_no_answer(llama, tmp_path, monkeyp
         assert served.say("a", first) == answer
     assert served.say("a", [4]) == again
     served.close(park=False)
+
+
+def test_a_session_that_is_deleted_while_somebody_asks_for_it_is_unknown(llama, monkeypatch):
+    served = Served(llama)
+    served.chats.create("a")
+    served.say("a", prompt_of(20, 1))
+    plain = served.chats.info
+
+    def deleted_meanwhile(session_id: str, *, namespace: str = "default"):
+        found = plain(session_id, namespace=namespace)
+        monkeypatch.setattr(served.chats, "info", plain)
+        served.chats.delete(session_id)
+        return found
+
+    monkeypatch.setattr(served.chats, "info", deleted_meanwhile)
+    with pytest.raises(UnknownSessionError):
+        served.chats.resume("a")
+    assert not served.chats.list_sessions()
+    served.chats.create("a")  # the id is free again
+
+    class Held(dict):
+        """There at the first look, deleted at the second."""
+
+        def __contains__(self, name) -> bool:
+            return True
+
+    held = served.chats._held.pop("a")
+    served.chats._held, kept = Held(), served.chats._held
+    monkeypatch.setattr(served.chats, "info", lambda *_, **__: None)
+    with pytest.raises(UnknownSessionError):
+        served.chats.resume("a")
+    served.chats._held = kept | {"a": held}
+    monkeypatch.setattr(served.chats, "info", plain)
+    served.chats.delete("a")
+    served.close()

@@ -34,6 +34,25 @@ def test_a_session_id_names_one_sequence():
             engine.session("a/1", namespace="other")
 
 
+def test_a_turn_that_fails_leaves_the_session_as_it_was():
+    model, prompt = tiny("llama"), prompts()[1]
+    wanted = stock(model, [*prompt, *stock(model, prompt, 4), 9], 4)
+
+    def fail(token: int) -> None:
+        raise ValueError(token)
+
+    with open_engine(model) as engine:
+        session = engine.session("a")
+        session.send(prompt, SamplingParams(max_tokens=4))
+        before = session.token_ids
+        for speculation in (None, "ngram"):
+            with pytest.raises(ValueError):
+                session.send([9], SamplingParams(max_tokens=4, speculation=speculation), on_token=fail)
+            assert session.token_ids == before
+        assert session.send([9], SamplingParams(max_tokens=4)).token_ids == wanted
+        engine.pager.check_integrity()
+
+
 def test_n_outputs_compute_their_prompt_once():
     model, prompt = tiny("llama"), prompts()[2]
     with open_engine(model) as engine:
@@ -43,6 +62,17 @@ def test_n_outputs_compute_their_prompt_once():
         assert not engine.pager._core.sequences
         solo = engine.generate([prompt], SamplingParams(max_tokens=5, temperature=0.9, seed=1))[0]
         assert solo.token_ids == outputs[0].token_ids
+
+
+def test_an_output_that_stopped_stays_as_it_is_while_the_others_go_on():
+    params = dict(max_tokens=12, temperature=0.9, seed=1, n=3)
+    with open_engine(tiny("llama")) as engine:
+        whole = [out.token_ids for out in engine.generate(prompts()[1:2], SamplingParams(**params))]
+        stop = next(t for t in whole[1] if t not in whole[0])
+        outputs = engine.generate(prompts()[1:2], SamplingParams(**params, stop_token_ids=(stop,)))
+        assert outputs[0].token_ids == whole[0]
+        assert outputs[1].token_ids == whole[1][: whole[1].index(stop) + 1] and outputs[1].finish_reason == "stop"
+        assert not engine.pager._core.sequences
 
 
 def test_usage_says_where_a_sessions_tokens_were():
@@ -56,12 +86,17 @@ def test_usage_says_where_a_sessions_tokens_were():
 
 
 def test_every_request_of_a_shared_step_has_its_own_full_ledger():
+    # share that nothing explains, by request: a busy machine has gaps, but not every time
+    least = [1.0] * len(prompts())
     with open_engine(tiny("llama")) as engine:
-        for out in engine.generate(prompts(), SamplingParams(max_tokens=3)):
-            lines = dict(out.ledger)
-            total = lines.pop("ttft_s")
-            assert total == out.usage.ttft_s == pytest.approx(sum(lines.values()))
-            assert lines["unexplained"] < max(0.2 * total, 0.05) and lines["prefill"] > 0  # s; a busy machine has gaps
+        for number in range(5):
+            outputs = engine.generate(prompts(), SamplingParams(max_tokens=3), namespace=str(number))
+            for i, out in enumerate(outputs):
+                lines = dict(out.ledger)
+                total = lines.pop("ttft_s")
+                assert total == out.usage.ttft_s == pytest.approx(sum(lines.values())) and lines["prefill"] > 0
+                least[i] = min(least[i], lines["unexplained"] / total)
+        assert max(least) < 0.2
 
 
 def test_namespaces_share_nothing():

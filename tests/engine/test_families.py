@@ -71,10 +71,10 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
 EAGER = {"gemma2", "gpt_oss"}
 
 
-def tiny(family: str) -> Any:
+def tiny(family: str, **changes: Any) -> Any:
     config_name, class_name, extra = FAMILIES[family]
     torch.manual_seed(0)
-    config = getattr(T, config_name)(**(_BASE | extra))
+    config = getattr(T, config_name)(**(_BASE | extra | changes))
     config._attn_implementation = "eager" if family in EAGER else "sdpa"
     model = getattr(T, class_name)(config).eval()
     with torch.no_grad():

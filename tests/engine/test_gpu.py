@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtier import Engine, PagerConfig, SamplingParams
+from kvtier import Engine, PagerConfig, PrefixCache, SamplingParams
 from kvtier.engine.needle import NeedleSpec, build_needle_model, needle_prompt
-from kvtier.engine.needle_check import build_needle_cache
+from kvtier.engine.needle_check import build_needle_cache, stock_cache
 from kvtier.tiers.backends import cuda_missing
 
 MISSING = cuda_missing()
@@ -62,3 +62,33 @@ def test_a_whole_context_on_the_device_answers_as_well():
     with Engine.from_model(model, config) as engine:
         outputs = engine.generate([[*ids, needle.key] for needle in needles[:4]], SamplingParams(max_tokens=4))
     assert [tuple(out.token_ids) for out in outputs] == [needle.values for needle in needles[:4]]
+
+
+@pytest.mark.parametrize("device", ["int8", "int4; layers 0 heads 1: full"])
+def test_packed_pages_answer_read_whole_and_selected(device):
+    ids, needles = needle_prompt(NeedleSpec(), LENGTH, 16, seed=5)
+    model = build_needle_model(dtype=torch.bfloat16).to(DEVICE)
+    sizes = dict(device_bytes="64MiB", host_bytes="64MiB", selection_bytes="8MiB", staging_bytes="4MiB")
+    with Engine.from_model(model, PagerConfig(**sizes, backend=BACKEND, device=device), block_size=64) as engine:
+        for attention in ("full", "select:8"):
+            params = SamplingParams(max_tokens=4, attention=attention)
+            outputs = engine.generate([[*ids, needle.key] for needle in needles[:4]], params)
+            assert [tuple(out.token_ids) for out in outputs] == [needle.values for needle in needles[:4]]
+        assert all(out.selection.steps == 3 for out in outputs)
+
+
+def test_a_prefix_cache_packs_and_unpacks_on_the_device(tmp_path):
+    ids, _ = needle_prompt(NeedleSpec(), 1000, 4, seed=6)
+    model = build_needle_model()
+    cache = build_needle_cache(model, ids)
+    model = model.to(DEVICE)
+    past = stock_cache([(k.to(DEVICE), v.to(DEVICE)) for k, v in cache])
+    settings = dict(device="int8; layers 0: full", nvme_bytes="64MiB")
+    for day in range(2):
+        with PrefixCache.open(tmp_path / "s", model, **settings) as kept:
+            assert kept.store(ids, past, durable=True) == (0 if day else len(ids))
+            n, loaded = kept.load([*ids, 5])
+            assert n == len(ids) and loaded.layers[1].keys.device.type == DEVICE
+            for layer, (k, v), most in zip(loaded.layers, cache, (0.0, 1 / 200), strict=True):
+                for found, exact in ((layer.keys[0].cpu(), k), (layer.values[0].cpu(), v)):
+                    assert (found - exact).abs().max() <= most * exact.abs().max()

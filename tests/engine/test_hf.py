@@ -6,6 +6,7 @@ import transformers as T
 
 from kvtier import Engine, PagerConfig, SamplingParams
 from kvtier.engine.hf import discover, fingerprint
+from kvtier.engine.runner import ModelRunner
 from kvtier.tiers.errors import ConfigError, UnsupportedModelError
 
 SMALL = dict(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
@@ -79,3 +80,21 @@ def test_a_context_longer_than_all_tiers_is_refused_before_anything_is_written()
         with pytest.raises(ConfigError, match="longer than all tiers together"):
             engine.generate([[1] * 100_000], SamplingParams(max_tokens=1))
         assert engine.pager.status()["tiers"]["device"]["used_bytes"] == 0
+
+
+def test_pages_lie_where_the_model_is():
+    """Also where there is a GPU besides: `auto` follows the model, and what contradicts it is refused by name."""
+    sizes = dict(device_bytes="64KiB", host_bytes="64KiB")
+    with Engine.from_model(llama(), PagerConfig(**sizes)) as engine:
+        assert engine.pager.backend.name == "cpu"
+    with pytest.raises(ConfigError, match=r"backend='cuda': the model is on 'cpu'"):
+        Engine.from_model(llama(), PagerConfig(**sizes, backend="cuda"))
+
+
+def test_a_model_on_another_device_than_its_pages_is_refused():
+    model = llama()
+    with Engine.from_model(model, PagerConfig(device_bytes="64KiB", host_bytes="64KiB")) as engine:
+        before = model.config._attn_implementation
+        with pytest.raises(ConfigError, match="the model is on 'meta', its pages on 'cpu'"):
+            ModelRunner(llama().to("meta"), discover(model), engine.pager)
+        assert model.config._attn_implementation == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
@@ -169,3 +170,52 @@ def test_cancel_all_ends_what_runs_and_what_waits(llama):
         loop.close()
         assert not loop.is_running
         check_end(engine)
+
+
+def test_a_request_that_comes_while_the_loop_ends_hears_of_its_end(llama):
+    with open_engine(llama, 30) as engine:
+        loop, heard, begun, go = EngineLoop(engine), Heard(), threading.Event(), threading.Event()
+
+        class Slow(Heard):
+            def on_token(self, *said) -> bool:
+                begun.set()
+                go.wait(60)
+                return super().on_token(*said)
+
+        def make(engine):
+            return engine.request(prompt_of(20, 1), SamplingParams(max_tokens=5))
+
+        loop.start_request(make, Slow())
+        assert begun.wait(60)  # a step is under way, and nothing is looked at before it is over
+        asked = loop.start_request(make, heard)
+        closing = threading.Thread(target=loop.close)
+        closing.start()
+        while not loop._is_closing:
+            time.sleep(0.001)
+        go.set()
+        closing.join(60)
+        assert asked.result(60).first.is_done and heard.wait().ends[0][0] == "cancelled"
+        asked.result().cancel()  # harmless
+        check_end(engine)
+
+
+def test_a_call_is_answered_or_refused_but_never_forgotten(llama):
+    """The loop ends between somebody's look whether it runs and his call's coming into the queue."""
+    with open_engine(llama, 30) as engine:
+        loop = EngineLoop(engine)
+        closing, put = threading.Thread(target=loop.close), loop._calls.put
+
+        class Slow:
+            get_nowait = loop._calls.get_nowait
+
+            @staticmethod
+            def put(fn) -> None:
+                closing.start()
+                loop._thread.join(0.5)  # it ends, unless it has to wait for this call
+                put(fn)
+
+        loop._calls = Slow()
+        assert loop.call(lambda engine: "answered").result(60) == "answered"
+        closing.join(60)
+        with pytest.raises(TierUnavailableError):
+            loop.call(lambda engine: None)

@@ -59,7 +59,7 @@ def test_needles_through_three_tiers_and_a_restart(model, tmp_path, fast_fill):
 
     def ask(session) -> float:
         worst, length = float("inf"), len(session.token_ids)
-        for needle in needles[::2]:
+        for needle in needles[::4]:
             out = session.send([needle.key], SamplingParams(max_tokens=4, top2_margin=True))
             assert tuple(out.token_ids) == needle.values
             worst = min(worst, *out.margins)
@@ -78,7 +78,7 @@ def test_needles_through_three_tiers_and_a_restart(model, tmp_path, fast_fill):
         session = engine.session("needles")
         assert session.num_computed == LENGTH
         assert ask(session) == pytest.approx(22.5, abs=0.1)
-        assert engine.pager.counters.get("computed_tokens") == 8 * 4
+        assert engine.pager.counters.get("computed_tokens") == 4 * 4
         for tier in engine.pager.status()["tiers"].values():
             assert tier["peak_bytes"] <= tier["capacity_bytes"]
 

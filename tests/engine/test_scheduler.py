@@ -112,8 +112,8 @@ def test_requests_with_one_prefix_compute_it_once(llama):
 
 
 # ---------------------------------------------------------------------- whose turn it is
-def run_with_clock(engine: Engine, requests: list[Request], step_s: float = 0.1) -> list[Request]:
-    """Step until all are done, a tenth of a second each; who ended, in order."""
+def run_with_clock(engine: Engine, requests: list[Request], step_s: float = 0.1, until: int = 0) -> list[Request]:
+    """Step until all are done (or so many, where they have twins or beams), a tenth of a second each; who ended, in order."""
     clock = engine.scheduler.clock = Clock()
     ended: list[Request] = []
     for request in requests:
@@ -121,7 +121,7 @@ def run_with_clock(engine: Engine, requests: list[Request], step_s: float = 0.1)
     for _ in range(3000):
         ended += engine.step()
         clock.now_s += step_s
-        if len(ended) == len(requests):
+        if len(ended) == (until or len(requests)):
             return ended
     raise AssertionError("some request never ended")
 
@@ -215,6 +215,15 @@ def test_what_waits_for_copies_does_not_hold_up_the_others(llama, tmp_path):
         drop_all(engine, [quick])
 
 
+def test_twins_have_the_deadline_of_the_first(llama):
+    with open_engine(llama, 30) as engine:
+        request = engine.request(prompt_of(40, 1), SamplingParams(max_tokens=200, n=3), deadline_s=1.0)
+        ended = run_with_clock(engine, [request], until=3)
+        assert {id(one) for one in ended} == {id(one) for one in (request, *request.twins)}
+        assert all(one.output.finish_reason == "deadline" and 8 <= len(one.output.token_ids) <= 11 for one in ended)
+        drop_all(engine, ended)
+
+
 # ---------------------------------------------------------------------- speculation
 def repetitive(n: int) -> list[int]:
     return (prompt_of(12, 3) * 20)[:n]
@@ -264,9 +273,9 @@ def test_a_draft_that_cannot_run_yet_is_taken_back(llama, monkeypatch):
         second = engine.request(other, SamplingParams(max_tokens=20))
         plain, calls = engine.pager.bring_up, [0]
 
-        def sometimes_late(seq: int, num_new: int = 1) -> int:
+        def sometimes_late(seq: int) -> int:
             calls[0] += 1
-            missing = plain(seq, num_new)
+            missing = plain(seq)
             return 1 if seq == first.seq and calls[0] % 3 == 0 else missing
 
         monkeypatch.setattr(engine.pager, "bring_up", sometimes_late)

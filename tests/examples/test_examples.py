@@ -48,3 +48,10 @@ def test_llamaindex_computes_a_document_once(tmp_path):
     said = run("rag_llamaindex_style.py", "--store", str(tmp_path))
     prefilled = [int(n) for n in re.findall(r"prefilled\s+(\d+)", said)]
     assert min(prefilled[0], prefilled[2]) > 400 and max(prefilled[1], prefilled[3]) < 50
+
+
+def test_documents_in_any_order_are_computed_once_and_say_what_that_costs():
+    said = run("rag_any_order.py", "--recompute", "8")
+    assert re.search(r"computed for storing: (\d+) of \1\n", said)
+    errors = re.findall(r"recompute +\d+: .* keys off by ([\d.]+) %, KL", said)
+    assert len(errors) == 3 and float(errors[0]) > 0 and float(errors[2]) < 0.1  # recomputing everything is exact

@@ -39,7 +39,7 @@ def writer(path: str, first: int, seed: int, pipe: int) -> None:
         if step % 5 == 4:  # out of their segment, as a reclaim does
             moved, targets = np.array(held[:4]), tier.allocate(0, len(held[:4]))
             ticket = tier.relocate(0, moved, targets)
-            assert ticket.event.wait(30) and ticket.ok.all()
+            assert ticket.event.wait(60) and ticket.ok.all()
             tier.free(0, moved)
             held[:4] = targets.tolist()
         if step % 3 == 0:

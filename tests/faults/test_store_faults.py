@@ -36,7 +36,10 @@ def backend():
 def kill_loops(path, loops: int, seed: int, codec: str = "none") -> dict[str, int]:
     script = Path(__file__).parent / "kill_loop.py"
     command = [sys.executable, script, path, str(loops), str(seed), codec]
-    env = os.environ | {"PYTHONPATH": str(script.parent)}  # with PYTHONSAFEPATH a script's own folder is not searched
+    env = os.environ | {
+        "PYTHONPATH": str(script.parent),
+        "OMP_NUM_THREADS": "1",
+    }  # with PYTHONSAFEPATH a script's own folder is not searched
     done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout)
@@ -44,18 +47,25 @@ def kill_loops(path, loops: int, seed: int, codec: str = "none") -> dict[str, in
 
 def test_killed_writers_lose_nothing_that_was_acknowledged(tmp_path, seed):
     totals = kill_loops(tmp_path / "s", 300, seed)
-    assert totals["wrong"] == totals["lost"] == 0 and totals["acknowledged"] > 300 and totals["kept"] > 0, totals
+    assert totals["wrong"] == totals["lost"] == 0 and totals["acknowledged"] > 30 and totals["kept"] > 0, totals
 
 
 def test_killed_writers_of_compressed_blocks_lose_nothing_either(tmp_path, seed):
-    totals = kill_loops(tmp_path / "s", 60, seed, "zstd")
-    assert totals["wrong"] == totals["lost"] == 0 and totals["acknowledged"] > 60 and totals["kept"] > 0, totals
+    totals = kill_loops(tmp_path / "s", 10, seed, "zstd")
+    assert totals["wrong"] == totals["lost"] == 0 and totals["acknowledged"] > 10 and totals["kept"] > 0, totals
+
+
+def test_killed_writers_of_rounded_blocks_lose_nothing_either(tmp_path, seed):
+    """And none is rounded twice: what comes back is one rounding of what was written, to the bit."""
+    totals = kill_loops(tmp_path / "s", 5, seed, "int4")
+    assert totals["wrong"] == totals["lost"] == 0 and totals["acknowledged"] > 5 and totals["kept"] > 0, totals
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_killed_writers_for_a_long_time(tmp_path, seed):
-    totals = kill_loops(tmp_path / "s", 5000, seed)
+@pytest.mark.parametrize(("loops", "codec"), [(5000, "none"), (300, "zstd"), (100, "int4")])
+def test_killed_writers_for_a_long_time(tmp_path, seed, loops, codec):
+    totals = kill_loops(tmp_path / "s", loops, seed, codec)
     assert totals["wrong"] == totals["lost"] == 0, totals
 
 
@@ -154,7 +164,7 @@ def quarantine(tier) -> None:
 def relocate(tier) -> None:
     slots, targets = tier.recovered()[0][0][:6], tier.allocate(0, 6)
     ticket = tier.relocate(0, slots, targets)
-    assert ticket.event.wait(30) and ticket.event.error is None
+    assert ticket.event.wait(60) and ticket.event.error is None
     tier.free(0, np.concatenate([slots[ticket.ok], targets[~ticket.ok]]))
     tier.flush()
 
@@ -163,9 +173,10 @@ SCRIPTS = [fill, rewrite, read_all, sessions, many_commits, quarantine, relocate
 
 
 @pytest.mark.parametrize(
-    ("codec", "script"), [("none", s) for s in SCRIPTS] + [("split", s) for s in (fill, rewrite, read_all)]
+    ("codec", "script", "how"),
+    [("none", s, how) for s in SCRIPTS for how in ("EIO", "ENOSPC", "short")]
+    + [("split", s, "EIO") for s in (fill, rewrite, read_all)],
 )
-@pytest.mark.parametrize("how", ["EIO", "ENOSPC", "short"])
 def test_a_fault_at_every_call_is_never_served_and_never_a_foreign_exception(tmp_path, backend, script, how, codec):
     pristine = tmp_path / "pristine"
     tier = open_tier(pristine, backend, codec=codec)
@@ -203,6 +214,9 @@ class Unsynced(SystemCalls):
 
     def __init__(self) -> None:
         self.lock, self.under = threading.RLock(), {}
+
+    def boot_id(self):
+        return "the boot before the loss"
 
     def _remember(self, fd, offset, nbytes):
         name = os.readlink(f"/proc/self/fd/{fd}")
@@ -267,7 +281,7 @@ def lose_power_often(path, backend, times: int, seed: int) -> dict[str, int]:
             if choose.random() < 0.3:
                 sources, targets = np.array(held[:4]), tier.allocate(0, len(held[:4]))
                 ticket = tier.relocate(0, sources, targets)
-                assert ticket.event.wait(30) and ticket.ok.all()
+                assert ticket.event.wait(60) and ticket.ok.all()
                 tier.free(0, sources)
                 held[:4] = targets.tolist()
         if choose.random() < 0.5:
@@ -303,18 +317,19 @@ def test_many_power_losses(tmp_path, backend, seed):
 def test_a_segment_that_a_power_loss_cut_short_is_made_anew(tmp_path, backend):
     """Its name and the journal reached the disk, its bytes did not: nothing in it is listed, and it takes blocks again."""
     tier = open_tier(tmp_path / "s", backend, durability="always")
-    put(tier, tier.allocate(0, 40), list(range(40)))
+    put(tier, tier.allocate(0, 30), list(range(30)))
+    put(tier, tier.allocate(0, 10), list(range(30, 40)))
     shutil.copytree(tmp_path / "s", tmp_path / "copy", ignore=shutil.ignore_patterns("*.sock"))
     tier.close()
     raw = (tmp_path / "copy" / "manifest.log").read_bytes()
     frames = [body for body, _ in _frames(raw)]
     assert b"commit" in bytes(frames[-1])  # the process got no further than the record before it
     (tmp_path / "copy" / "manifest.log").write_bytes(raw[: len(raw) - len(frames[-1]) - 8])
-    file = min((tmp_path / "copy" / "blocks.zarr" / "g0").glob("c.*"))
+    (file,) = (tmp_path / "copy" / "blocks.zarr" / "g0").glob("c.1.*")  # of both puts
     os.truncate(file, 4096)
     again = open_tier(tmp_path / "copy", backend)
     wrong, right = wrong_blocks(again)
-    assert wrong == 0 and 0 < len(right) < 40 and again.recovered()[0][0].size == len(right)
+    assert wrong == 0 and 0 < len(right) < 30 and again.recovered()[0][0].size == len(right)
     room = again.free_slots(0)
     assert room + len(right) == again.num_slots(0)
     assert put(again, again.allocate(0, room), list(range(100, 100 + room))).all()
@@ -398,10 +413,15 @@ def test_flipped_bits_are_misses_or_refusals_and_never_wrong_bytes(tmp_path, bac
 
 
 def test_flipped_bits_of_a_compressed_store_are_noticed_too(tmp_path, backend, seed):
-    flip_bits(tmp_path / "s", backend, 700, seed, "lz4")
+    flip_bits(tmp_path / "s", backend, 150, seed, "lz4")
+
+
+def test_flipped_bits_of_a_rounded_store_are_noticed_too(tmp_path, backend, seed):
+    flip_bits(tmp_path / "s", backend, 30, seed, "int4")
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_many_flipped_bits(tmp_path, backend, seed):
-    flip_bits(tmp_path / "s", backend, 50_000, seed + 1)
+@pytest.mark.parametrize(("times", "codec"), [(50_000, "none"), (2000, "lz4"), (500, "int4")])
+def test_many_flipped_bits(tmp_path, backend, seed, times, codec):
+    flip_bits(tmp_path / "s", backend, times, seed + 1, codec)

@@ -351,15 +351,15 @@ def mutated_archive(choose: random.Random, good: Path, bad: Path) -> None:
 
 ONE_OF_OURS = (KvTierError,)
 TARGETS = [
-    Target("frames", 1_250_000, (ProtocolError, EOFError), frames),
+    Target("frames", 1_300_000, (ProtocolError, EOFError), frames),
     Target("daemon_frames", 400_000, (ProtocolError,), daemon_frames),
     Target("settings", 10_000, (ConfigError,), settings),
     Target("environment", 10_000, (ConfigError,), environment),
-    Target("toml", 20_000, (ConfigError,), toml),
+    Target("toml", 5_000, (ConfigError,), toml),
     Target("sizes", 150_000, (ConfigError,), sizes),
     Target("journal", 100_000, (ConfigError,), journal),
     Target("session_records", 60_000, (ConfigError,), session_records),
-    Target("store_metadata", 15_000, (ConfigError,), store_metadata),
+    Target("store_metadata", 3_000, (ConfigError,), store_metadata),
     Target("trailers", 100_000, (), trailers),
-    Target("archives", 300, ONE_OF_OURS, archives),
+    Target("archives", 100, ONE_OF_OURS, archives),
 ]

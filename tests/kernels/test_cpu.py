@@ -96,6 +96,28 @@ def test_pages_shared_by_sequences_are_read_by_each(make_case, assert_close):
     assert_close(case.run(paged_attention), case.expected())
 
 
+@pytest.mark.parametrize("lens", [[700], [64, 700, 5]])
+def test_an_answer_is_the_same_bits_where_nobody_asks_for_its_lse(make_case, lens):
+    case = make_case([(1, n) for n in lens], group=2, block=64, order="runs")
+    out, lse = case.run(paged_attention)
+    alone, unasked = case.run(paged_attention, with_lse=False)
+    assert torch.equal(out, alone) and (unasked.numel() == 0 or torch.equal(lse, unasked))
+
+
+def test_merging_pages_of_very_different_weight_is_exact():
+    out, lse = torch.randn(5, 2, 3, 8), torch.randn(5, 2, 3) * 200
+    wanted = torch.logsumexp(lse.double(), 0), (torch.softmax(lse.double(), 0)[..., None] * out).sum(0)
+    merged, total = cpu_inplace.merge_pages(out.clone(), lse)
+    torch.testing.assert_close(total[0].double(), wanted[0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(merged[0].double(), wanted[1], rtol=1e-5, atol=1e-6)
+
+
+def test_no_kernel_records_a_graph(make_case):
+    case = make_case([(1, 40)])
+    case.q.requires_grad_()
+    assert torch.is_grad_enabled() and not any(t.requires_grad for t in case.run(paged_attention))
+
+
 def test_poison_is_felt_as_soon_as_a_length_is_wrong(make_case):
     """The other tests rely on NaN in unused slots; one slot too many must show."""
     for block, queries in product((16, 64), (1, 20)):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from kvtier import kernels
 from kvtier.kernels import (
     apply_sink_logits,
     copy_blocks,
@@ -19,6 +22,7 @@ from kvtier.kernels import (
     plan_step,
     reference,
     scatter_rows,
+    to_device,
     write_kv,
 )
 
@@ -187,3 +191,21 @@ def test_states_that_do_not_belong_together_are_refused():
         merge_states(out, lse.double(), out, lse)
     with pytest.raises(ValueError, match="sink_logits"):
         apply_sink_logits(out, lse, torch.zeros(3))
+
+
+def test_integers_reach_a_device_by_one_way():
+    """Every other way waits for what the device is doing (kernels/uploads.py); on a CPU nobody would notice."""
+    folder = Path(kernels.__file__).parent
+    for path in [p for name in ("kernels", "engine", "tiers") for p in (folder.parent / name).glob("*.py")]:
+        if path.name == "uploads.py" or path.name.startswith("reference"):
+            continue
+        found = re.findall(r"(?:from_numpy|as_tensor)\([^\n]*\)\.(?:to|cuda)\([^\n]*", path.read_text())
+        assert not found, f"{path.name}: {found[0]}: use to_device"
+
+
+def test_uploads_keep_values_and_take_what_callers_have():
+    device = torch.device("cpu")
+    for values in (range(3), [0, 1, 2], np.arange(3, dtype=np.int32), np.arange(5)[::2] // 2, torch.arange(3)):
+        there = to_device(values, device, torch.int32)
+        assert there.dtype == torch.int32 and there.tolist() == [0, 1, 2]
+    assert to_device([], device).shape == (0,) and to_device(np.empty((0, 4)), device).shape == (0, 4)

@@ -19,6 +19,9 @@ from kvtier.kernels import (
     quantize_blocks,
     reference,
     score_pages,
+    select_pages,
+    summarize_pages,
+    to_device,
     write_kv,
 )
 
@@ -118,3 +121,63 @@ def test_pages_are_scored_as_on_the_cpu():
     expected = score_pages(q, summaries, table, [300, 7, 0])
     found = score_pages(q.cuda(), summaries.cuda(), table, [300, 7, 0]).cpu()
     assert torch.allclose(found, expected, atol=1e-3, rtol=1e-4)
+
+
+@pytest.fixture
+def sync_debug():
+    """Switches on that torch raises where it would wait for the device itself."""
+
+    def switch_on() -> None:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+
+    yield switch_on
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_uploads_are_queued_behind_work_that_still_runs():
+    values = np.arange(1000)
+    torch.cuda._sleep(1 << 30)  # cycles: half a second
+    there = to_device(values, torch.device("cuda", 0), torch.int32)
+    assert not torch.cuda.current_stream().query(), "the host has waited for the device"
+    values[:] = -1  # the host's own from here on
+    assert there.tolist() == list(range(1000)) and there.dtype == torch.int32
+
+
+def test_a_step_waits_for_nothing(make_case, make_pages, sync_debug):
+    """Tables, slots and row numbers of a whole step, with plans made anew."""
+    case, fmt = make_case(SPANS, dtype=torch.bfloat16, block=64, device="cuda"), PageFormat("int4", 2, 64, 64, group=64)
+    packed = make_pages(fmt, [(1, 20, 3), (5, 1, 70)], group=4, device="cuda")
+    new, staged = torch.randn(5, *case.k.shape[1:4:2], device="cuda").bfloat16(), np.arange(6)
+    rows = case.k[:, 0].flatten(1)
+    blocks = torch.randn(2, 4, 2, 64, 64, device="cuda").bfloat16()
+    summaries = torch.randn(300, 2, 2, 16, device="cuda").sort(2).values
+    q, table = torch.randn(3, 4, 16, device="cuda"), np.arange(300)[None].repeat(3, 0)
+    compressed_attention(
+        packed.q, packed.pages, fmt, packed.table, packed.kv_lens, packed.cu_q, packed.ahead, scale=packed.scale
+    )
+    case.run(paged_attention)  # compiled, and what is made once is made
+    sync_debug()
+    write_kv(new, new, case.k, case.v, np.array([5, 6, -1, 95, 0]))
+    out, lse = case.run(paged_attention, out_dtype=torch.float32)
+    part = block_attention(case.q, case.k, case.v, scale=case.scale, out_dtype=torch.float32, pages=staged)
+    merge_states(out, lse, *part)
+    copy_blocks(rows, torch.empty_like(rows), staged, staged)
+    quantize_blocks(*blocks, range(4), packed.pages, range(4), fmt)
+    dequantize_blocks(packed.pages, range(4), *blocks, range(4), fmt)
+    compressed_attention(
+        packed.q, packed.pages, fmt, packed.table, packed.kv_lens, packed.cu_q, packed.ahead, scale=packed.scale
+    )
+    select_pages(score_pages(q, summaries, table, [300, 7, 2]), [300, 7, 2], 8, scale=0.25)
+
+
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "int2"])
+def test_compressed_pages_are_summarised_as_on_the_cpu(name):
+    k = torch.randn(9, 2, 64, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    fmt, ids = PageFormat(name, 2, 64, 128), range(9)
+    pages = torch.zeros(9, fmt.layer_bytes, dtype=torch.uint8)
+    quantize_blocks(k, k, ids, pages, ids, fmt)
+    made = [torch.zeros(9, 2, 2, 128, dtype=torch.bfloat16, device=device) for device in ("cpu", "cuda")]
+    for target in made:
+        summarize_pages(pages.to(target.device), ids, fmt, target, ids)
+    torch.testing.assert_close(made[1].cpu(), made[0], rtol=1e-2, atol=1e-6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kvtier.kernels import layer_views
+from kvtier.kernels import layer_views, stacked_views
 
 
 def test_k_then_v_of_each_layer_in_order():
@@ -18,6 +18,16 @@ def test_k_then_v_of_each_layer_in_order():
         start = layer * per_layer
         assert torch.equal(k[1].flatten(), pool[1, start : start + heads * block * dim])
         assert torch.equal(v[1].flatten(), pool[1, start + heads * block * dim : start + per_layer])
+
+
+def test_all_layers_at_once_are_the_layers():
+    pool = torch.arange(float(3 * (2 * 2 * 4 * 14 + 5))).view(3, -1)
+    stack = stacked_views(pool, 2, 2, 4, 8, 6)
+    for layer in range(2):
+        for one, every in zip(layer_views(pool, layer, 2, 4, 8, 6), stack, strict=True):
+            assert torch.equal(one, every[:, layer]) and one.data_ptr() == every[:, layer].data_ptr()
+    with pytest.raises(ValueError, match="3 layers"):
+        stacked_views(pool, 3, 2, 4, 8, 6)
 
 
 def test_writing_a_view_writes_the_pool():

@@ -68,7 +68,7 @@ def test_the_array_code_allows_what_the_tables_allow():
     for source, to, holds in product(SlotState, SlotState, (0, 1)):
         slots = HostSlots(1)
         slots.state[0], slots.holds[0] = source, holds
-        steps = {SlotState.STAGING: lambda s: s.stage(np.array([0]), np.array([5])), SlotState.VALID: _publish}
+        steps = {SlotState.STAGING: _stage, SlotState.VALID: _publish, SlotState.LINKED: _link}
         is_allowed = _passes(lambda slots=slots, to=to, steps=steps: steps.get(to, _drop)(slots))
         assert is_allowed == slot_may_step(source, to, is_held=holds > 0), (source, to, holds)
 
@@ -84,6 +84,14 @@ def test_deeper(bound):
 
 def _publish(slots: HostSlots) -> None:
     slots.publish(np.array([0]))
+
+
+def _stage(slots: HostSlots) -> None:
+    slots.stage(np.array([0]), np.array([5]))
+
+
+def _link(slots: HostSlots) -> None:
+    slots.take_along(np.array([0]), np.array([5]))
 
 
 def _drop(slots: HostSlots) -> None:

@@ -21,6 +21,8 @@ from kvtier.tiers.simulated import SimulatedBackend
 
 BLOCK = 4
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, block_size=BLOCK, dtype="float32", name="full")
+PACKABLE = KVLayout(num_layers=2, num_kv_heads=1, head_dim=16, block_size=16, dtype="float32", name="full")
+ROUNDED = 2500.0  # what int4 after int8 leaves of values up to 65536, and far less than what another block would
 WINDOWED = KVLayout(
     num_layers=1, num_kv_heads=1, head_dim=4, block_size=BLOCK, dtype="float32", window=10, name="window"
 )
@@ -52,14 +54,18 @@ class Rig:
         clock: Callable[[], float] = time.monotonic,
         calls=None,
         daemon: str | None = None,
+        error: float = 0.0,
+        host_format: str = "full",
         **config,
     ) -> None:
-        """`daemon`: the address of one; then `host` and `path` are its business."""
-        self.layouts = layouts or [LAYOUT]
+        """`daemon`: the address of one; then `host` and `path` are its business. `error`: how far values may be off."""
+        self.layouts, self.error = layouts or [LAYOUT], error
+        self.block = self.layouts[0].block_size
         self.backend = backend or SimulatedBackend(seed)
         block_bytes = sum(layout.block_bytes for layout in self.layouts)
         staging_bytes = 3 * staging * self.layouts[0].layer_bytes
         settings = {"staging_bytes": staging_bytes, "low_watermark": 0.2, "high_watermark": 0.4} | config
+        settings["host"] = host_format
         options = {"model_fingerprint": "rig", "backend": self.backend, "rules": rules, "clock": clock}
         device_bytes = pages * block_bytes + staging_bytes
         if daemon is not None:
@@ -106,7 +112,7 @@ class Rig:
         return sum(n for _, n in work)
 
     def say(self, seq: int, token_ids: list[int], **options) -> None:
-        self.pager.append(seq, token_ids)
+        self.pager.turn(seq, token_ids)
         self.prefill(seq, **options)
 
     # ------------------------------------------------------------------ the kernels
@@ -123,25 +129,25 @@ class Rig:
         new = np.concatenate([values(self.pager.token_ids(s.seq))[s.start : s.end] for s in lease.spans])
 
         def kernel() -> None:
-            rows[slots // BLOCK, :, slots % BLOCK] = new[:, None, None] + layer
+            rows[slots // self.block, :, slots % self.block] = new[:, None, None] + layer
 
         self.backend.compute.run(kernel)
 
     def _read(self, lease: Lease, g: int, layer: int, skipped: set[int]) -> None:
-        rows = self.view(g, layer)
+        rows, dim = self.view(g, layer), self.layouts[g].head_dim
         for i, span in enumerate(lease.spans):
             wanted = values(self.pager.token_ids(span.seq))[: span.end]
             length = int(lease.kv_lens[g][i])
-            pages = lease.tables[g][i][: -(-length // BLOCK)].copy()
+            pages = lease.tables[g][i][: -(-length // self.block)].copy()
             positions = self.positions(lease, g, i, skipped)
             assert len(positions) == length
 
             def kernel(
                 pages=pages, wanted=wanted, positions=positions, span=span, length=length, found=self._found
             ) -> None:
-                seen = rows[pages].transpose(0, 2, 1, 3).reshape(-1, 2, 4)[:length]
+                seen = rows[pages].transpose(0, 2, 1, 3).reshape(-1, 2, dim)[:length]
                 where = f"seq {span.seq} {self.layouts[g].name} layer {layer}"
-                compare(seen, wanted[positions] + layer, where, found)
+                compare(seen, wanted[positions] + layer, where, found, self.error)
 
             self.backend.compute.run(kernel)
 
@@ -152,10 +158,10 @@ class Rig:
         wanted, rows, count = values(self.pager.token_ids(span.seq)), staged.rows, staged.count
 
         def kernel(found=self._found) -> None:
-            seen = rows[:count].view(np.float32).reshape(count, 2, BLOCK, layout.head_dim)
-            positions = (logical[:, None] * BLOCK + np.arange(BLOCK)).reshape(-1)
-            seen = seen.transpose(0, 2, 1, 3).reshape(-1, 2, 4)
-            compare(seen, wanted[positions] + layer, f"staged layer {layer}", found)
+            seen = rows[:count].view(np.float32).reshape(count, 2, self.block, layout.head_dim)
+            positions = (logical[:, None] * self.block + np.arange(self.block)).reshape(-1)
+            seen = seen.transpose(0, 2, 1, 3).reshape(-1, 2, layout.head_dim)
+            compare(seen, wanted[positions] + layer, f"staged layer {layer}", found, self.error)
 
         self.backend.compute.run(kernel)
         return logical
@@ -163,16 +169,16 @@ class Rig:
     def positions(self, lease: Lease, g: int, i: int, skipped: set[int]) -> np.ndarray:
         """Token positions that the compact table of one span lists, in order."""
         span, layout = lease.spans[i], self.layouts[g]
-        first = 0 if layout.window is None else max(0, span.start - layout.window + 1) // BLOCK
-        blocks = [b for b in range(first, -(-span.end // BLOCK)) if b not in skipped]
-        positions = np.concatenate([np.arange(b * BLOCK, (b + 1) * BLOCK) for b in blocks])
+        first = 0 if layout.window is None else max(0, span.start - layout.window + 1) // self.block
+        blocks = [b for b in range(first, -(-span.end // self.block)) if b not in skipped]
+        positions = np.concatenate([np.arange(b * self.block, (b + 1) * self.block) for b in blocks])
         return positions[positions < span.end]
 
     def view(self, g: int, layer: int) -> np.ndarray:
         """[pages, 2, block, head_dim] of one layer."""
         layout = self.layouts[g]
         pool = self.pager.device_rows(g).view(np.float32)
-        return pool.reshape(len(pool), layout.num_layers, 2, BLOCK, layout.head_dim)[:, layer]
+        return pool.reshape(len(pool), layout.num_layers, 2, self.block, layout.head_dim)[:, layer]
 
     def settle(self) -> None:
         """Let everything queued run."""
@@ -184,12 +190,12 @@ class Rig:
         self.pager.close()
 
 
-def compare(seen: np.ndarray, wanted: np.ndarray, where: str, found: list[str]) -> None:
+def compare(seen: np.ndarray, wanted: np.ndarray, where: str, found: list[str], error: float = 0.0) -> None:
     """Note the first token row [2, head_dim] that does not hold its value."""
-    is_wrong = (seen != wanted[:, None, None]).any((1, 2))
+    is_wrong = ~(np.abs(seen - wanted[:, None, None]) <= error).all((1, 2))
     if is_wrong.any():
         bad = int(np.flatnonzero(is_wrong)[0])
         found.append(f"{where}: token row {bad} reads {seen[bad, 0, 0]}, wanted {wanted[bad]}")
 
 
-__all__ = ["BLOCK", "LAYOUT", "WINDOWED", "Rig", "TierFullError", "values"]
+__all__ = ["BLOCK", "LAYOUT", "PACKABLE", "ROUNDED", "WINDOWED", "Rig", "TierFullError", "values"]

@@ -29,7 +29,10 @@ def test_environment_and_file_say_the_same_as_arguments(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ({"host_numa": "near"}, "host_numa='near' is unknown; choose auto, off, interleave or the number of a node"),
+        (
+            {"host_numa": "near"},
+            "host_numa='near' is unknown; choose auto, off, interleave, split or the number of a node",
+        ),
         ({"host_huge_pages": "1GiB"}, "host_huge_pages='1GiB' is unknown; choose auto"),
         ({"host_prefault": "no"}, "host_prefault='no': choose true or false"),
     ],
@@ -49,7 +52,7 @@ def test_a_node_that_is_not_there_is_refused_at_open(tmp_path):
 def test_the_host_tier_is_prefaulted_and_status_says_so(capsys, tmp_path):
     config = PagerConfig("8MiB", "16MiB", nvme_path=tmp_path / "s", nvme_bytes="32MiB", backend="cpu")
     with Pager.open(LAYOUT, config) as pager:
-        deadline_s = time.monotonic() + 30
+        deadline_s = time.monotonic() + 60
         while (memory := pager.status()["tiers"]["host"]["memory"])["prefault"] == "running":
             assert time.monotonic() < deadline_s
             time.sleep(0.01)

@@ -64,7 +64,7 @@ class TensorRig(Rig):
 
     def _read_staged(self, lease, g, layer, staged):
         rows = torch.as_tensor(staged.rows)[: staged.count].cpu().numpy()
-        return super()._read_staged(lease, g, layer, Staged(rows, staged.count, staged.blocks))
+        return super()._read_staged(lease, g, layer, Staged(rows, staged.count, staged.blocks, staged.start))
 
 
 def ids(n: int, seed: int = 0) -> list[int]:

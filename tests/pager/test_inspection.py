@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from kvtier.pager.directory import Directory
-from kvtier.pager.inspection import history, snapshot
+from kvtier.pager.inspection import history, service, snapshot
 from kvtier.pager.inspection.doctor import findings
 from kvtier.pager.inspection.events import KIND, NUM_BLOCKS, EventRing, tag_of, tags_of
 from kvtier.pager.inspection.inspector import Inspector
 from kvtier.pager.inspection.recorder import LEASE_S, Recorder
 from kvtier.pager.inspection.reuse import ReuseSampler
+from kvtier.pager.inspection.service import Snapshots
+from kvtier.pager.inspection.views import session_row
 from kvtier.pager.states import HostSlots, Pages
 from kvtier.tiers.errors import ProtocolError, TierUnavailableError
 
@@ -146,22 +148,48 @@ def mixed(block: int) -> int:
     return (block * 2654435761 + 12345) % (1 << 32)
 
 
+def use_all(sampler: ReuseSampler, uses: list[int]) -> None:
+    """In requests as long as can be: a block counts once per request."""
+    request: dict[int, None] = {}
+    for block in uses:
+        if block in request:
+            sampler.used(np.array([mixed(one) for one in request], np.uint32))
+            request.clear()
+        request[block] = None
+    sampler.used(np.array([mixed(one) for one in request], np.uint32))
+
+
+def test_a_long_request_counts_as_its_blocks_one_by_one():
+    """In order, backwards, and in a mixture with new ones: runs of array code against one block at a time."""
+    rng, whole, single = random.Random(3), ReuseSampler(), ReuseSampler()
+    for _ in range(30):
+        start, length = rng.randrange(300), rng.randrange(1, 200)
+        request = [mixed(block) for block in range(start, start + length)]
+        if rng.random() < 0.5:
+            rng.shuffle(request)
+        whole.used(np.array(request, np.uint32))
+        for tag in request:
+            single.used(np.array([tag], np.uint32))
+    assert whole.to_dict() == single.to_dict()
+    assert [whole.hit_rate(1 << n) for n in range(12)] == [single.hit_rate(1 << n) for n in range(12)]
+
+
 @pytest.mark.parametrize("size", [8, 64, 512])
 def test_unsampled_distances_are_those_of_a_real_cache(size):
     uses = skewed(random.Random(1), 20000, 2000)
     sampler = ReuseSampler(max_sampled=1 << 20)
-    sampler.used(np.array([mixed(block) for block in uses], np.uint32))
+    use_all(sampler, uses)
     assert sampler.rate == 1.0
     rate = sampler.hit_rate(size)
     assert rate is not None and abs(rate - misses_of_lru(uses, size)) < 0.01  # sizes are powers of two: bins end there
 
 
 def test_a_bounded_sample_stays_near_a_real_cache():
-    uses = [block for block in skewed(random.Random(2), 150_000, 60_000)]
-    sampler = ReuseSampler(max_sampled=2048)
-    sampler.used(np.array([mixed(block) for block in uses], np.uint32))
+    uses = [block for block in skewed(random.Random(2), 80_000, 60_000)]
+    sampler = ReuseSampler(max_sampled=1024)
+    use_all(sampler, uses)
     facts = sampler.to_dict()
-    assert facts["sample_rate"] < 1.0 and facts["sampled_blocks"] <= 2048
+    assert facts["sample_rate"] < 1.0 and facts["sampled_blocks"] <= 1024
     for size in (4096, 16384):
         rate = sampler.hit_rate(size)
         assert rate is not None and abs(rate - misses_of_lru(uses, size)) < 0.05
@@ -253,7 +281,29 @@ def test_a_page_knows_whether_it_is_watched(tmp_path):
     assert not page.is_watched(time.time())
     snapshot.read_snapshot(tmp_path / "p", watch=True)
     assert page.is_watched(time.time()) and not page.is_watched(time.time() + snapshot.WATCH_S + 1)
+    snapshot.stop_watching(tmp_path / "p")
+    assert not page.is_watched(time.time())
     page.close()
+    snapshot.stop_watching(tmp_path / "p")  # it is gone: nobody minds
+
+
+def test_a_snapshot_looks_at_a_few_sessions_at_a_time_and_gets_round_to_all(monkeypatch):
+    """What it costs to be watched does not grow with the sessions that there are."""
+    rig, snapshots = Rig(pages=64), Snapshots()
+    seqs = [rig.start([n] * 24) for n in range(5)]
+    for seq in seqs:
+        rig.prefill(seq)
+    looks: list[str] = []
+    monkeypatch.setattr(
+        service, "session_row", lambda core, owner, now_s: looks.append(owner.name) or session_row(core, owner, now_s)
+    )
+    monkeypatch.setattr(service, "BLOCKS_PER_LOOK", 2 * service.OWNER_COST)
+    counts = [snapshots.take(rig.pager._core)["num_sessions"] for _ in range(4)]
+    assert counts == [2, 4, 5, 5] and len(looks) == 8 and len(set(looks)) == 5
+    rig.pager.finish(seqs[0])
+    told = snapshots.take(rig.pager._core)
+    assert {row["name"] for row in told["sessions"]} == {f"seq:{seq}" for seq in seqs[1:]}
+    rig.close()
 
 
 def test_history_goes_round_and_on_after_a_restart(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from kvtier.tiers.errors import BlockMissError, Busy, TierUnavailableError
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import BLOCK, Rig
+from harness import BLOCK, PACKABLE, ROUNDED, Rig
 
 TOKENS = st.lists(st.integers(0, 2), min_size=1, max_size=2 * BLOCK)  # few tokens: prefixes are shared all the time
 LONGEST = 10 * BLOCK
@@ -26,6 +27,8 @@ class PagerMachine(RuleBasedStateMachine):
     """Sequences and sessions of one pager over all three tiers."""
 
     sequences, sessions = Bundle("sequences"), Bundle("sessions")
+    formats: ClassVar[dict] = {}
+    scale = 1  # tokens for each that is drawn
     has_failed = False  # then blocks may be lost, and never read wrong
 
     @initialize(seed=st.integers(0, 1 << 16), pages=st.integers(6, 12), staging=st.integers(0, 2))
@@ -33,6 +36,7 @@ class PagerMachine(RuleBasedStateMachine):
         self.folder = Path(tempfile.mkdtemp(prefix="kvtier-machine-"))
         self.seed, self.number = seed, 0
         self.settings = dict(path=self.folder / "store", nvme_bytes="1MiB", host=8, staging=staging, pages=pages)
+        self.settings |= self.formats
         self.rig = Rig(seed, **self.settings)
         self.tokens: dict[int, list[int]] = {}
         self.computed: dict[int, int] = {}
@@ -40,6 +44,7 @@ class PagerMachine(RuleBasedStateMachine):
 
     @rule(target=sequences, tokens=TOKENS)
     def begin(self, tokens):
+        tokens = tokens * self.scale
         seq = self.rig.start(tokens)
         self.know(seq, tokens)
         self.compute(seq)
@@ -56,7 +61,8 @@ class PagerMachine(RuleBasedStateMachine):
 
     @rule(seq=sequences, tokens=TOKENS)
     def say(self, seq, tokens):
-        if self.knows(seq) and self.rig.pager.num_tokens(seq) + len(tokens) <= LONGEST:
+        tokens = tokens * self.scale
+        if self.knows(seq) and self.rig.pager.num_tokens(seq) + len(tokens) <= LONGEST * self.scale:
             self.rig.pager.append(seq, tokens)
             self.tokens[seq] += tokens
             self.compute(seq)
@@ -154,7 +160,7 @@ class PagerMachine(RuleBasedStateMachine):
             if self.computed[seq] == len(self.tokens[seq]):
                 return
             try:
-                self.rig.step([(seq, pager.plan_prefill(seq, BLOCK))])
+                self.rig.step([(seq, pager.plan_prefill(seq, BLOCK * self.scale))])
             except (Busy, BlockMissError, TierUnavailableError):
                 self.computed[seq] = pager.num_computed(seq)
                 return
@@ -173,3 +179,16 @@ PagerMachine.TestCase.settings = settings(
     max_examples=60, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
 )
 TestPagerMachine = PagerMachine.TestCase
+
+
+class PackedMachine(PagerMachine):
+    """The same with blocks in 8 bits in host slots and in 4 bits on disk, and tails in full precision beside them."""
+
+    formats: ClassVar[dict] = dict(layouts=[PACKABLE], host_format="int8", nvme="int4", error=ROUNDED)
+    scale = PACKABLE.block_size // BLOCK
+
+
+PackedMachine.TestCase.settings = settings(
+    max_examples=8, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestPackedMachine = PackedMachine.TestCase

@@ -223,3 +223,44 @@ def test_windowed_and_full_groups_together():
         assert rig.wrong == []
         table = rig.pager._core.sequences[seqs[0]].tables[1].ids
         assert (table[: len(table) - 4] == -1).all() and np.isin(-1, table)  # what the window cannot see is not held
+
+
+class Forgetful(list):
+    """Never knows of an event."""
+
+    def __getitem__(self, index):
+        return None
+
+
+@pytest.mark.parametrize("forgets", [False, True])
+def test_bounce_rows_are_read_into_again_only_after_the_copy_out_of_them(tmp_path, forgets):
+    """Nine tenths of the context on nvme: more chunks than bounce rows, with copies as late as the seed wants."""
+    wrong = []
+    for seed in range(6):
+        rig, rng = (
+            Rig(seed, pages=6, host=3, staging=1, path=tmp_path / f"{seed}", nvme_bytes=1 << 20),
+            random.Random(seed),
+        )
+        (ring,) = rig.pager._core.rings
+        assert ring.num_bounce_slots == 3
+        if forgets:
+            ring.emptied = Forgetful(ring.emptied)
+        seq = rig.start(tokens(rng, 72))
+        rig.prefill(seq)
+        rig.say(seq, tokens(rng, 4))
+        rig.settle()
+        wrong += rig.wrong
+        rig.pager.close()
+    assert bool(wrong) == forgets, wrong[:3]
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_no_bounce_rows_are_read_into_while_a_chunk_waits_to_be_copied_out(tmp_path, slots):
+    for seed in range(3):
+        rig = Rig(seed, pages=6, host=3, staging=1, path=tmp_path / f"{seed}", nvme_bytes=1 << 20)
+        rig.pager._core.rings[0].num_bounce_slots = slots  # fewer than chunks that could be begun
+        seq = rig.start(tokens(random.Random(seed), 72))
+        rig.prefill(seq)
+        rig.settle()
+        assert rig.wrong == []
+        rig.pager.close()

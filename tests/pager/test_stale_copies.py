@@ -45,7 +45,7 @@ def reads_right_from_below(rig: Rig, seq: int) -> None:
         rig.settle()
         rig.pager.check_integrity()
         group.evict(blocks[group.directory.in_device(blocks)], "test")
-        group._drop_host_copies(blocks[group.directory.in_host(blocks)])
+        group.drop_host_copies(blocks[group.directory.in_host(blocks)], "test")
         rig.pager.check_integrity()
         rig.say(seq, [token])
         rig.settle()

@@ -70,7 +70,7 @@ def test_a_session_whose_tail_went_down_before_it_had_a_name(tmp_path, stays):
     if stays != "device":
         group.evict(blocks, "test")
     if stays == "nvme":
-        group._drop_host_copies(blocks)
+        group.drop_host_copies(blocks, "test")
     rig.pager.park("s", seq)
     goes_on_after_a_restart(rig, tmp_path / "store", 6)
 

@@ -76,7 +76,7 @@ class Running:
 
     def check_end(self) -> None:
         """Nobody is at work, nothing leaked, the books agree: what is held, sessions and pins hold."""
-        engine, deadline_s = self.service.engine, time.monotonic() + 10
+        engine, deadline_s = self.service.engine, time.monotonic() + 60
         while (self.service.gate.num_inside or any(engine.scheduler.requests())) and time.monotonic() < deadline_s:
             time.sleep(0.02)
         assert self.service.gate.num_inside == 0 and not any(engine.scheduler.requests())
@@ -123,7 +123,7 @@ def serving(
             running.http.close()
             service.close()
             server.should_exit = True
-            thread.join(30)
+            thread.join(60)
             service.end_threads()
         assert is_expected_to_fail or service.loop.failure is None
 
@@ -154,7 +154,7 @@ def serve_process(*arguments, expect_rc: int | None = 0):
     finally:
         if process.poll() is None:
             process.kill()
-            process.wait(10)
+            process.wait(60)
         process.stderr.close()
 
 

@@ -81,6 +81,11 @@ def test_n_answers_differ_repeat_by_seed_and_share_one_prompt(server):
     assert streamed == texts
 
 
+@pytest.mark.parametrize("cut", [{"top_p": 1e-6}, {"extra_body": {"top_k": 1}}, {"extra_body": {"min_p": 0.99999}}])
+def test_a_cut_that_leaves_one_token_is_greedy(server, cut):
+    assert chat(server, temperature=1.0, **cut).choices[0].message.content == wanted(server)
+
+
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_stop_texts_end_an_answer_and_are_not_part_of_it(server, is_streamed):
     whole = wanted(server, 40)
@@ -185,7 +190,7 @@ def test_closing_a_stream_ends_the_request(server):
 
 
 def test_a_silent_stream_says_that_it_lives(model, tokenizer):
-    with serving(model, tokenizer, blocks=300, keep_alive_s=0.05) as server:
+    with serving(model, tokenizer, blocks=300, keep_alive_s=0.01) as server:
         body = {"prompt": "the lazy dog " * 900, "max_tokens": 1, "stream": True}
         with server.http.stream("POST", "/v1/completions", json=body) as reply:
             lines = list(reply.iter_lines())
@@ -222,3 +227,12 @@ def test_a_request_is_found_by_its_id_by_inspectors(server):
     name = raw.headers["x-request-id"]
     (told,) = Inspector(server.service.engine.pager._core).answer({"verb": "why", "request": name})["requests"]
     assert told["name"] == name and sum(line["seconds"] for line in told["lines"]) == pytest.approx(told["ttft_s"])
+
+
+def test_a_request_may_attend_to_a_part_and_is_told_what_it_read(server):
+    long = [{"role": "user", "content": " ".join(WORDS * 8)}]
+    some = chat(server, messages=long, extra_body={"attention": "window:16,sinks=2"})
+    assert some.choices[0].message.content and "selection" not in some.usage.kvtier
+    for wrong, said in (("window", "window >= 1"), ("select:8", "selection_bytes")):
+        with pytest.raises(openai.BadRequestError, match=said):
+            chat(server, messages=long, extra_body={"attention": wrong})

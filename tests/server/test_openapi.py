@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from .running import serving
 
 CHECKS = (
@@ -17,16 +19,24 @@ CHECKS = (
     "negative_data_rejection",
     "allow_header_conformance",
 )
-SECONDS = 15
 
 
-def test_no_request_makes_a_5xx_and_every_answer_is_as_described(model, tokenizer, tmp_path, seed):
+def ask_for_everything(model, tokenizer, tmp_path, seed: int, seconds: int, examples: int) -> None:
     with serving(model, tokenizer, nvme_path=tmp_path / "store", max_context=96) as server:
         schema = server.http.get("/openapi.json").json()
         assert not [name for name in schema["components"]["schemas"] if "Validation" in name]
         command = [Path(sys.executable).parent / "schemathesis", "run", f"{server.url}/openapi.json", "--no-color"]
-        options = ["--checks", ",".join(CHECKS), "--max-examples", 6, "--max-time", SECONDS, "--seed", seed]
+        options = ["--checks", ",".join(CHECKS), "--max-examples", examples, "--max-time", seconds, "--seed", seed]
         out = subprocess.run([str(a) for a in [*command, *options]], capture_output=True, text=True, cwd=tmp_path)
         assert out.returncode == 0, out.stdout[-6000:] + out.stderr[-2000:]
         for session in server.http.get("/v1/sessions").json()["data"]:
             server.http.delete(f"/v1/sessions/{session['id']}")
+
+
+def test_no_request_makes_a_5xx_and_every_answer_is_as_described(model, tokenizer, tmp_path, seed):
+    ask_for_everything(model, tokenizer, tmp_path, seed, seconds=8, examples=4)
+
+
+@pytest.mark.soak
+def test_for_longer_too(model, tokenizer, tmp_path, seed):
+    ask_for_everything(model, tokenizer, tmp_path, seed, seconds=120, examples=100)

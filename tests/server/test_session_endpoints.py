@@ -105,7 +105,7 @@ def test_a_busy_session_is_a_409_and_a_turn_whose_client_hung_up_never_was(store
             assert refused.status_code == 409, (verb, refused.text)
             assert "at work" in refused.json()["error"]["message"]
         assert stored.http.delete("/v1/sessions/busy").status_code == 409
-    deadline_s = time.monotonic() + 20
+    deadline_s = time.monotonic() + 60
     while state(stored, "busy")["state"] == "busy" and time.monotonic() < deadline_s:
         time.sleep(0.05)
     assert state(stored, "busy")["tokens"] == before
@@ -161,7 +161,39 @@ def test_idle_sessions_are_parked_and_many_talk_at_once(model, tokenizer, tmp_pa
         for thread in threads:
             thread.join()
         assert not failed
-        deadline_s = time.monotonic() + 20
+        deadline_s = time.monotonic() + 60
         while {state(server, name)["state"] for name in names} != {"parked"} and time.monotonic() < deadline_s:
             time.sleep(0.1)
         assert {state(server, name)["state"] for name in names} == {"parked"}
+
+
+def released_blocks(server) -> int:
+    def look(engine) -> int:
+        return int(engine.pager._core.groups[0].directory.is_released.sum())
+
+    return server.service.loop.call(look).result()
+
+
+def test_who_says_that_a_session_is_over_lets_its_blocks_leave_first(stored):
+    before = released_blocks(stored)
+    stored.http.post("/v1/sessions", json={"id": "over"})
+    say(stored, "over", " ".join(["unlike", "any", "other"] * 12))
+    assert released_blocks(stored) == before
+    stored.http.post("/v1/sessions/over/park")
+    stored.http.delete("/v1/sessions/over")
+    after = released_blocks(stored)
+    assert after > before
+    text = " ".join(["nor", "like", "this", "one"] * 12)
+    body = {"messages": [{"role": "user", "content": text}], "max_tokens": 2}
+    assert stored.http.post("/v1/chat/completions", json=body).status_code == 200
+    assert released_blocks(stored) == after
+    body["messages"][0]["content"] = text.upper()
+    assert stored.http.post("/v1/chat/completions", json=body | {"end_of_session": True}).status_code == 200
+    assert released_blocks(stored) > after
+
+
+def test_a_turn_does_not_end_its_session(stored):
+    stored.http.post("/v1/sessions", json={"id": "goes-on"})
+    refused = turn(stored, "goes-on", "hello", end_of_session=True)
+    assert refused.status_code == 400 and "DELETE" in refused.text and "end_of_session" in refused.text
+    stored.http.delete("/v1/sessions/goes-on")

@@ -15,7 +15,7 @@ for folder in ("simulation", "pager"):
 from sim_workload import Workload  # noqa: E402
 from sim_world import World  # noqa: E402
 
-OPERATIONS = 1100  # of a seed, about 5,000 events
+OPERATIONS = 1020  # of a seed, about 5,400 events
 MEMORY = Path("/dev/shm")
 
 
@@ -24,15 +24,19 @@ def scratch() -> str | None:
     return str(MEMORY) if MEMORY.is_dir() else None
 
 
-def run(seed: int, operations: int = OPERATIONS) -> World:
-    """One whole run. Whatever goes wrong comes out with the seed, the last events and how to see it again."""
+def run(seed: int, operations: int = OPERATIONS, events: int | None = None) -> World:
+    """One whole run, or its beginning that has so many events.
+
+    Whatever goes wrong comes out with the seed, the last events and how to see it again.
+    """
     with tempfile.TemporaryDirectory(prefix="kvtier-sim-", dir=scratch()) as folder:
         world = World(seed, Path(folder))  # opens a new store under faults, too
+        workload = Workload(world)
         try:
-            Workload(world).run(operations)
+            workload.run(operations, events)
         except BaseException as error:
             shown = "".join(world.trace.last)
-            again = f"python tests/simulation/replay.py {seed} {operations}"
+            again = f"python tests/simulation/replay.py {seed} {workload.begun}"
             raise AssertionError(
                 f"seed {seed}: {type(error).__name__}: {error}\nafter {world.report()}\n{shown}again: {again}"
             ) from error

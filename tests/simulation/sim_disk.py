@@ -34,6 +34,7 @@ class Unsynced:
         self.doomed: dict[int, dict[int, bytes]] = {}  # a sync of these was refused
         self.synced_size: dict[int, int] = {}
         self.unborn: set[int] = set()  # segments whose first sync is still to come
+        self.boots = 0
 
     def remember(self, fd: int, offset: int, nbytes: int) -> None:
         stat = os.fstat(fd)
@@ -69,7 +70,9 @@ class Unsynced:
             pages = self.doomed.get(inode, {}) | self.under.get(inode, {})
             if pages:
                 taken += self._take_back(path, inode, pages, choose)
+        boots = self.boots
         self.__init__()  # type: ignore[misc]
+        self.boots = boots + 1
         return taken
 
     def _take_back(self, path: Path, inode: int, pages: dict[int, bytes], choose: random.Random) -> int:
@@ -105,6 +108,9 @@ class SimulatedDisk(SystemCalls):
         self._names.clear()
 
     # ------------------------------------------------------------------ the calls
+    def boot_id(self) -> str:
+        return f"boot {self._unsynced.boots}"
+
     def open(self, path: Path, flags: int) -> int:
         self._may_fail("open", path.name)
         fd = super().open(path, flags)

@@ -39,6 +39,7 @@ class Workload:
         self.world, self.choose = world, world.choose
         self.open_steps: list[OpenStep] = []
         self._number = 0
+        self.begun = 0  # operations
         weights: dict[Callable[[], None], int] = {
             self.begin: 10,
             self.say: 16,
@@ -72,8 +73,10 @@ class Workload:
         self._operations = list(weights)
         self._weights = list(weights.values())
 
-    def run(self, operations: int) -> None:
-        for _ in range(operations):
+    def run(self, operations: int, events: int | None = None) -> None:
+        """So many operations, or fewer where that many events have come before."""
+        while self.begun < operations and (events is None or self.world.trace.total < events):
+            self.begun += 1
             operation = self.choose.choices(self._operations, self._weights)[0]
             try:
                 self.call(operation.__name__, operation)

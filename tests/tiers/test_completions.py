@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 
 from kvtier.tiers.completions import Completions, Pending, PolledEvent
 from kvtier.tiers.errors import TierUnavailableError
@@ -16,14 +17,16 @@ class HostNative:
     def __init__(self) -> None:
         self.ended = threading.Event()
         self.failure: RuntimeError | None = None
+        self.num_looks = 0
 
     def query(self) -> bool:
+        self.num_looks += 1
         if self.failure is not None:
             raise self.failure
         return self.ended.is_set()
 
     def synchronize(self) -> None:
-        self.ended.wait(10)
+        self.ended.wait(60)
         self.query()
 
 
@@ -62,6 +65,13 @@ def test_an_error_of_the_copy_is_the_error_of_the_event_but_it_ends_like_any_oth
     assert event.is_done() and event.error is error
 
 
+def until(is_so: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.001)
+
+
 def test_every_ended_event_is_noticed_and_an_idle_thread_parks():
     progress, seen = Progress(), []
     progress.callback = lambda: seen.append(time.monotonic())
@@ -76,17 +86,20 @@ def test_every_ended_event_is_noticed_and_an_idle_thread_parks():
             native.ended.set()
     for native in natives:
         native.ended.set()
-    last = PolledEvent(HostNative())
+    native = HostNative()
+    last = PolledEvent(native)
     completions.watch("promote", last)
-    time.sleep(0.05)
+    until(lambda: len(completions._watched["promote"]) == 1 and not completions._watched["demote"])
+    looked = native.num_looks
+    until(lambda: native.num_looks >= looked + 2)  # it has told what it had found before it looks again
     count = len(seen)
     assert count >= 1 and not last.is_done()
-    last.native.ended.set()
+    native.ended.set()
     for _ in range(200):
         if last.is_done():
             break
         progress.wait_any(0.05)
-    time.sleep(0.05)
+    until(lambda: len(seen) > count)
     assert last.is_done() and len(seen) == count + 1
     time.sleep(0.1)
     assert len(seen) == count + 1

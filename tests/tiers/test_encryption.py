@@ -44,7 +44,7 @@ def write(tier, slots, rows, seed=0, owner=ALICE, group=0):
     marks = stamps(len(slots), seed, tokens=64)
     marks["owner"] = owner
     ticket = tier.write(group, slots, rows, np.arange(len(slots)), marks)
-    assert ticket.event.wait(10) and ticket.event.error is None and ticket.ok.all()
+    assert ticket.event.wait(60) and ticket.event.error is None and ticket.ok.all()
 
 
 def store(tier, n, seed=0, owner=ALICE, group=0):

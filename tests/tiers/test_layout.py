@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from kvtier.tiers.errors import ConfigError
+from kvtier.tiers.formats import packed_layouts, page_format, unpacked_layouts
 from kvtier.tiers.layout import KVLayout, format_bytes, parse_bytes
 
 
@@ -71,3 +73,38 @@ def test_what_is_no_size_is_refused(text):
 
 def test_sizes_are_written():
     assert [format_bytes(n) for n in (17, 1536, 3 << 20, 5 << 40)] == ["17 B", "1.5 KiB", "3.0 MiB", "5.0 TiB"]
+
+
+def test_a_form_is_part_of_what_a_layout_is_and_a_plain_one_reads_as_before():
+    plain = KVLayout(2, 2, 32, 32)
+    assert not {"form", "packed_bytes"} & plain.to_dict().keys()  # stores that are there keep their fingerprint
+    packed, tail = packed_layouts("int8", [plain], name="device")
+    assert packed.block_bytes == 2 * packed.packed_bytes < 0.6 * plain.block_bytes and packed.itemsize == 1
+    assert packed.block_shape == (2, packed.packed_bytes) and packed.storage_dtype == np.uint8
+    assert tail.block_bytes == plain.block_bytes and tail.window == 1 and tail.is_tail
+    assert len({layout.fingerprint for layout in (plain, packed, tail)}) == 3
+    assert [KVLayout.from_dict(x.to_dict()) for x in (packed, tail)] == [packed, tail]
+    assert unpacked_layouts([packed, tail]) == [plain] and page_format(packed).layer_bytes == packed.layer_bytes
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(form=""), "form=''"),
+        (dict(form=7), "form=7"),
+        (dict(form="int8/64"), "packed_bytes=0"),
+        (dict(packed_bytes=64), "packed_bytes=64 with form='full'"),
+        (dict(form="int8/64", packed_bytes=72), "packed_bytes=72"),
+        (dict(form="int8/64", packed_bytes=1 << 20), "at most"),
+    ],
+)
+def test_a_form_that_cannot_be_is_refused(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        KVLayout(2, 2, 32, 32, **fields)
+
+
+def test_a_form_of_another_version_is_refused():
+    with pytest.raises(ConfigError, match="packed_bytes=1024"):
+        page_format(KVLayout(2, 2, 32, 32, form="int8/64", packed_bytes=1024))
+    with pytest.raises(ConfigError, match="'int7' is unknown"):
+        page_format(KVLayout(2, 2, 32, 32, form="int7", packed_bytes=1024))

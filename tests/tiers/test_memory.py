@@ -98,7 +98,7 @@ def test_prefault_makes_every_page_of_the_slab_resident_and_none_beside_it(huge_
     kernel_calls.advise(start, whole.nbytes, kernel_calls.MADV_NOHUGEPAGE)  # else the page at the end is a huge one
     assert not pages_in_memory(start, size).any()
     work = Prefault([slab], room=lambda: PLENTY)
-    assert work.wait(30) and work.state == "done" and work.done_bytes == size and not work.notice
+    assert work.wait(60) and work.state == "done" and work.done_bytes == size and not work.notice
     seen = pages_in_memory(start, size + 8 * MIB - size % PAGE)
     assert seen[: size // PAGE].all() and not seen[size // PAGE :].any() and not slab.any()
 
@@ -108,7 +108,7 @@ def test_the_last_huge_page_does_not_reach_past_the_slab():
     size = 8 * MIB + 3 * PAGE
     slab = aligned_rows(1, size)
     work = Prefault([slab], room=lambda: PLENTY)
-    assert work.wait(30) and work.state == "done"
+    assert work.wait(60) and work.state == "done"
     mapping, end = slab.base, slab.ctypes.data + size
     assert isinstance(mapping, np.ndarray)
     assert not pages_in_memory(end, mapping.ctypes.data + mapping.nbytes - end).any()
@@ -151,7 +151,7 @@ def test_a_populate_that_writes_would_be_seen(seed):
     def clear(address: int, nbytes: int) -> None:
         ctypes.memset(address, 0, nbytes)
 
-    assert not hammer(clear, seed)
+    assert not all(hammer(clear, seed + i) for i in range(30))  # the first nearly always shows it
 
 
 def test_it_stops_at_close_after_the_piece_under_way():
@@ -160,16 +160,16 @@ def test_it_stops_at_close_after_the_piece_under_way():
     def slow(address: int, nbytes: int) -> None:
         seen.append(nbytes)
         began.set()
-        go.wait(10)
+        go.wait(60)
 
     slab = aligned_rows(1, 10 * PIECE_BYTES)
     work = Prefault([slab], room=lambda: PLENTY, populate=slow)
-    assert began.wait(10) and work.state == "running"
+    assert began.wait(60) and work.state == "running"
     closing = threading.Thread(target=work.close)
     closing.start()
-    time.sleep(0.02)
+    assert work._stop.wait(60)
     go.set()
-    closing.join(10)
+    closing.join(60)
     assert work.wait(0) and work.state == "stopped" and seen == [PIECE_BYTES] and work.done_bytes == PIECE_BYTES
 
 
@@ -177,7 +177,7 @@ def test_pieces_cover_the_arrays_exactly_and_begin_at_pages():
     seen = []
     slab = aligned_rows(3, PIECE_BYTES + 5)
     arrays = [slab, slab[:0], slab[1:2, :10]]
-    assert Prefault(arrays, room=lambda: PLENTY, populate=lambda *piece: seen.append(piece)).wait(10)
+    assert Prefault(arrays, room=lambda: PLENTY, populate=lambda *piece: seen.append(piece)).wait(60)
     assert all(address % PAGE == 0 for address, _ in seen)
     assert max(address + nbytes for address, nbytes in seen) == slab.ctypes.data + slab.nbytes
     assert sum(nbytes for _, nbytes in seen[:-1]) == slab.nbytes
@@ -192,7 +192,7 @@ def test_a_kernel_that_refuses_is_a_notice_and_nothing_else(number, says):
 
     slab = aligned_rows(1, 2 * PIECE_BYTES)
     work = Prefault([slab], room=lambda: PLENTY, populate=refuse)
-    assert work.wait(10) and work.state == "refused" and says in work.notice and work.done_bytes == 0
+    assert work.wait(60) and work.state == "refused" and says in work.notice and work.done_bytes == 0
     assert not pages_in_memory(*address_of(slab)).any()
 
 
@@ -204,13 +204,13 @@ def test_a_call_that_is_interrupted_is_made_again():
             raise OSError(left.pop(), "again")
 
     work = Prefault([aligned_rows(1, PIECE_BYTES)], room=lambda: PLENTY, populate=hiccup)
-    assert work.wait(10) and work.state == "done" and not left
+    assert work.wait(60) and work.state == "done" and not left
 
 
 def test_what_the_memory_limit_cannot_hold_is_refused_with_a_notice():
     slab = aligned_rows(1, 2 * PIECE_BYTES)
     work = Prefault([slab], room=lambda: slab.nbytes + 1)  # fits, but leaves nothing to anybody else
-    assert work.wait(10) and work.state == "refused" and work.done_bytes == 0
+    assert work.wait(60) and work.state == "refused" and work.done_bytes == 0
     assert "8.0 MiB of the host tier are not prefaulted" in work.notice and "lower host_bytes" in work.notice
     assert not pages_in_memory(*address_of(slab)).any()
 
@@ -221,7 +221,7 @@ def test_room_that_shrinks_ends_it_midway():
     rooms = iter([PLENTY, 0])
     slab = aligned_rows(1, prefault.CHECK_BYTES + PIECE_BYTES)
     work = Prefault([slab], room=lambda: next(rooms), populate=lambda *piece: None)
-    assert work.wait(10) and work.state == "refused" and work.done_bytes == prefault.CHECK_BYTES
+    assert work.wait(60) and work.state == "refused" and work.done_bytes == prefault.CHECK_BYTES
 
 
 # ---------------------------------------------------------------------- NUMA
@@ -332,7 +332,7 @@ def test_a_kernel_that_refuses_to_place_is_a_notice(tmp_path, monkeypatch):
 @pytest.mark.parametrize("value", ["near", "-1", "1.5", "", True, None])
 def test_unknown_choices_of_nodes_are_refused(value):
     with pytest.raises(
-        ConfigError, match=f"host_numa={value!r} is unknown; choose auto, off, interleave or the number"
+        ConfigError, match=f"host_numa={value!r} is unknown; choose auto, off, interleave, split or the number"
     ):
         check_numa(value)
 
@@ -397,7 +397,7 @@ def test_host_memory_tells_what_became_of_it():
     before = memory.status()
     assert before["prefault"] == "off" and before["prefaulted_bytes"] == 0 and before["huge_page_bytes"] is None
     memory.start_prefault()
-    deadline_s = time.monotonic() + 30
+    deadline_s = time.monotonic() + 60
     while memory.status()["prefault"] == "running" and time.monotonic() < deadline_s:
         time.sleep(0.01)
     memory.close()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
 from kvtier.tiers.backends import cuda_missing, get_backend
-from kvtier.tiers.cpu import CpuBackend
+from kvtier.tiers.cpu import CpuBackend, SharedJobs
 from kvtier.tiers.errors import ConfigError
 from kvtier.tiers.simulated import SimulatedBackend
 
@@ -24,7 +26,7 @@ class BackendContract:
         t, s = np.array([0, 1, 5, 7]), np.array([3, 4, 5, 0])
         backend.promote.copy_rows(target, t, source, s)
         t[:] = s[:] = 2  # the caller's arrays are its own again
-        assert backend.promote.record().wait(10)
+        assert backend.promote.record().wait(60)
         assert target[[0, 1, 5, 7], 0].tolist() == [3, 4, 5, 0] and not target[[2, 3, 4, 6]].any()
         backend.close(5)
 
@@ -33,7 +35,7 @@ class BackendContract:
         source, target = backend.alloc_host(4, 64), backend.alloc_device(4, 16)
         source[:] = np.arange(64)
         backend.promote.copy_rows(target, np.arange(2), source[:, 16:32], np.array([3, 1]))
-        backend.promote.record().wait(10)
+        backend.promote.record().wait(60)
         assert target[0].tolist() == list(range(16, 32))
         backend.close(5)
 
@@ -46,16 +48,26 @@ class BackendContract:
             backend.promote.copy_rows(b, one, a, one)
             backend.demote.wait(backend.promote.record())
             backend.demote.copy_rows(c, one, b, one)
-            assert backend.demote.record().wait(10)
+            assert backend.demote.record().wait(60)
             assert (c == value).all()
+        backend.close(5)
+
+    def test_shared_jobs_each_run_once_whoever_does_them(self):
+        backend, seen = self.make(), []
+        for number in range(50):
+            event = backend.read_io.submit_shared([lambda i=i: seen.append(i) for i in range(number, number + 4)])
+            assert event.wait(10) and event.is_done() and event.error is None
+            assert sorted(seen[-4:]) == list(range(number, number + 4))
+        bad = backend.read_io.submit_shared([lambda: seen.append(-1), lambda: [][0]])
+        assert bad.wait(10) and isinstance(bad.error, IndexError) and seen[-1] == -1
         backend.close(5)
 
     def test_io_reports_its_errors_and_goes_on(self):
         backend, seen = self.make(), []
         bad = backend.read_io.submit(lambda: [][0])
         good = backend.read_io.submit(lambda: seen.append(1))
-        assert bad.wait(10) and isinstance(bad.error, IndexError)
-        assert good.wait(10) and good.error is None and seen == [1]
+        assert bad.wait(60) and isinstance(bad.error, IndexError)
+        assert good.wait(60) and good.error is None and seen == [1]
         backend.close(5)
 
     def test_memory_is_exact_and_page_aligned(self):
@@ -138,3 +150,28 @@ def test_backends_are_chosen_by_name():
 def test_cuda_without_cuda_says_what_is_missing():
     with pytest.raises(ConfigError, match=r"kvtier\[cuda\]"):
         get_backend("cuda")
+
+
+def test_shared_jobs_need_no_waiter_and_no_free_worker():
+    backend, gate, seen = CpuBackend(io_depth=1), threading.Event(), []
+    unasked = backend.read_io.submit_shared([lambda i=i: seen.append(i) for i in range(3)])
+    while not unasked.is_done():
+        backend.wait_any(10)
+    assert sorted(seen) == [0, 1, 2]
+    blocked = backend.read_io.submit(lambda: gate.wait(60))
+    assert backend.read_io.submit_shared([lambda: seen.append(3)]).wait(10) and seen[-1] == 3
+    gate.set()
+    assert blocked.wait(10)
+    backend.close(5)
+
+
+def test_an_interrupt_of_who_does_a_shared_job_goes_on_up():
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    notified, seen = [], []
+    shared = SharedJobs([interrupted, lambda: seen.append(1)], lambda: notified.append(1))
+    with pytest.raises(KeyboardInterrupt):
+        shared.wait(10)
+    assert not shared.is_done()
+    assert shared.wait(10) and seen == notified == [1] and isinstance(shared.error, KeyboardInterrupt)

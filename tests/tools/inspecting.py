@@ -70,15 +70,16 @@ def running(where: Path, **config: Any) -> Iterator[Running]:
     finally:
         assert process.stdin is not None
         process.stdin.close()
-        process.wait(30)
+        process.wait(60)
 
 
 def inspect(*words: object, env: dict[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """`pager-inspect` in a process of its own."""
-    command = [sys.executable, "-m", "kvtier.tools.inspect", *map(str, words)]
+    patience = [] if "--timeout" in words else ["--timeout", "60"]  # a busy machine is no stuck pager
+    command = [sys.executable, "-m", "kvtier.tools.inspect", *patience, *map(str, words)]
     environ = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "KVTIER_SOCKET", "RUNTIME_DIRECTORY")}
     return subprocess.run(
-        command, capture_output=True, text=True, cwd="/", env=environ | (env or {}), input=stdin, timeout=60
+        command, capture_output=True, text=True, cwd="/", env=environ | (env or {}), input=stdin, timeout=120
     )
 
 

@@ -11,26 +11,32 @@ from importlib.util import find_spec
 
 import pytest
 
+from kvtier.tiers.errors import ConfigError
 from kvtier.tools import cli
-from kvtier.tools.bench import harness, lmcache
+from kvtier.tools.bench import harness, lmcache, prefix_peers
 from kvtier.tools.bench.harness import Row, interleave
+from kvtier.tools.bench.peer_process import PeerProcess
 
 SMALL = {
     "attention": [
         *("--contexts", "512", "--prefill-contexts", "256", "--rows", "8", "--rounds", "1"),
-        *("--shapes", "GQA8", "--formats", "int4,hack8", "--device", "cpu"),
+        *("--shapes", "GQA4", "--formats", "int8,hack8", "--device", "cpu", "--far-contexts", "512"),
     ],
-    "accuracy": ["--contexts", "512", "--formats", "int8,int2", "--picks", "4"],
+    "accuracy": ["--contexts", "512", "--formats", "int8,int2", "--picks", "4", "--device", "int4; heads 0: bf16"],
+    "select": ["--context", "2048", "--picks", "4", "--full-needles", "1"],
+    "stream": ["--context", "2048", "--block-size", "64", "--resident", "30", "--rounds", "1"],
     "kernels": ["--aot", "--archs", "90", "--only", "^(merge_states|score_blocks)$"],
-    "decode": ["--contexts", "64,100", "--rounds", "2", "--resume", "300"],
+    "decode": ["--contexts", "64", "--rounds", "1", "--resume", "300", "--formats", "int8"],
     "host": ["--blocks", "4", "--rounds", "2"],
     "nvme": ["--blocks", "16", "--rounds", "1"],
     "prefix": ["--tokens", "64", "--documents", "1", "--rounds", "1"],
-    "daemon": ["--keys", "64", "--seconds", "0.2", "--blocks", "4", "--batch", "2", "--rounds", "1"],
+    "daemon": ["--keys", "64", "--seconds", "0.2", "--blocks", "4", "--batch", "2", "--rounds", "1", "--listed", "500"],
     "tenants": ["--blocks", "2", "--rounds", "1", "--lookups", "40"],
     "inspect": ["--blocks", "2000", "--rounds", "1"],
     "metadata": ["--context", "512", "--rounds", "2"],
     "policy": ["--requests", "300", "--capacity", "5%,50%", "--parts", "whole,shuffled"],
+    "capacity": ["--budget", "8MiB", "--formats", "int2/128", "--device-budget", "8MiB"],
+    "prefetch": ["--requests", "60"],
     "codecs": ["--blocks", "1", "--rounds", "1"],
     "recovery": ["--blocks", "3000", "--rounds", "1"],
     "endless": ["--tokens", "20000", "--window", "512"],
@@ -43,8 +49,16 @@ SMALL = {
 }
 MAY_BE_NONE = {
     *("share computed again", "refused with 429", "failed", "spills", "needles found", "bytes read", "way_to_belady"),
+    *("wasted_share", "prefetched_share", "modelled_wait_mean"),
+    *("slices kept from earlier steps", "slices that came early by a guess", "guesses that were picked"),
+    *("bytes promoted per token", "attention weight left out, bound", "largest difference of a log probability"),
 }
-WITHOUT_LMCACHE = pytest.mark.skipif(find_spec("lmcache") is not None, reason="lmcache is installed here")
+
+
+def without(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(find_spec(package) is not None, reason=f"{package} is installed here")
+
+
 FIELDS = {"case", "metric", "value", "unit", "reference", "reference_value", "ratio", "rounds"}
 
 
@@ -82,7 +96,20 @@ def test_a_benchmark_prints_one_object_and_keeps_it(name, capsys, tmp_path):
         (["metadata", "--block-size", "24"], "block_size=24"),
         (["nvme", "--blocks", "1", "--lmcache", "/no/such/python"], "'/no/such/python' is not a program"),
         (["nvme", "--blocks", "1", "--lmcache", "true"], "it ended without a word"),
-        pytest.param(["nvme", "--blocks", "1", "--lmcache", sys.executable], "'lmcache'", marks=WITHOUT_LMCACHE),
+        pytest.param(["nvme", "--blocks", "1", "--lmcache", sys.executable], "'lmcache'", marks=without("lmcache")),
+        (["metadata", "--context", "64", "--rounds", "1", "--vllm", "true"], "--vllm 'true': it ended without a word"),
+        (["metadata", "--context", "64", "--sglang", "/no/such/python"], "--sglang '/no/such/python' is not a program"),
+        (["metadata", "--scale", "--vllm", "python3"], "--vllm 'python3' has no part in --scale"),
+        pytest.param(
+            ["metadata", "--context", "64", "--vllm", sys.executable],
+            "was found for vllm; how to",
+            marks=without("vllm"),
+        ),
+        pytest.param(
+            ["metadata", "--context", "64", "--sglang", sys.executable],
+            "was found for sglang; how to",
+            marks=without("sglang"),
+        ),
         (["codecs", "--blocks", "0"], "--blocks 0"),
         (["serve", "--concurrency", "1,x"], "--concurrency '1,x'"),
         (["serve", "--scale", "3"], "--scale 3"),
@@ -104,11 +131,13 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(argv, message, capsys):
 
 def test_costs_at_scale_stand_beside_those_of_the_smallest(capsys):
     assert cli.main(["bench", "metadata", "--scale", "1024,4096", "--rounds", "1", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)["rows"]
+    *rows, memory = json.loads(capsys.readouterr().out)["rows"]
+    assert (memory["case"], memory["metric"]) == ("5120 blocks in all", "resident memory") and memory["value"] > 0
     assert {row["case"] for row in rows} == {"1024 blocks", "4096 blocks"}
     assert {row["metric"] for row in rows} >= {"lookup", "lru use", "auto evict"}
     assert all(row["value"] > 0 for row in rows)
-    assert {row["ratio"] for row in rows if row["case"] == "1024 blocks"} == {1.0}
+    flat = [row for row in rows if "dict.get" not in row["reference"]]
+    assert len(rows) == len(flat) + 2 and {row["ratio"] for row in flat if row["case"] == "1024 blocks"} == {1.0}
 
 
 def test_without_lmcache_its_rows_say_so_and_hold_no_ratio():
@@ -120,10 +149,37 @@ def test_without_lmcache_its_rows_say_so_and_hold_no_ratio():
         assert "not installed: pass --lmcache PYTHON" in row.reference
 
 
-def test_the_peer_is_a_program_of_its_own():
+@pytest.mark.parametrize("program", ["lmcache", "sglang", "vllm"])
+def test_a_peer_is_a_program_of_its_own(program):
     code = "import runpy, sys; runpy.run_path(sys.argv[1]); print({'kvtier', 'numpy', 'torch'} & set(sys.modules))"
-    run = [sys.executable, "-I", "-c", code, lmcache._SCRIPT]
+    run = [sys.executable, "-I", "-c", code, lmcache._SCRIPT.with_name(f"{program}_peer.py")]
     assert subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+def test_without_peers_the_look_ups_say_so_and_hold_no_ratio():
+    found = prefix_peers.run({"vllm": None, "sglang": None}, dict.fromkeys(prefix_peers.CASES, list), 64, 16, 1)
+    assert len(found) == 2 * len(prefix_peers.CASES) and all(
+        (row.reference_value, row.ratio) == (None, None) for row in found
+    )
+    assert [
+        f"not installed: pass --{kind} PYTHON" in row.reference for row in found for kind in ("vllm", "sglang")
+    ] == [True, False, False, True] * len(prefix_peers.CASES)
+
+
+def test_a_peers_seconds_are_its_own_and_its_failure_names_the_option(tmp_path):
+    program = tmp_path / "p.py"
+    program.write_text(
+        "import json, sys\n"
+        "print(json.dumps({'version': '9', 'size': sys.argv[2]}), flush=True)\n"
+        "for line in sys.stdin:\n"
+        "    case = json.loads(line)['case']\n"
+        "    print(json.dumps({'error': 'no such case'} if case == 'bad' else {'seconds': 0.25}), flush=True)\n"
+    )
+    with PeerProcess("--peer", sys.executable, program, tmp_path / "peer", block_size=16) as peer:
+        assert peer.greeting == {"version": "9", "size": "--block-size=16"}
+        assert peer.ask(case="new") == {"seconds": 0.25}
+        with pytest.raises(ConfigError, match=r"^--peer .*: no such case; how to install: README$"):
+            peer.ask(case="bad")
 
 
 def test_cases_take_turns():

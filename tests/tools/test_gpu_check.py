@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +12,14 @@ import pytest
 from kvtier.tiers.backends import cuda_missing
 from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.errors import ConfigError
-from kvtier.tools import gpu_bench, gpu_check
+from kvtier.tools import gpu_bench, gpu_check, gpu_tests
 
+EMPTY = {"machine": {"device": "NVIDIA H200 (PCIe)"}, "tests": {}, "rows": [], "sanitizer": {}}
 without_gpu = pytest.mark.skipif(cuda_missing() is None, reason="there is a CUDA device here")
 
 
 @without_gpu
-@pytest.mark.parametrize("argv", [[], ["--only", "tests"], ["--only", "bench"]])
+@pytest.mark.parametrize("argv", [[], ["--only", "tests"], ["--only", "bench,sanitize"]])
 def test_without_a_gpu_one_line_says_why_and_nothing_is_written(capsys, tmp_path, argv):
     assert gpu_check.main(["--out", str(tmp_path), *argv]) == 3
     out, err = capsys.readouterr()
@@ -26,31 +28,94 @@ def test_without_a_gpu_one_line_says_why_and_nothing_is_written(capsys, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_outcomes_are_counted_from_a_real_run(tmp_path):
-    tests = tmp_path / "tests"
-    tests.mkdir()
-    (tests / "test_three.py").write_text(
-        "import pytest\n"
-        "def test_good(): pass\n"
-        "def test_bad(): assert 1 == 2\n"
+def write_tests(folder, **files):
+    """Test files, by name and body."""
+    for name, body in files.items():
+        path = folder / "tests" / f"test_{name}.py"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("import os, pytest\n" + body)
+    return folder / "tests"
+
+
+GPU = "pytestmark = pytest.mark.gpu\n"
+
+
+def test_outcomes_are_counted_from_a_real_run_and_a_crash_costs_one_file(tmp_path):
+    tests = write_tests(
+        tmp_path,
+        four=GPU + "def test_good(): pass\n"
+        "def test_bad(): assert 1 == 2, 'one is not two'\n"
         "@pytest.mark.skip\n"
         "def test_never(): pass\n"
         "@pytest.fixture\n"
         "def broken(): raise OSError('gone')\n"
-        "def test_error(broken): pass\n"
+        "def test_error(broken): pass\n",
+        crash=GPU + "def test_end(): os._exit(11)\n",
+        other="raise ImportError('this machine has not everything that other tests need')\n",
     )
-    found = gpu_check.run_tests(tests, "-p", "no:cacheprovider")
+    found = gpu_tests.run_tests(tests)
     assert {k: found[k] for k in ("passed", "failed", "skipped")} == {"passed": 1, "failed": 2, "skipped": 1}
-    assert [name.split("::")[1] for name in found["failures"]] == ["test_bad", "test_error"]
+    assert [name.split("::")[1].split(":")[0] for name in found["failures"]] == ["test_bad", "test_error"]
+    assert "one is not two" in found["failures"][0]
+    assert found["not_finished"] == ["tests/test_crash.py: pytest ended with code 11 and wrote no report"]
+    assert gpu_tests.has_failed(found, {}) and not gpu_tests.has_failed({}, {})
+
+
+def test_what_does_not_end_in_time_is_named(tmp_path):
+    tests = write_tests(tmp_path, long=GPU + "def test_long(): import time; time.sleep(600)\n")
+    found = gpu_tests.run_tests(tests, limit_s=0.0)
+    assert found["not_finished"] == ["tests/test_long.py: out of time"] and found["passed"] == 0
+
+
+def test_the_tests_find_this_package_installed_or_not(tmp_path):
+    first = Path(gpu_tests._environment(tmp_path)["PYTHONPATH"].split(os.pathsep)[0])
+    assert (first / "kvtier" / "tools" / "gpu_tests.py").samefile(gpu_tests.__file__)
+
+
+def test_what_others_stand_on_runs_first():
+    files = gpu_tests.gpu_files(Path(__file__).parents[1])
+    assert [path.parent.name for path in files] == ["tiers", "kernels", "pager", "daemon", "engine"]
+
+
+def test_a_clean_sanitizer_is_told_from_one_that_found_or_could_not():
+    passed = {"passed": 3, "failed": 0, "skipped": 0, "failures": []}
+    clean = gpu_tests._judge(0, "..\n========= ERROR SUMMARY: 0 errors\n", passed)
+    assert clean == {"tool": "memcheck", "errors": 0, **passed}
+    bad = gpu_tests._judge(1, "========= Invalid __global__ read\n========= ERROR SUMMARY: 1 error\n", passed)
+    assert bad["errors"] == 1 and "Invalid" in bad["told"][0] and gpu_tests.has_failed({}, bad)
+    for code, told, counts in (
+        (None, "", passed),
+        (1, "Device not supported", passed),
+        (0, "ERROR SUMMARY: 0 errors", passed | {"passed": 0}),
+    ):
+        unknown = gpu_tests._judge(code, told, counts)
+        assert "errors" not in unknown and unknown["not_run"], "nothing is called clean that did not run"
+
+
+def test_a_part_that_is_unknown_is_named():
+    with pytest.raises(ConfigError, match="--only 'bonch'"):
+        gpu_check._parts("tests,bonch")
+    assert gpu_check._parts(None) == ["tests", "bench", "sanitize"] and gpu_check._parts("bench,tests") == [
+        "tests",
+        "bench",
+    ]
+
+
+def test_a_part_that_has_no_time_left_is_named_and_what_ran_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "_begun", lambda parts: EMPTY | {"not_run": []})
+    result = gpu_check._check(["bench"], tmp_path, limit_s=0.0)
+    (path,) = tmp_path.iterdir()
+    assert json.loads(path.read_text())["not_run"] == result["not_run"] == ["bench"]
+    assert path.name == "gpu-check-NVIDIA-H200-PCIe-bench.json"
 
 
 def test_a_missing_tests_folder_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no tests at"):
-        gpu_check.run_tests(tmp_path / "tests")
+        gpu_tests.run_tests(tmp_path / "tests")
 
 
 def test_the_result_is_one_whole_file_named_after_the_device(tmp_path):
-    result = {"machine": {"device": "NVIDIA H200 (PCIe)"}, "rows": []}
+    result = EMPTY
     path = gpu_check.write_result(result, tmp_path / "new")
     assert path == tmp_path / "new" / "gpu-check-NVIDIA-H200-PCIe.json"
     assert gpu_check.write_result(result | {"rows": [1]}, tmp_path / "new") == path
@@ -104,6 +169,7 @@ def test_a_benchmark_that_fails_leaves_a_row_and_the_others_run(monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(gpu_bench, "_copies", broken)
+    monkeypatch.setattr(gpu_bench, "_attention", lambda: [])
     monkeypatch.setattr(gpu_bench, "_decode", lambda: [gpu_bench.Row("c", "m", 1.0, "ms", "r", 2.0, 2.0, 7)])
     rows = gpu_bench.run_gpu_benchmarks()
     assert [row["value"] for row in rows] == [None, 1.0] and "out of memory" in rows[0]["reference"]

@@ -91,7 +91,7 @@ def test_a_slow_disk_is_named(tmp_path):
             "SystemCalls.pwritev = slow"
         )
         pager.do("[pager.park(f's{n}', compute([n] * 160), timeout_s=30.0) for n in range(6)]")
-        assert serious(pager) == {"slow disk"}
+        assert "slow disk" in serious(pager)
         assert "writes to" in found(pager)["slow disk"]
 
 

@@ -10,9 +10,11 @@ import select
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
+from ..daemon.running import wait_for
 from .inspecting import asked, inspect, running
 
 TRAFFIC = "[pager.finish(compute([n] * 400)) for n in range(6)]"
@@ -55,7 +57,7 @@ class Terminal:
 
     def close(self) -> int:
         try:
-            return self.process.wait(20)
+            return self.process.wait(60)
         finally:
             self.process.kill()
             os.close(self.leader)
@@ -83,10 +85,15 @@ def test_top_is_live_and_obeys_its_keys(pager):
 
 def test_top_once_is_a_capture_without_escapes(pager):
     pager.do(TRAFFIC)
-    shown = inspect("-s", pager.where, "top", "--once", "--filter", "alice").stdout
-    assert "\x1b" not in shown and "alice" in shown and "seq:" not in shown and "hit rate" in shown
+
+    def shown() -> str:
+        return inspect("-s", pager.where, "top", "--once", "--filter", "alice").stdout
+
+    wait_for(lambda: "alice" in shown())  # a slow machine publishes when there is time
+    seen = shown()
+    assert "\x1b" not in seen and "alice" in seen and "seq:" not in seen and "hit rate" in seen
     told = json.loads(inspect("-s", pager.where, "top", "--json").stdout)
-    assert told["status"]["tiers"]["nvme"]["blocks"] > 0 and told["snapshot_age_s"] < 6
+    assert told["status"]["tiers"]["nvme"]["blocks"] > 0 and told["snapshot_age_s"] < 60
 
 
 def test_watching_makes_snapshots_fresh_and_costs_no_question(pager):
@@ -94,12 +101,12 @@ def test_watching_makes_snapshots_fresh_and_costs_no_question(pager):
 
     page = page_path(pager.where / "status.sock")
     read_snapshot(page, watch=True)
-    time.sleep(1.0)
-    ages = []
-    for _ in range(10):
-        ages.append(read_snapshot(page, watch=True)["snapshot_age_s"])
+    deadline_s = time.monotonic() + 60
+    while (
+        read_snapshot(page, watch=True)["snapshot_age_s"] >= 1.0
+    ):  # published four times a second, or when there is time
+        assert time.monotonic() < deadline_s
         time.sleep(0.1)
-    assert min(ages) < 1.0  # s; published ten times a second, on a busy machine less often
     with pager.stopped():
         before = read_snapshot(page)["snapshot_age_s"]
         time.sleep(0.3)
@@ -116,21 +123,49 @@ def test_top_says_when_nothing_is_published_any_more(pager):
     assert "the pager hangs or is stopped" in "\n".join(view.lines(Style(), 40))
 
 
+def stat(pager, *words: object):
+    """One tick, while the pager works."""
+    command = [sys.executable, "-m", "kvtier.tools.inspect", "-s", str(pager.where), "stat", "1.0", "1"]
+    with subprocess.Popen([*command, *map(str, words)], stdout=subprocess.PIPE, text=True, cwd="/") as ticking:
+        deadline_s, number = time.monotonic() + 60, 10_000
+        while ticking.poll() is None and time.monotonic() < deadline_s:
+            pager.do(f"pager.finish(compute([{number}] * 400)); {TRAFFIC}")
+            number += 1
+        return ticking.communicate(timeout=60)[0].splitlines()
+
+
 def test_stat_counts_what_happened_between_two_looks(pager):
-    command = [sys.executable, "-m", "kvtier.tools.inspect", "-s", str(pager.where), "stat", "1.5", "1", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd="/") as ticking:
-        time.sleep(0.8)
-        pager.do(TRAFFIC)
-        row = json.loads(ticking.communicate(timeout=60)[0].splitlines()[0])
-    assert row["down_bytes_per_s"] >= 0 and row["miss_tokens_per_s"] + row["device_hit_tokens_per_s"] >= 0
-    assert set(row) >= {"time", "up_bytes_per_s", "evicted_blocks_per_s", "transfers_in_flight"}
+    row = json.loads(stat(pager, "--json", "-l", "-q")[0])
+    assert row["miss_tokens_per_s"] + row["device_hit_tokens_per_s"] > 0 and row["evicted_blocks_per_s"] > 0
+    assert row["down_bytes_per_s"] > 0
+    assert 0 < row["device_to_host_wait_s"] < 30 and row["device_to_host_queued_blocks"] >= 0
+    assert row["host_to_nvme_oldest_s"] >= 0
+
+
+def test_stat_shows_the_columns_that_were_asked_for(pager):
+    head, line = stat(pager, "-f", "evict,d>h,wait.d>h")
+    assert head.split() == ["TIME", "evict/s", "d>h", "B/s", "d>h", "wait"] and len(head) == len(line)
+    (line,) = stat(pager, "-f", "miss", "-H")
+    assert len(line.split()) == 2
+    listed = inspect("stat", "--fields").stdout
+    from kvtier.tools.inspect.stat import COLUMNS
+
+    assert all(column.name in listed and column.what in listed for column in COLUMNS.values())
+    assert len({column.name for column in COLUMNS.values()}) == len(COLUMNS)
+    for words, says in (
+        (("-f", "colour"), "-f 'colour' is unknown"),
+        (("-f", ""), "-f '' is unknown"),
+        (("0",), "INTERVAL 0"),
+    ):
+        done = inspect("-s", pager.where, "stat", *words)
+        assert done.returncode == 2 and says in done.stderr, done
 
 
 def test_a_recording_is_a_replay_trace(pager, tmp_path):
     file = tmp_path / "trace.jsonl"
     command = [sys.executable, "-m", "kvtier.tools.inspect", "-s", str(pager.where), "record", "--seconds", "6"]
     with subprocess.Popen([*command, "--out", str(file)], stderr=subprocess.PIPE, text=True, cwd="/") as recording:
-        deadline_s = time.monotonic() + 20
+        deadline_s = time.monotonic() + 60
         while not pager.do("result = core.observer.recorder.is_on"):
             assert time.monotonic() < deadline_s
             time.sleep(0.05)
@@ -185,3 +220,28 @@ def test_advice_grows_with_memory_and_says_when_it_is_a_guess(pager):
     assert rates[-1] <= told["ever_reused"] + 1e-9
     assert asked(pager, "advise", "--tier", "nvme")["tier"] == "nvme"
     assert inspect("-s", pager.where, "advise", "--factor", "0").returncode == 2
+
+
+def test_the_captures_in_the_documentation_are_of_these_screens(pager):
+    """Their heads are those that are drawn now, and what made them can still be asked."""
+    from kvtier.tools.inspect.cli import parser
+    from kvtier.tools.inspect.stat import COLUMNS
+
+    captures = Path(__file__).resolve().parents[2] / "docs" / "captures"
+    kept = {file.stem: file.read_text() for file in captures.glob("*.txt")}
+    assert set(kept) == {"top", "status", "stat", "why", "session", "thrash", "advise", "doctor"}
+    for text in kept.values():
+        command = text.splitlines()[0].removeprefix("$ pager-inspect ")
+        parser().parse_args(command.split())
+    for verb, words in (("top", ["top", "--once"]), ("session", ["session", "alice"])):
+        drawn = inspect("-s", pager.where, *words).stdout
+        assert heads(kept[verb]) == heads(drawn) != []
+    columns = kept["stat"].split("-f ")[1].split()[0].split(",")
+    for column in columns:
+        assert COLUMNS[column].head in kept["stat"]
+
+
+def heads(text: str) -> list[list[str]]:
+    """Words of the lines that are all capitals, but for units."""
+    rows = [re.sub(r"\(tok\)|/s", "", line).split() for line in text.splitlines()]
+    return [row for row in rows if len(row) > 2 and all(word.isupper() for word in row)]

@@ -118,6 +118,7 @@ def test_what_cannot_be_is_one_clear_line(path, tmp_path, capsys):
         return err
 
     assert "store.json" in refused("check", tmp_path / "nothing")
+    assert str(path) in refused("check", path.parent)  # as pagerd's --nvme-path: the stores are below it
     config = PagerConfig("1MiB", "1MiB", nvme_path=tmp_path / "p", nvme_bytes="1MiB", backend="cpu")
     with Pager.open(KVLayout(1, 1, 8, 16, "float32"), config):
         assert "in use by process" in refused("check", tmp_path / "p")

@@ -81,8 +81,33 @@ class BlockIo:
             row = target[rows[i]]
             if not direct:
                 row[:] = staged.reshape(run.count, geometry.stride)[i, : geometry.block_bytes]
-            ok[i] = self._is_the_block(group, row, tails_at[i].tobytes(), stamps[i])
+            ok[i] = self.proves(group, tails_at[i].tobytes(), self._sum(row), stamps[i])
         return ok
+
+    def reads_parts(self, group: int, row: npt.NDArray[np.uint8]) -> bool:
+        """Whether `read_part` can put this group's bytes straight into such a row."""
+        return self._with_checksums and self._geometries[group].block_bytes % PAGE_BYTES == 0 and is_aligned(row)
+
+    def read_part(
+        self, group: int, slot: int, row: npt.NDArray[np.uint8], first: int, end: int
+    ) -> tuple[int, bytes] | None:
+        """Read bytes [first, end) of a block, whole pages, into its row: their crc, and the tail behind a last part."""
+        geometry = self._geometries[group]
+        segment, offset = geometry.place(slot)
+        part, tail = row[first:end], self._scratch.take(geometry.tail_bytes if end == len(row) else 0)
+        buffers = [part.data, tail.data] if len(tail) else [part.data]
+        if not self._io.read((group, segment), buffers, offset + first, len(part) + len(tail)):
+            return None
+        with self._hashing:
+            return slice_sum(part), tail.tobytes()
+
+    def proves(self, group: int, tail: bytes, crc: int, stamp: Any) -> bool:
+        """Whether bytes of this crc before this tail are the block that the stamp names.
+
+        The seal binds the trailer's crc to the key and to the layer sums that the manifest lists.
+        """
+        trailer = self._geometries[group].read_tail(tail)
+        return trailer is not None and names_it(trailer, stamp) and (crc == trailer.crc or not self._with_checksums)
 
     def read_slice(self, group: int, slot: int, layer: int, row: npt.NDArray[np.uint8], stamp: Any) -> bool:
         """Read one layer of one block into row, proven by the trailer's sum of that layer."""
@@ -142,14 +167,11 @@ class BlockIo:
         key, generation, checksum, tokens, *_ = stamp[0].tolist()
         return self._geometries[group].tail(Trailer(key, generation, checksum, tokens, sums, crc))
 
-    def _is_the_block(self, group: int, row: npt.NDArray[np.uint8], tail: bytes, stamp: Any) -> bool:
-        trailer = self._geometries[group].read_tail(tail)
-        if trailer is None or not names_it(trailer, stamp):
-            return False
+    def _sum(self, row: npt.NDArray[np.uint8]) -> int:
         if not self._with_checksums:
-            return True
-        with self._hashing:  # the seal binds this crc to the key and to the layer sums that the manifest lists
-            return slice_sum(row) == trailer.crc
+            return 0
+        with self._hashing:
+            return slice_sum(row)
 
     def _trailer_sums(self, group: int, slot: int, stamp: Any) -> npt.NDArray[np.uint64] | None:
         """Layer sums of the block that the stamp names, from memory or from its trailer; None when it is not there."""

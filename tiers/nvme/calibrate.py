@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from ..cpu import IO_DEPTH
 from ..streams import aligned_rows
 
 BLOCK_BYTES, NUM_BLOCKS = 2 << 20, 32
-DEPTHS = (1, 2, 4, 8, 16)
+DEPTHS = (1, 2, 4, 8, IO_DEPTH, 16)
 SEGMENTS = (8 << 20, 16 << 20, 32 << 20, 64 << 20)
 
 

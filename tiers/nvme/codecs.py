@@ -4,6 +4,7 @@
     lz4     Blosc, bitshuffle, lz4: the fastest
     zstd    Blosc, bitshuffle, zstd
     split   planes of bytes, zstd where that helps (split.py): the smallest for random mantissas; needs kvtier to be installed
+    int4..  what `formats.py` reads as formats of layers, at least one of them lossy (frames.py); needs kvtier and torch
     aes     encrypted (sealing.py); `lz4+aes`, `zstd+aes`, `split+aes`: made smaller first
 
 An encoder takes a row and returns bytes that Zarr's codec of that name decodes; a decoder fills a row whose size is
@@ -22,7 +23,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError
+from ..formats import is_policy
 from ..layout import KVLayout
+from .frames import PagesCodec
 from .sealing import OVERHEAD_BYTES
 
 _LOG = logging.getLogger("kvtier.tiers")
@@ -54,13 +57,23 @@ class BlockCodec(Protocol):
 
 def check_codec(name: Any, *, where: str = "codec") -> str:
     """The name, if there is such a codec. Raises ConfigError."""
-    if not isinstance(name, str) or name not in (*CODECS, *ENCRYPTED):
+    if not isinstance(name, str) or (name not in (*CODECS, *ENCRYPTED) and not is_policy(name)):
         raise ConfigError(f"{where}={name!r} is unknown; choose {', '.join((*CODECS, *ENCRYPTED))}")
     return name
 
 
 def is_encrypted(name: str) -> bool:
     return name in ENCRYPTED
+
+
+def is_lossy(name: str) -> bool:
+    """Whether blocks come back near what was written, not as it was."""
+    return name not in CODECS and not is_encrypted(name)
+
+
+def usual_bytes(name: str, layout: KVLayout) -> int | None:
+    """Stored bytes of a whole block where its encoding says so beforehand; None where it depends on the values."""
+    return codec.usual_bytes if isinstance(codec := codec_for(name, layout), PagesCodec) else None
 
 
 def check_mix(names: Sequence[str], *, where: str = "codecs") -> None:
@@ -78,7 +91,7 @@ def overhead_of(name: str, layout: KVLayout) -> int | None:
 
 
 def zarr_codecs(name: str, layout: KVLayout) -> list[Any]:
-    """What stands between `bytes` and `crc32c` in the array's metadata. Loads zarr, which then knows them all."""
+    """What stands between `bytes` and `crc32c` in the array's metadata. Loads zarr where there is any, which then knows it."""
     codec = codec_for(name, layout)
     stages = [] if codec is None else [codec.zarr_codec()]
     if is_encrypted(name):
@@ -90,6 +103,8 @@ def zarr_codecs(name: str, layout: KVLayout) -> list[Any]:
 
 def codec_for(name: str, layout: KVLayout) -> BlockCodec | None:
     """What makes blocks of this layout smaller, None for `none` and `aes`. Raises ConfigError."""
+    if is_policy(name):
+        return PagesCodec(layout, name)
     make = CODECS[NONE if check_codec(name) == AES else name.removesuffix(_PLUS_AES)]
     if layout.block_bytes > _BLOSC_MOST_BYTES and name != NONE:
         raise ConfigError(f"codec={name!r} takes blocks below 2 GiB; use a smaller block_size than {layout.block_size}")
@@ -97,15 +112,14 @@ def codec_for(name: str, layout: KVLayout) -> BlockCodec | None:
 
 
 def check_codecs(names: Sequence[str] | None, layouts: Sequence[KVLayout]) -> list[str] | None:
-    """One name per layer group, or None for whatever there is. Raises ConfigError."""
+    """One name per layer group, formats in their shortest text, or None for whatever there is. Raises ConfigError."""
     if names is None:
         return None
     if len(names) != len(layouts):
         raise ConfigError(f"codecs={list(names)!r}: {len(layouts)} layer groups need one each")
-    for name, layout in zip(names, layouts, strict=True):
-        codec_for(name, layout)
+    made = [codec_for(name, layout) for name, layout in zip(names, layouts, strict=True)]
     check_mix(names)
-    return list(names)
+    return [codec.fmt.text if isinstance(codec, PagesCodec) else name for name, codec in zip(names, made, strict=True)]
 
 
 def warn_of_others(path: Path, kept: Sequence[str], asked: Sequence[str] | None) -> None:

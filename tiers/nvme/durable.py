@@ -41,13 +41,13 @@ class DurableListing:
         on_distrust: Callable[[int, IntArray], None],
     ) -> None:
         self._path, self._manifest, self._books, self._files = path, manifest, books, files
-        self._durability, self._on_distrust = durability, on_distrust
+        self._syncs, self._on_distrust = durability != "none", on_distrust
         self._table = SessionTable(path, manifest.listing.sessions)
         self.lock = threading.Lock()
         self._commit_lock = threading.Lock()  # one commit at a time
         self._unsynced: dict[Segment, list[IntArray]] = {}  # slots written since the segment was last synced
         self._stale_index: set[Segment] = set()  # their index pages say something else than the journal
-        self.failed_syncs = self.failed_index_writes = self.torn_indexes = 0
+        self.failed_syncs = self.failed_index_writes = self.torn_indexes = self.doubtful_blocks = 0
 
     # ------------------------------------------------------------------ changes
     def put(self, group: int, slots: IntArray, stamps: Stamps) -> None:
@@ -117,11 +117,13 @@ class DurableListing:
                 torn, self._files.torn = self._files.torn, set()
                 self.torn_indexes += len(torn)
                 stale, self._stale_index = self._stale_index | torn, set()
-                unsynced, self._unsynced = self._unsynced, {}
+                unsynced: dict[Segment, list[IntArray]] = {}
+                if self._syncs:
+                    unsynced, self._unsynced = self._unsynced, {}
                 pages = {segment: self._stored(segment) for segment in stale}
             late = {segment for segment in sorted(stale) if not self._write_index(segment, pages[segment])}
             touched = sorted(stale | unsynced.keys())
-            refused = [segment for segment in touched if not self._sync(segment)]
+            refused = {segment for segment in touched if not self._sync(segment)}
             for segment in refused:
                 self._distrust(segment, unsynced.get(segment, []))
             with self.lock:
@@ -129,11 +131,10 @@ class DurableListing:
             try:
                 with self.lock:
                     table = self._table.snapshot()
-                    if touched and not self._stale_index:
-                        self._manifest.commit()
-                    if self._durability != "none":
+                    self._believe(touched, refused, unsynced)
+                    if self._syncs:
                         self._manifest.sync()
-                    if not self._manifest.listing.uncommitted:
+                    if self._manifest.listing.is_settled:
                         self._manifest.shrink()
             except OSError as error:
                 self.failed_syncs += 1
@@ -152,13 +153,20 @@ class DurableListing:
             pass  # counted in failed_syncs; what is in doubt is no longer listed
 
     def recover(self) -> None:
-        """After a crash, index pages may lag behind the journal: write those anew that changed since the last commit.
+        """After a crash: blocks that a power loss may have taken go, and index pages that may lag behind are written.
 
+        A power loss can keep a block's listing and take its bytes when they were never synced; a session that is parked
+        on such a block must be able to rely on it, and nobody was told that it lasts. Who was only killed has lost
+        nothing: the machine has not been started since. (`none` promises nothing: what it lists stays until it is read.)
         The journal is synced whatever it says: who was killed may have written it and not got so far.
         """
-        for group, slots in self._manifest.listing.uncommitted:
-            if group < len(self._books) and len(slots):
-                self._stale_index |= self._segments(group, slots)
+        boot, recorded = self._files.calls.boot_id(), self._manifest.listing.boot
+        is_told = self._distrust_unsynced() if self._syncs and not (boot and boot == recorded) else True
+        for group, book in enumerate(self._books):
+            self._wrote(group, book.listing.doubts())
+            self._changed(group, np.flatnonzero(book.listing.changed))
+        if boot != recorded and is_told:
+            self._begin_boot_quietly(boot)
         table = self._table.snapshot()
         if table is not None:
             self._table.write(table)
@@ -166,7 +174,7 @@ class DurableListing:
             self.commit_quietly()
             for book in self._books:
                 book.free_unlisted()
-        elif self._durability != "none":
+        elif self._syncs:
             self._sync_journal_quietly()
 
     def shrink_journal(self) -> None:
@@ -175,6 +183,8 @@ class DurableListing:
             self._manifest.shrink(always=True)
 
     def close(self) -> None:
+        """Commit once more; who closes in order finds everything again, whatever the durability."""
+        self._syncs = True
         self.commit_quietly()
         self._manifest.close()
 
@@ -186,6 +196,26 @@ class DurableListing:
                 yield
         except OSError as error:
             raise TierUnavailableError(f"store {self._path}: the journal takes no more: {error.strerror}") from error
+
+    def _distrust_unsynced(self) -> bool:
+        """List what was never synced no more. Whether the journal says so too."""
+        is_told = True
+        for group, book in enumerate(self._books):
+            doubts = book.listing.doubts()
+            self.doubtful_blocks += len(doubts)
+            try:
+                if len(doubts):
+                    self._manifest.drop(group, doubts)
+            except OSError:
+                book.listing.drop(doubts)
+                is_told = False
+        return is_told
+
+    def _begin_boot_quietly(self, boot: str) -> None:
+        try:
+            self._manifest.begin_boot(boot)
+        except OSError:
+            pass  # what follows counts as written in an earlier boot: a crash then costs what was not synced
 
     def _sync_journal_quietly(self) -> None:
         try:
@@ -202,6 +232,18 @@ class DurableListing:
     def _wrote(self, group: int, slots: IntArray) -> None:
         for segment in self._segments(group, slots):
             self._unsynced.setdefault(segment, []).append(slots)
+
+    def _believe(self, touched: list[Segment], refused: set[Segment], unsynced: dict[Segment, list[IntArray]]) -> None:
+        """Record what a commit has settled; the lock is held. Raises OSError."""
+        if not self._syncs:
+            return
+        if touched and not self._stale_index:  # nothing was written since
+            self._manifest.commit()
+            return
+        for segment in sorted(unsynced.keys() - refused):
+            written_again = self._in_segment(segment, self._unsynced.get(segment, []))
+            slots = np.setdiff1d(self._in_segment(segment, unsynced[segment]), written_again)
+            self._manifest.believe(segment[0], slots)
 
     def _write_index(self, segment: Segment, stored: npt.NDArray[np.uint64]) -> bool:
         try:
@@ -220,7 +262,7 @@ class DurableListing:
 
     def _sync(self, segment: Segment) -> bool:
         try:
-            if self._durability != "none":
+            if self._syncs:
                 self._files.sync(segment)
         except FileNotFoundError:
             return True
@@ -231,17 +273,22 @@ class DurableListing:
 
     def _distrust(self, segment: Segment, written: list[IntArray]) -> None:
         """What was written to this segment and never synced is not listed any more; its file is opened anew."""
-        group, number = segment
+        group, _ = segment
         book = self._books[group]
         with self.lock:
-            slots = np.unique(np.concatenate([*written, np.empty(0, np.int64)])).astype(np.int64)
-            slots = slots[slots // book.geometry.slots_per_segment == number]
+            slots = self._in_segment(segment, written)
             slots = slots[slots < len(book.listing.listed)]
             slots = slots[book.listing.listed[slots]]
             if len(slots):
                 self.drop_locked(group, slots)
         self._on_distrust(group, slots)
         self._files.forget(segment)
+
+    def _in_segment(self, segment: Segment, written: list[IntArray]) -> IntArray:
+        """Those of the slots that lie in a segment, each once."""
+        group, number = segment
+        slots = np.unique(np.concatenate([*written, np.empty(0, np.int64)])).astype(np.int64)
+        return slots[slots // self._books[group].geometry.slots_per_segment == number]
 
     def _stored(self, segment: Segment) -> npt.NDArray[np.uint64]:
         """Stored bytes of the slots of a segment, 0 for those that are not listed."""

@@ -27,6 +27,7 @@ from .identity import NEW_SEGMENT_FILE, PROBE_FILE, segment_path
 from .layout import PAGE_BYTES, Geometry
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _KEEP_SIZE, _PUNCH_HOLE = 1, 2  # <linux/falloc.h>
 MAX_OPEN_FILES = 512
 DIRECT_MIN_BYTES = 256 << 10  # smaller blocks are many requests: the page cache then saves more than its copy costs
@@ -60,6 +61,13 @@ class SystemCalls:
     def set_size(self, fd: int, size: int) -> None:
         """A file of that size; what is not written takes no disk."""
         os.ftruncate(fd, size)
+
+    def boot_id(self) -> str:
+        """Of the running kernel: what was written under the same one cannot have been lost to a power loss. "": unknown."""
+        try:
+            return _BOOT_ID.read_text().strip()
+        except OSError:
+            return ""
 
     def next_byte(self, fd: int, offset: int) -> int:
         """Where the first byte that takes disk lies, at the offset or behind it."""

@@ -20,8 +20,10 @@ import xxhash
 
 from ..errors import ConfigError, StoreLockedError, StoreMismatchError
 from ..layout import KVLayout
-from .codecs import check_codec, overhead_of, zarr_codecs
+from .below import stores_below
+from .codecs import check_codec, overhead_of
 from .layout import Geometry
+from .zarr_metadata import array_metadata, group_metadata
 
 FORMAT = 4  # 1: no seal over a block's crc; 2: segments of one size, stamps without an owner; 3: without stored bytes
 STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR = "store.json", "LOCK", "manifest.log", "blocks.zarr"
@@ -32,7 +34,6 @@ SESSIONS_DIR, SPARE_SESSIONS_FILE = "sessions.zarr", "sessions.new"  # see sessi
 _OURS = {STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR, "status.sock", "manifest.new", "store.json.new"}
 _OURS |= {"status.sock.page", "status.sock.page.new", "status.sock.history"}  # see pager/inspection
 _OURS |= {PROBE_FILE, NEW_SEGMENT_FILE, SPARE_DIR, SESSIONS_DIR, SPARE_SESSIONS_FILE}
-_DIM_NAMES = ("slot", "layer", "kv", "head", "token", "dim")
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +109,10 @@ def read_identity(path: Path) -> dict[str, Any]:
     """The identity file, proven by its own sum. Raises ConfigError."""
     try:
         stored = json.loads((path / STORE_FILE).read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"{path} is no store: no readable {STORE_FILE} is there; name the directory of a store{stores_below(path)}"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"store {path} has no readable {STORE_FILE}: {error}") from error
     if not isinstance(stored, dict):
@@ -176,40 +181,13 @@ def _write_metadata(
     codecs: Sequence[str],
     about: Mapping[str, Any],
 ) -> None:
-    """By zarr-python itself, so that it is always stock."""
-    import zarr
-
+    shutil.rmtree(folder, ignore_errors=True)
     said = {"version": _version(), "about": dict(about), **identity.to_dict()}
-    group = zarr.create_group(str(folder), overwrite=True, attributes={"kvtier": said})
+    _write_json(folder, group_metadata(said))
     arrays = zip(identity.layouts, geometries, num_slots, codecs, strict=True)
     for index, (layout, geometry, slots, codec) in enumerate(arrays):
-        _make_array(group, index, layout, geometry, slots, codec)
-
-
-def _make_array(group: Any, index: int, layout: KVLayout, geometry: Geometry, slots: int, codec: str) -> None:
-    from zarr.codecs import BytesCodec, Crc32cCodec, ShardingCodec
-
-    chunk = (1, *layout.block_shape)
-    kinds = _DIM_NAMES if len(chunk) == len(_DIM_NAMES) else ("slot", "layer", "element")
-    names = [f"g{index}_{kind}" for kind in kinds]  # of its own, so that xarray takes groups of other sizes
-    group.create_array(
-        f"g{index}",
-        shape=(_whole_segments(slots, geometry), *layout.block_shape),
-        chunks=(geometry.slots_per_segment, *layout.block_shape),
-        dtype=layout.storage_dtype,
-        serializer=ShardingCodec(
-            chunk_shape=chunk,
-            codecs=[BytesCodec(), *zarr_codecs(codec, layout), Crc32cCodec()],
-            index_codecs=[BytesCodec(), Crc32cCodec()],
-            index_location="start",
-        ),
-        compressors=None,
-        filters=None,
-        fill_value=0,
-        chunk_key_encoding={"name": "default", "separator": "."},
-        dimension_names=names,
-        attributes={"kvtier": {"dtype": layout.dtype, "codec": codec, "layout": layout.to_dict()}},
-    )
+        slots = _whole_segments(slots, geometry)
+        _write_json(folder / f"g{index}", array_metadata(index, layout, geometry, slots, codec))
 
 
 def stored_geometries(path: Path, identity: StoreIdentity) -> list[Geometry]:
@@ -236,7 +214,7 @@ def stored_codecs(path: Path, identity: StoreIdentity | None = None) -> list[str
 
 
 def grow_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> list[Geometry]:
-    """Let the arrays' shapes reach at least num_slots. zarr is loaded only when one has to grow.
+    """Let the arrays' shapes reach at least num_slots.
 
     Raises ConfigError when the store's Zarr metadata is not what we wrote.
     """
@@ -249,14 +227,10 @@ def grow_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> li
                 f"store {path}: {file.name} of array g{index} is not as kvtier wrote it; `kvtier store repair {path}` "
                 "writes it anew"
             )
-        has = int(json.loads(file.read_text())["shape"][0])
-        wanted = _whole_segments(slots, geometry)
-        if has < wanted:
-            import zarr
-
-            zarr_codecs(arrays[index]["codec"], identity.layouts[index])  # known also without the entry point
-            array = zarr.open_array(str(file.parent), mode="r+")
-            array.resize((wanted, *array.shape[1:]))
+        array, wanted = json.loads(file.read_text()), _whole_segments(slots, geometry)
+        if array["shape"][0] < wanted:
+            array["shape"][0] = wanted
+            _write_json(file.parent, array)
     return geometries
 
 
@@ -306,6 +280,14 @@ def _write_whole(path: Path, fields: dict[str, Any]) -> None:
     temporary = path.with_name(path.name + ".new")
     temporary.write_text(json.dumps({**fields, "sum": _sum_of(fields)}, indent=1))
     temporary.replace(path)
+
+
+def _write_json(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """A node's zarr.json, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / "zarr.new"
+    temporary.write_text(json.dumps(metadata, indent=2))
+    temporary.replace(folder / "zarr.json")
 
 
 def _short(value: Any) -> str:

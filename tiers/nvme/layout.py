@@ -23,11 +23,10 @@ import xxhash
 
 from ..checksum import block_sum
 from ..layout import KVLayout
+from . import CRC_BYTES, SEGMENT_BYTES
 
 PAGE_BYTES = 4096
-CRC_BYTES = 4
 EMPTY = 2**64 - 1
-SEGMENT_BYTES = 32 << 20  # of a segment in a store that has room for many
 MIN_SEGMENTS = 16  # a smaller store has smaller segments, so that recycling one costs little of it
 MAGIC = b"kvtier\x00\x01"
 _HEAD = struct.Struct("<8s32sQQII")  # magic, key, generation, checksum, tokens, number of layers
@@ -94,6 +93,10 @@ class Geometry:
     def footprint(self, stored: Any) -> Any:
         """Bytes of disk that a chunk of so many stored bytes takes with its trailer. An int, or an array of them."""
         return _whole_pages(stored + _trailer_bytes(self.num_layers))
+
+    def counted_bytes(self, usual: int | None) -> int:
+        """Bytes of disk that a block is counted with: the most, or its footprint where it usually stores so many."""
+        return self.stride if usual is None else int(self.footprint(usual))
 
     @property
     def header_bytes(self) -> int:

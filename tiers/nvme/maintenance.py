@@ -18,6 +18,7 @@ import numpy as np
 from ..cpu import CpuBackend
 from ..errors import ConfigError, StoreMismatchError
 from ..streams import IntArray
+from .codecs import is_lossy
 from .identity import StoreIdentity, read_identity, repair_metadata, segment_path, stored_layouts
 from .sealing import MIN_SECRET_BYTES, RecordSealer, is_sealed
 from .store import NvmeTier
@@ -59,13 +60,13 @@ def check(path: Path, progress: Progress, *, repair: bool = False, secrets: Secr
     report = Report()
     if repair:
         report.repaired_metadata = int(repair_metadata(path, stored_identity(path)))
-    with _opened(path, secrets=secrets) as (tier, backend):
+    with _opened(path, secrets=secrets) as (tier, _):
         report.sessions = len(tier.sessions())
         listed = tier.recovered()
         _require_secrets(tier, secrets)
         total = sum(len(slots) for slots, _ in listed)
         for group, (slots, _) in enumerate(listed):
-            for part, _, ok in _read_all(tier, backend, group, slots):
+            for part, _, ok in _read_all(tier, group, slots):
                 report.blocks += len(part)
                 report.bad_blocks += int((~ok).sum())
                 if repair and not ok.all():
@@ -111,19 +112,20 @@ def copy(
     if not is_new and stored_identity(target) != identity:
         raise StoreMismatchError(f"store {target} belongs to another model or layout than {source}")
     report = Report()
-    with _opened(source, secrets=secrets) as (origin, backend):
+    with _opened(source, secrets=secrets) as (origin, _):
         _require_secrets(origin, secrets)
         listed = origin.recovered()
         total = sum(len(slots) for slots, _ in listed)
         codecs = [codec] * len(listed) if codec is not None else origin.codecs if is_new else None
         with _opened(target, identity, [len(slots) for slots, _ in listed], codecs, secrets) as (into, _):
             _require_secrets(into, secrets, of=origin)
+            _require_no_loss(origin, into)
             known = [{stamp.tobytes() for stamp in stamps["key"]} for _, stamps in into.recovered()]
             for group, (slots, stamps) in enumerate(listed):
                 keys = [stamp.tobytes() for stamp in stamps["key"]]
                 new = np.array([key not in known[group] for key in keys], bool)
                 report.known_blocks += int((~new).sum())
-                for part, rows, ok in _read_all(origin, backend, group, slots[new]):
+                for part, rows, ok in _read_all(origin, group, slots[new]):
                     report.blocks += len(part)
                     report.bad_blocks += int((~ok).sum())
                     good = np.flatnonzero(ok)
@@ -181,6 +183,16 @@ def _require_secrets(tier: NvmeTier, secrets: Secrets, *, of: NvmeTier | None = 
         )
 
 
+def _require_no_loss(origin: NvmeTier, into: NvmeTier) -> None:
+    """Rounded blocks must not pass for what they were, nor be rounded again. Raises ConfigError."""
+    for has, wanted in zip(origin.codecs, into.codecs, strict=True):
+        if has != wanted and is_lossy(has):
+            raise ConfigError(
+                f"the store's blocks are in {has!r} and cannot be had as {wanted!r} any more: copy them without --codec, or "
+                "compute them again"
+            )
+
+
 def _records(tier: NvmeTier, secrets: Secrets) -> Iterator[tuple[str, dict[str, Any]]]:
     """Session records by id, opened; those that do not open are left out."""
     for name, record in tier.sessions().items():
@@ -193,11 +205,11 @@ def _as_in(tier: NvmeTier, session_id: str, record: dict[str, Any], secrets: Sec
     return RecordSealer(secrets).wrap(session_id, record) if tier.is_encrypted else (session_id, record)
 
 
-def _read_all(tier: NvmeTier, backend: CpuBackend, group: int, slots: IntArray) -> Iterator[tuple[IntArray, Any, Any]]:
+def _read_all(tier: NvmeTier, group: int, slots: IntArray) -> Iterator[tuple[IntArray, Any, Any]]:
     """Batches of slots, their rows, and which of them are good. Rows are used again for the next batch."""
     size = tier.block_bytes(group)
     batch = max(1, BATCH_BYTES // size)
-    rows = backend.alloc_host(min(batch, max(1, len(slots))), size)
+    rows = tier.spare_rows(group, min(batch, max(1, len(slots))))
     for start in range(0, len(slots), batch):
         part = slots[start : start + batch]
         ticket = tier.read(group, part, rows, np.arange(len(part)), tier.stamps(group, part))

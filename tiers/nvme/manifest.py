@@ -45,29 +45,46 @@ IntArray = npt.NDArray[np.int64]
 
 @dataclass(slots=True)
 class GroupListing:
-    """Stamps by slot of one layer group; a stamp counts where `listed`."""
+    """Stamps by slot of one layer group; a stamp counts where `listed`.
+
+    `changed`: the index page on disk may not say so yet. `doubtful`: no sync since the block's bytes were written.
+    """
 
     stamps: npt.NDArray[Any] = field(default_factory=lambda: np.zeros(0, STAMP))
     listed: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    changed: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
+    doubtful: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, bool))
 
     def reach(self, size: int) -> None:
         if size > len(self.stamps):
             size = max(size, 2 * len(self.stamps), 64)
-            stamps, listed = np.zeros(size, STAMP), np.zeros(size, bool)  # what is not written takes no memory
-            stamps[: len(self.stamps)], listed[: len(self.listed)] = self.stamps, self.listed
-            self.stamps, self.listed = stamps, listed
+            self.stamps = _grown(self.stamps, size)
+            self.listed, self.changed = _grown(self.listed, size), _grown(self.changed, size)
+            self.doubtful = _grown(self.doubtful, size)
 
-    def put(self, slots: IntArray, stamps: npt.NDArray[Any]) -> None:
+    def put(self, slots: IntArray, stamps: npt.NDArray[Any], *, is_synced: bool) -> None:
         if len(slots):
             self.reach(int(slots.max()) + 1)
             self.stamps[slots] = stamps
-            self.listed[slots] = True
+            self.listed[slots] = self.changed[slots] = True
+            self.doubtful[slots] = not is_synced
 
     def drop(self, slots: IntArray) -> None:
-        self.listed[slots[slots < len(self.listed)]] = False
+        slots = slots[slots < len(self.listed)]
+        self.listed[slots], self.changed[slots] = False, True
+
+    def believe(self, slots: IntArray) -> None:
+        self.doubtful[slots[slots < len(self.doubtful)]] = False
+
+    def settle(self) -> None:
+        self.changed[:] = self.doubtful[:] = False
 
     def slots(self) -> IntArray:
         return np.flatnonzero(self.listed)
+
+    def doubts(self) -> IntArray:
+        """Listed slots whose bytes a power loss could have taken."""
+        return np.flatnonzero(self.doubtful & self.listed)
 
     def in_segment(self, number: int, size: int) -> npt.NDArray[np.bool_]:
         """Which slots of a segment are listed; a view, shorter where the listing does not reach."""
@@ -82,11 +99,16 @@ class GroupListing:
 
 @dataclass(slots=True)
 class Listing:
-    """What a manifest lists: stamps by slot, per layer group; session records; and slots changed since a commit."""
+    """What a manifest lists: stamps by slot, per layer group, and session records; and in which boot it was written last."""
 
     groups: list[GroupListing] = field(default_factory=list)
     sessions: dict[str, dict[str, Any]] = field(default_factory=dict)
-    uncommitted: list[tuple[int, IntArray]] = field(default_factory=list)
+    boot: str = ""
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether a commit came after the last change."""
+        return not any(group.changed.any() for group in self.groups)
 
     def apply(self, record: dict[str, Any]) -> None:
         """Raises ValueError, LookupError or TypeError for a record that is none of ours; nothing is changed then."""
@@ -96,20 +118,23 @@ class Listing:
             if kind != "drop" and len(record["stamps"]) != len(slots) * STAMP.itemsize:
                 raise ValueError(f"{len(slots)} slots and {len(record['stamps'])} bytes of stamps")
             if kind == "move":
-                left = _slots(record["left"])
-                self.group(group).drop(left)
-                self.uncommitted.append((group, left))
+                self.group(group).drop(_slots(record["left"]))
             if kind == "drop":
                 self.group(group).drop(slots)
             else:
-                self.group(group).put(slots, np.frombuffer(record["stamps"], STAMP))
-            self.uncommitted.append((group, slots))
+                stamps = np.frombuffer(record["stamps"], STAMP)
+                self.group(group).put(slots, stamps, is_synced=kind == "move")
+        elif kind == "synced":
+            self.group(_group_number(record["group"])).believe(_slots(record["slots"]))
         elif kind == "session":
             self.sessions[str(record["id"])] = dict(record["record"])
         elif kind == "forget":
             self.sessions.pop(record["id"], None)
+        elif kind == "boot":
+            self.boot = str(record["id"])
         elif kind == "commit":
-            self.uncommitted.clear()
+            for settled in self.groups:
+                settled.settle()
 
     def group(self, index: int) -> GroupListing:
         while len(self.groups) <= index:
@@ -144,7 +169,10 @@ class Manifest:
         self._append({"op": "drop", "group": group, "slots": _packed(slots)})
 
     def move(self, group: int, left: IntArray, slots: IntArray, stamps: npt.NDArray[Any]) -> None:
-        """Blocks are in other slots from now on: one record, so that they are always listed exactly once."""
+        """Blocks are in other slots from now on, where their bytes are synced already.
+
+        One record, so that they are always listed exactly once.
+        """
         self._append(
             {
                 "op": "move",
@@ -155,6 +183,14 @@ class Manifest:
             }
         )
 
+    def believe(self, group: int, slots: IntArray) -> None:
+        """The bytes of these slots were synced."""
+        self._append({"op": "synced", "group": group, "slots": _packed(slots)})
+
+    def begin_boot(self, boot_id: str) -> None:
+        """What follows is written under this boot of the machine."""
+        self._append({"op": "boot", "id": boot_id})
+
     def put_session(self, session_id: str, record: dict[str, Any]) -> None:
         self._append({"op": "session", "id": session_id, "record": record})
 
@@ -162,7 +198,7 @@ class Manifest:
         self._append({"op": "forget", "id": session_id})
 
     def commit(self) -> None:
-        """Everything recorded so far is in the index pages too."""
+        """Everything recorded so far is synced, and in the index pages too."""
         self._append({"op": "commit"})
 
     def sync(self) -> None:
@@ -276,15 +312,25 @@ def _frame(record: dict[str, Any]) -> bytes:
 
 
 def _snapshot(listing: Listing) -> Iterator[dict[str, Any]]:
+    if listing.boot:
+        yield {"op": "boot", "id": listing.boot}
     for index, group in enumerate(listing.groups):
         slots = group.slots()
         for i in range(0, len(slots), _BATCH):
             part = slots[i : i + _BATCH]
             yield {"op": "put", "group": index, "slots": _packed(part), "stamps": group.stamps[part].tobytes()}
+            yield {"op": "synced", "group": index, "slots": _packed(part[~group.doubtful[part]])}
     for session_id, record in listing.sessions.items():
         yield {"op": "session", "id": session_id, "record": record}
-    if not listing.uncommitted:
+    if listing.is_settled:
         yield {"op": "commit"}
+
+
+def _grown(array: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
+    """The same with zeros behind; what is not written takes no memory."""
+    grown = np.zeros(size, array.dtype)
+    grown[: len(array)] = array
+    return grown
 
 
 def _packed(slots: IntArray) -> bytes:

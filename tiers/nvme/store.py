@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,33 +17,22 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError, TierUnavailableError
-from ..layout import KVLayout
-from ..streams import AllDone, Backend, IntArray, Rows, aligned_rows
-from .blocks import BlockIo
-from .codecs import NONE, check_codecs, codec_for, is_encrypted, warn_of_others
+from ..formats import BlockFormat
+from ..streams import AllDone, Backend, IntArray, Rows
+from . import SEGMENT_BYTES
+from .codecs import NONE, check_codecs, warn_of_others
 from .commit import Committer, Durability, check_durability
 from .durable import DurableListing
-from .encoded import EncodedIo
-from .encrypted import EncryptedIo
 from .files import SegmentFiles, SystemCalls
 from .identity import MANIFEST_FILE, StoreIdentity, claim, grow_arrays, make_arrays, stored_codecs
-from .layout import SEGMENT_BYTES, Geometry
+from .layout import Geometry
 from .manifest import STAMP, Manifest
-from .sealing import BlockSealer
+from .movers import Movers
+from .reading import IoTicket, Reader, bound
 from .segment_io import SegmentIo
 from .slots import NONE_OPEN, Run, SlotBook, plan_runs, segments_of
 
 __all__ = ["STAMP", "IoTicket", "NvmeTier", "StoreIdentity"]
-
-
-class IoTicket:
-    """One call under way. `ok[i]` says whether slot i is good, once `event` is done."""
-
-    def __init__(self, n: int) -> None:
-        self.ok: npt.NDArray[np.bool_] = np.zeros(n, bool)
-        self.unreadable: npt.NDArray[np.bool_] = np.zeros(n, bool)  # of blocks to be moved
-        self.checksums = np.zeros(n, np.uint64)
-        self.event: AllDone = AllDone([])
 
 
 class NvmeTier:
@@ -73,11 +62,11 @@ class NvmeTier:
         listing = manifest.listing
         self._books = [SlotBook(n, g, listing.group(i)) for i, (n, g) in enumerate(zip(num_slots, geometries))]
         self._files = SegmentFiles(path, identity.layouts, geometries, calls)
-        self.codecs = codecs
         self._io = SegmentIo(self._files)
-        self._plain = BlockIo(self._io, identity.layouts, geometries, with_checksums=with_checksums)
-        self._secrets = dict(secrets)  # of namespaces, by owner tag; more may come while it is open
-        self._movers = [self._mover(*parts) for parts in zip(identity.layouts, geometries, codecs, strict=True)]
+        self._movers = Movers(
+            self._io, self._files, identity.layouts, geometries, codecs, secrets, with_checksums=with_checksums
+        )
+        self._reader = Reader(backend.read_io, self._movers, self._books, identity.layouts)
         self._listing = DurableListing(path, manifest, self._books, self._files, durability, self._lost)
         self._lock = self._listing.lock  # of the books too
         self._generation = 1 + max((int(b.listing.stamps["generation"].max(initial=0)) for b in self._books), default=0)
@@ -165,7 +154,7 @@ class NvmeTier:
             if len(listed):
                 self._listing.drop_locked(group, listed)
             book.free(slots)
-        self._plain.forget(group, slots)
+        self._movers.plain.forget(group, slots)
 
     def quarantine(self, group: int, slots: IntArray) -> None:
         """These slots hold something else than they should: count them and take them out of the listing."""
@@ -177,6 +166,18 @@ class NvmeTier:
 
     def block_bytes(self, group: int) -> int:
         return self._identity.layouts[group].block_bytes
+
+    def format(self, group: int) -> BlockFormat | None:
+        """What whole blocks are rounded to; None where they are kept as they are."""
+        return self._movers.format(group)
+
+    def usual_bytes(self, group: int) -> int:
+        """Bytes of disk that a whole block is counted with; under a format those of a packed one."""
+        return self._movers.usual_bytes(group)
+
+    def spare_rows(self, group: int, count: int) -> Rows:
+        """Rows to read blocks into and write them from again, to here or to a store of the same codec."""
+        return self._movers.spare_rows(group, count)
 
     def stored_bytes(self, group: int) -> int:
         """Bytes of disk under the listed blocks of a group."""
@@ -221,37 +222,20 @@ class NvmeTier:
                 ticket.checksums[:] = stamps["checksum"]
                 self._publish(group, slots, stamps, ticket)
 
-        ticket.event = AllDone([self._backend.write_io.submit(_bound(job, run)) for run in runs])
+        ticket.event = AllDone([self._backend.write_io.submit(bound(job, run)) for run in runs])
         return ticket
 
     def read(
         self, group: int, slots: IntArray, target: Rows, target_rows: IntArray, stamps: npt.NDArray[Any]
     ) -> IoTicket:
         """Read blocks into target rows. A slot that fails any check is ok=False and its row means nothing."""
-        ticket, mover = IoTicket(len(slots)), self._movers[group]
-
-        def job(run: Run) -> None:
-            ticket.ok[run.part] = mover.read(group, run, target, target_rows[run.part], stamps[run.part])
-
-        runs = plan_runs(self._books[group].geometry, slots)
-        ticket.event = AllDone([self._backend.read_io.submit(_bound(job, run)) for run in runs])
-        return ticket
+        return self._reader.read(group, slots, target, target_rows, stamps)
 
     def read_layer(
         self, group: int, slots: IntArray, layer: int, target: Rows, target_rows: IntArray, stamps: npt.NDArray[Any]
     ) -> IoTicket:
         """Read one layer's slice of each block, proven by the trailer's layer sums. Under a codec, decodes whole blocks."""
-        ticket, mover = IoTicket(len(slots)), self._movers[group]
-        size = self._identity.layouts[group].layer_bytes
-        step = max(1, _SLICE_JOB_BYTES // size)
-
-        def job(first: int) -> None:
-            for i in range(first, min(first + step, len(slots))):
-                ticket.ok[i] = mover.read_slice(group, int(slots[i]), layer, target[target_rows[i]], stamps[i])
-
-        firsts = range(0, len(slots), step)
-        ticket.event = AllDone([self._backend.read_io.submit(_bound(job, first)) for first in firsts])
-        return ticket
+        return self._reader.read_layer(group, slots, layer, target, target_rows, stamps)
 
     # ------------------------------------------------------------------ the ring
     def geometry(self, group: int) -> Geometry:
@@ -353,6 +337,7 @@ class NvmeTier:
             "failed_syncs": self._listing.failed_syncs,
             "failed_index_writes": self._listing.failed_index_writes,
             "torn_indexes": self._listing.torn_indexes,
+            "doubtful_blocks": self._listing.doubtful_blocks,
             "durability": self._durability,
             "codecs": self.codecs,
             "stored_bytes": [self.stored_bytes(group) for group in range(len(self._books))],
@@ -362,11 +347,16 @@ class NvmeTier:
 
     def learn(self, secrets: Mapping[int, bytes]) -> None:
         """Secrets of more namespaces, by owner tag. Those that are known stay: blocks are sealed with them."""
-        self._secrets.update({owner: secret for owner, secret in secrets.items() if owner not in self._secrets})
+        self._movers.learn(secrets)
+
+    @property
+    def codecs(self) -> list[str]:
+        """Of each layer group, as the store's arrays have them."""
+        return self._movers.codecs
 
     @property
     def is_encrypted(self) -> bool:
-        return any(map(is_encrypted, self.codecs))
+        return self._movers.is_encrypted
 
     @property
     def last_write_error(self) -> str | None:
@@ -401,7 +391,7 @@ class NvmeTier:
         with self._lock:
             is_empty = not book.listing.in_segment(run.segment, book.geometry.slots_per_segment).any()
         part = run.part
-        return self._movers[group].write(group, run, source, source_rows[part], stamps[part], is_empty=is_empty)
+        return self._movers.of(group).write(group, run, source, source_rows[part], stamps[part], is_empty=is_empty)
 
     def _publish(self, group: int, slots: IntArray, stamps: npt.NDArray[Any], ticket: IoTicket) -> None:
         """List what was written whole; under `always`, make it durable before the call counts as done."""
@@ -422,10 +412,10 @@ class NvmeTier:
         """New bytes are durable before the journal says so, and the journal before the old slots are used again."""
         book, geometry = self._books[group], self._books[group].geometry
         stamps = book.listing.stamps[slots].copy()
-        rows = aligned_rows(len(slots), geometry.block_bytes)
+        rows = self.spare_rows(group, len(slots))
         places, good = np.arange(len(slots)), np.zeros(len(slots), bool)
         for run in plan_runs(geometry, slots):
-            good[run.part] = self._movers[group].read(group, run, rows, places[run.part], stamps[run.part])
+            good[run.part] = self._movers.of(group).read(group, run, rows, places[run.part], stamps[run.part])
         ticket.unreadable = ~good
         self._number(stamps)
         for run in plan_runs(geometry, targets):
@@ -445,14 +435,7 @@ class NvmeTier:
     def _lost(self, group: int, slots: IntArray) -> None:
         """A segment cannot be relied upon: what it held is corrupt as far as anybody can tell."""
         self.corrupt_blocks += len(slots)
-        self._plain.forget(group, slots)
-
-    def _mover(self, layout: KVLayout, geometry: Geometry, codec: str) -> BlockIo | EncodedIo:
-        encoder = codec_for(codec, layout)
-        if is_encrypted(codec):
-            sealer = BlockSealer(self._secrets, layout.fingerprint)
-            return EncryptedIo(self._io, self._files, layout, geometry, encoder, sealer)
-        return self._plain if encoder is None else EncodedIo(self._io, self._files, layout, geometry, encoder)
+        self._movers.plain.forget(group, slots)
 
     def _footprint(self, group: int, stamps: npt.NDArray[Any]) -> int:
         """Bytes of disk under these blocks."""
@@ -460,13 +443,3 @@ class NvmeTier:
 
     def _commits_by_itself(self) -> bool:
         return self._durability == "batch" and self._backend.name != "simulated"
-
-
-_SLICE_JOB_BYTES = 1 << 18  # slices of small blocks share a job
-
-
-def _bound(job: Callable[[Any], None], argument: Any) -> Callable[[], None]:
-    def call() -> None:
-        job(argument)
-
-    return call

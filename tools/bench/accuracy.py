@@ -3,28 +3,41 @@
 The model recalls 16 pairs anywhere in its context, so its margins (best logit minus second best, in nats) show what a
 format loses before answers break; random weights would show nothing. All but the newest tokens are compressed, as a tier
 does it, and every step attends to them as they are. With outliers, K has four loud constant channels, as real models do.
-The reference of every row is full precision, in the same run and through the same steps.
+The reference of every row is full precision, in the same run and through the same steps. mixed.py and rotation.py add theirs.
 """
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...tiers.errors import ConfigError
 from .harness import Row
+from .mixed import TEXTS, mixed_rows
+from .rotation import rotation_rows
+
+if TYPE_CHECKING:
+    from ...engine.needle_check import NeedleScore
 
 FORMATS = ("fp8", "int8", "int4", "int2", "hack8", "hack4", "hack2")
 OUTLIERS = (0.0, 8.0)
 BLOCK, GROUP = 64, 64
 SELECT_BLOCK = 16  # small pages are what makes selection sharp: 8,192 of them at 131,072 tokens
+MANY_TOKENS = 65536  # in longer contexts every second needle is asked for, to be done in minutes
 ROOM = 64  # token slots for what is asked and answered
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--contexts", default="4096,32768", metavar="N,N", help="tokens of context")
+    parser.add_argument("--contexts", default="4096,32768,131072", metavar="N,N", help="tokens of context")
     parser.add_argument("--formats", default=",".join(FORMATS), metavar="A,B", help="page formats")
     parser.add_argument("--residual", type=int, default=0, metavar="N", help="newest tokens kept in full precision")
+    parser.add_argument(
+        "--device",
+        nargs="*",
+        default=list(TEXTS),
+        metavar="TEXT",
+        help="formats of an engine's pages, by layers and heads",
+    )
     parser.add_argument("--picks", default="8,16,32", metavar="N,N", help="selected pages per step; may be empty")
 
 
@@ -38,11 +51,18 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         raise ConfigError("accuracy: need contexts of 256 tokens or more, --residual from 0 up, --picks from 3 up")
     if unknown := [part for part in formats if part not in KNOWN]:
         raise ConfigError(f"--formats {unknown[0]!r} is unknown; choose of {', '.join(KNOWN)}")
-    found: list[Row] = []
+    found = rotation_rows()
     for context in contexts:
         for outlier in OUTLIERS:
             found += _rows(context, outlier, formats, arguments.residual, picks)
+    for outlier in OUTLIERS:
+        shortest = min(contexts)
+        found += mixed_rows(shortest, outlier, arguments.device, _case(shortest, outlier))
     return found
+
+
+def _case(context: int, outlier: float) -> str:
+    return f"{context} tokens" + (", outlier channels" if outlier else "")
 
 
 def _numbers(text: str, name: str) -> list[int]:
@@ -59,8 +79,10 @@ def _rows(context: int, outlier: float, formats: list[str], residual: int, picks
     spec = NeedleSpec(outlier=outlier)
     model = build_needle_model(spec)
     ids, needles = needle_prompt(spec, context)
+    if context > MANY_TOKENS:
+        needles = needles[::2]
     cache = build_needle_cache(model, ids)
-    case = f"{context} tokens" + (", outlier channels" if outlier else "")
+    case = _case(context, outlier)
     whole = score_needles(_Asker(model, cache, BLOCK, None, 0).ask, needles)
     found = [Row(case, "margin, full precision", whole.min_margin_nats, "nats", "itself", whole.min_margin_nats, 1.0)]
     for name in formats:
@@ -70,17 +92,18 @@ def _rows(context: int, outlier: float, formats: list[str], residual: int, picks
         # A wrong answer's margin is negative: the row of needles found says how many there were.
         if margin > 0:
             found.append(Row(case, f"margin, {name}", margin, "nats", "full precision", whole.min_margin_nats, ratio))
-        found.append(_exact(case, name, score.exact, whole.exact))
+        found.append(_exact(case, name, score.exact, whole))
     for k in picks:
         asker = _Asker(model, cache, SELECT_BLOCK, None, 0, picks=k)
         score = score_needles(asker.ask, needles)
-        found.append(_exact(case, f"{k} pages of {-(-context // SELECT_BLOCK)} per step", score.exact, whole.exact))
+        found.append(_exact(case, f"{k} pages of {-(-context // SELECT_BLOCK)} per step", score.exact, whole))
     return found
 
 
-def _exact(case: str, name: str, exact: int, reference: int) -> Row:
-    case = f"{case}, {name}"
-    return Row(case, "needles found", exact, "of 16", "full precision", reference, exact / reference if exact else None)
+def _exact(case: str, name: str, exact: int, whole: NeedleScore) -> Row:
+    ratio = exact / whole.exact if exact and whole.exact else None
+    unit = f"of {whole.asked}"
+    return Row(f"{case}, {name}", "needles found", exact, unit, "full precision", whole.exact, ratio)
 
 
 class _Asker:

@@ -2,40 +2,73 @@
 
 Every case of one shape and context runs in turn within each round. References, all of the same run: torch SDPA on
 contiguous KV with the query heads of a group handed over as rows (the fastest call there is), SDPA with enable_gqa (what
-transformers makes), and the time in which memory can be read once (a sum of the same bytes as integers). Pages lie in
-random order. `unpacked first` writes all pages in full precision and attends to that: what a cache without kernels on
-compressed pages would do.
+transformers makes), and the time in which memory can be read once (a sum of the same bytes as integers). The aims stand
+beside, as rows of their own. One layer's KV is made, so 128K tokens with 32 KV heads fit in 12 GB; what does not fit is left
+out and said so. A chunk of a prefill far into a long prompt is timed for one shape and format. What is compared is in
+`attention_cases.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ...tiers.errors import ConfigError
+from ...tiers.layout import format_bytes
+from ...tiers.machine import Machine
+from .attention_cases import (
+    FAST_SDPA,
+    FORMATS,
+    PAGES,
+    PLAIN_SDPA,
+    SHAPES,
+    SLOW_TOKENS,
+    Case,
+    Cases,
+    bytes_wanted,
+    compressed_name,
+    is_slow,
+    unpacked_name,
+)
 from .harness import Row, interleave, medians
 
-QUERY_HEADS, DIM = 32, 128
-SHAPES = {"MHA": 32, "GQA4": 8, "GQA8": 4, "MQA": 1}  # KV heads
-FORMATS = ("fp8", "int8", "int4", "int2", "hack8", "hack2")
-UNPACKED = ("int8", "int4")
-GROUP = 128
-BLOCKS = {"cpu": 256, "cuda": 128}  # tokens per page
 LAUNCHES = {"cpu": 1, "cuda": 20}  # calls per measurement: one is too short to time on a GPU
-SLOWEST_TOKENS = 32 << 10  # no unpacking of longer contexts: it needs as much memory again as full precision
+LEAST_ROUNDS = 3
+FLOOR = "memory read once"
+AIM_TOKENS = 128 << 10  # of decoding
+# of what a chunked prefill does late in a long prompt: seconds per call on a CPU
+FAR_SHAPE, FAR_FORMAT = "GQA4", "int8"
+# (way, reference, how many times faster it should be at least)
+AIMS = {
+    "cpu": ((PAGES, FAST_SDPA, 1.0), (PAGES, PLAIN_SDPA, 5.0)),
+    "cuda": (
+        (PAGES, FLOOR, 0.9),
+        (compressed_name("fp8"), PAGES, 1.8),
+        (compressed_name("int4"), PAGES, 3.0),
+    ),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--contexts", default="4096,32768,131072", metavar="N,N", help="tokens of KV for decode")
     parser.add_argument(
-        "--prefill-contexts", default="4096,32768", metavar="N,N", help="likewise for prefill; may be empty"
+        "--prefill-contexts", default="4096,16384", metavar="N,N", help="likewise for prefill; may be empty"
+    )
+    parser.add_argument(
+        "--far-contexts",
+        default="131072",
+        metavar="N,N",
+        help=f"likewise, {FAR_SHAPE} and {FAR_FORMAT} alone; may be empty",
     )
     parser.add_argument("--rows", type=int, default=256, metavar="N", help="query tokens of the prefill (default 256)")
     parser.add_argument("--shapes", default=",".join(SHAPES), metavar="A,B", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--formats", default=",".join(FORMATS), metavar="A,B", help="page formats")
-    parser.add_argument("--rounds", type=int, default=9, metavar="N")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N", help="at most (default 9)")
+    parser.add_argument(
+        "--seconds", type=float, default=4.0, metavar="S", help="for the rounds of a shape and context; three at least"
+    )
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
 
 
@@ -48,14 +81,32 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.accelerator.is_available() else "cpu"
-    contexts, prefills = _numbers(arguments, "contexts"), _numbers(arguments, "prefill_contexts")
+    contexts, prefills, far = (_numbers(arguments, f"{name}contexts") for name in ("", "prefill_", "far_"))
     shapes, formats = _names(arguments, "shapes", SHAPES), _names(arguments, "formats", KNOWN)
-    if arguments.rounds < 1 or arguments.rows < 1:
-        raise ConfigError(f"--rounds {arguments.rounds}, --rows {arguments.rows}: need positive numbers")
+    if arguments.rounds < 1 or arguments.rows < 1 or arguments.seconds <= 0:
+        raise ConfigError(
+            f"--rounds {arguments.rounds}, --rows {arguments.rows}, --seconds {arguments.seconds}: need positive numbers"
+        )
     found = []
     for shape in shapes:
-        for rows, context in [(1, n) for n in contexts] + [(arguments.rows, n) for n in prefills]:
-            found += _Bench(torch, device, shape, context, rows, formats).rows(arguments.rounds)
+        long = far if shape == FAR_SHAPE else []
+        for rows, context in [(1, n) for n in contexts] + [(arguments.rows, n) for n in [*prefills, *long]]:
+            is_far = rows > 1 and context in long
+            name = f"{shape} {context} tokens, {'decode' if rows == 1 else f'prefill of {rows}'}"
+            wanted, free = bytes_wanted(shape, context), Machine().memory_room_bytes()
+            if device == "cpu" and wanted > free:  # the system would end the process
+                why = f"left out: needs {format_bytes(wanted)} of memory, {format_bytes(free)} are free"
+                found.append(Row(name, "left out", 1, "case", why))
+                continue
+            asked = [fmt for fmt in formats if not is_far or fmt == FAR_FORMAT]
+            slow = [fmt for fmt in asked if is_slow(fmt, device, context, rows)]
+            why = f"left out: prefill in this format is timed up to {SLOW_TOKENS} tokens on a CPU"
+            found += [Row(name, f"{compressed_name(fmt)} left out", 1, "case", why) for fmt in slow]
+            bench = _Bench(Cases(torch, device, shape, context, rows), name, [f for f in asked if f not in slow])
+            if is_far:
+                bench.leave_out(PLAIN_SDPA)  # five times the time of all others together
+            found += bench.rows(arguments.rounds, arguments.seconds)
+            del bench  # gigabytes, before the next ones are made
     return found
 
 
@@ -74,47 +125,58 @@ def _names(arguments: argparse.Namespace, name: str, known: Any) -> list[str]:
     return parts
 
 
-@dataclass(frozen=True)
-class _Case:
-    """One way to attend; bytes are what it reads of the cache."""
-
-    run: Callable[[], tuple[Any, Any]]
-    nbytes: int
-
-
 class _Bench:
     """One shape, context and number of query rows, attended to in every way."""
 
-    def __init__(self, torch: Any, device: str, shape: str, context: int, rows: int, formats: list[str]) -> None:
-        self.torch, self.device, self.rows_asked, self.context = torch, device, rows, context
-        self.heads, self.block = SHAPES[shape], BLOCKS[device]
-        self.name = f"{shape} {context} tokens, {'decode' if rows == 1 else f'prefill of {rows}'}"
-        generator = torch.Generator().manual_seed(0)
-        count, size = context // self.block, (self.heads, self.block, DIM)
-        self.table = torch.randperm(count, generator=generator)[None]
-        self.k, self.v = (torch.randn(count, *size, generator=generator).bfloat16().to(device) for _ in range(2))
-        self.q = torch.randn(rows, QUERY_HEADS, DIM, generator=generator).bfloat16().to(device)
-        self.scale = DIM**-0.5
-        self.cases = self._contiguous() | {"pages in bf16": self._paged()}
-        for name in formats:
-            self.cases |= self._compressed(name)
+    def __init__(self, cases: Cases, name: str, formats: list[str]) -> None:
+        self.name, self.device, self.context, self.is_decode = name, cases.device, cases.context, cases.rows == 1
+        self.read, self.formats = cases.read, formats
+        self.cases: dict[str, Case] = cases.contiguous() | {PAGES: cases.paged()}
+        for fmt in formats:
+            self.cases |= cases.compressed(fmt)
 
-    def rows(self, rounds: int) -> list[Row]:
-        floor = "memory read once"
-        timed = {name: self._timed(case.run) for name, case in self.cases.items()}
-        words = self.cases["SDPA, heads as rows"]
-        seconds = medians(interleave(timed | {floor: self._timed(self._read)}, rounds))
+    def leave_out(self, name: str) -> None:
+        self.cases.pop(name, None)
+
+    def rows(self, most_rounds: int, limit_s: float) -> list[Row]:
+        """Rounds until the time is up: one that is not counted, which says how long they take, and three at least."""
+        timed = {name: self._timed(case.run) for name, case in self.cases.items()} | {FLOOR: self._timed(self.read)}
+        if self.device == "cuda":
+            interleave(timed, 1, warmup=0)  # compiles
+        start_s = time.perf_counter()
+        interleave(timed, 1, warmup=0)
+        round_s = time.perf_counter() - start_s
+        rounds = min(most_rounds, max(LEAST_ROUNDS, int(limit_s / round_s) - 1))
+        seconds = medians(interleave(timed, rounds, warmup=0))
         each = {name: found / LAUNCHES[self.device] for name, found in seconds.items()}
-        read_s_per_byte = each[floor] / words.nbytes
-        found = [self._row(floor, each[floor], "itself", each[floor], rounds)]
+        return [*self._times(each, rounds), *self._aims(each, rounds)]
+
+    def _times(self, each: Mapping[str, float], rounds: int) -> Iterator[Row]:
+        """Every case against each of its references."""
+        read_s_per_byte = each[FLOOR] / self.cases[FAST_SDPA].nbytes
+        yield self._row(FLOOR, each[FLOOR], "itself", each[FLOOR], rounds)
         for name, case in self.cases.items():
-            for other in ("SDPA, heads as rows", "SDPA, enable_gqa"):
-                if name.startswith("SDPA") and name == other:
-                    continue
-                if other in each and not (other.endswith("gqa") and name.startswith("SDPA")):
-                    found.append(self._row(name, each[name], other, each[other], rounds))
-            found.append(self._row(name, each[name], "its bytes read once", case.nbytes * read_s_per_byte, rounds))
-        return found
+            for other in self._references(name):
+                if other in each:
+                    yield self._row(name, each[name], other, each[other], rounds)
+            yield self._row(name, each[name], "its bytes read once", case.nbytes * read_s_per_byte, rounds)
+
+    def _references(self, name: str) -> list[str]:
+        if name == FAST_SDPA:
+            return []
+        if name == PLAIN_SDPA:
+            return [FAST_SDPA]
+        unpacked = [unpacked_name(fmt) for fmt in self.formats if name == compressed_name(fmt)]
+        return [FAST_SDPA, PLAIN_SDPA, *unpacked]
+
+    def _aims(self, each: Mapping[str, float], rounds: int) -> Iterator[Row]:
+        """How many times faster than the reference, against what is aimed at."""
+        for name, other, least in AIMS[self.device] if self.is_decode and self.context == AIM_TOKENS else ():
+            if name in each and other in each:
+                times = each[other] / each[name]
+                yield Row(
+                    self.name, f"{name}: speed", times, f"x {other}", "aim: at least", least, times / least, rounds
+                )
 
     def _row(self, name: str, ours_s: float, reference: str, reference_s: float, rounds: int) -> Row:
         return Row.of_times(self.name, name, "ms", ours_s, reference, reference_s, 1e3, rounds)
@@ -128,67 +190,3 @@ class _Bench:
             return float(result.flatten()[0])
 
         return timed
-
-    def _read(self) -> tuple[Any, None]:
-        return self.k.view(self.torch.int64).sum() + self.v.view(self.torch.int64).sum(), None
-
-    def _contiguous(self) -> dict[str, _Case]:
-        """Torch's own attention, on K and V as one piece per head."""
-        order = self.table[0].to(self.device)
-        k, v = (x[order].transpose(0, 1).reshape(1, self.heads, -1, DIM) for x in (self.k, self.v))
-        group = QUERY_HEADS // self.heads
-        grouped = self.q.view(-1, self.heads, group, DIM).permute(1, 2, 0, 3).reshape(1, self.heads, -1, DIM)
-        plain = self.q.transpose(0, 1)[None]
-        sdpa = self.torch.nn.functional.scaled_dot_product_attention
-        nbytes = 2 * k.numel() * k.element_size()
-        cases = {"SDPA, heads as rows": _Case(lambda: (sdpa(grouped, k, v), None), nbytes)}
-        if group > 1:
-            cases["SDPA, enable_gqa"] = _Case(lambda: (sdpa(plain, k, v, enable_gqa=True), None), nbytes)
-        return cases
-
-    def _paged(self) -> _Case:
-        """Pages in full precision; rows before which all of them lie, as for compressed ones."""
-        from ...kernels import block_attention, paged_attention, plan_step
-
-        nbytes = 2 * self.k.numel() * self.k.element_size()
-        if self.rows_asked > 1:
-            order = self.table[0].numpy()
-            return _Case(lambda: block_attention(self.q, self.k, self.v, scale=self.scale, pages=order), nbytes)
-        lens, bounds = [self.context], [0, 1]
-        plan = plan_step(self.k, self.table, lens, bounds)
-        return _Case(
-            lambda: paged_attention(self.q, self.k, self.v, self.table, lens, bounds, scale=self.scale, plan=plan),
-            nbytes,
-        )
-
-    def _compressed(self, name: str) -> dict[str, _Case]:
-        """Pages of one format, attended to as they are and, for some, written out in full precision first."""
-        from ...kernels import (
-            PageFormat,
-            block_attention,
-            compressed_attention,
-            dequantize_blocks,
-            plan_pages,
-            quantize_blocks,
-        )
-
-        fmt = PageFormat(name, self.heads, self.block, DIM, group=GROUP)
-        count = len(self.k)
-        pages = self.torch.zeros(count, fmt.layer_bytes, dtype=self.torch.uint8, device=self.device)
-        quantize_blocks(self.k, self.v, range(count), pages, range(count), fmt)
-        lens, bounds = [self.context], [0, self.rows_asked]
-        plan = plan_pages(pages, fmt, self.table, lens, bounds)
-
-        def attend() -> tuple[Any, Any]:
-            return compressed_attention(self.q, pages, fmt, self.table, lens, bounds, scale=self.scale, plan=plan)
-
-        cases = {f"pages in {name}": _Case(attend, pages.numel())}
-        if name in UNPACKED and self.context <= SLOWEST_TOKENS:
-            k, v = self.torch.empty_like(self.k), self.torch.empty_like(self.v)
-
-            def unpack() -> tuple[Any, Any]:
-                dequantize_blocks(pages, range(count), k, v, range(count), fmt)
-                return block_attention(self.q, k, v, scale=self.scale, pages=self.table[0].numpy())
-
-            cases[f"pages in {name}, unpacked first"] = _Case(unpack, pages.numel())
-        return cases

@@ -1,7 +1,8 @@
 """`kvtier bench daemon`: what it costs to ask a daemon instead of a pager of one's own.
 
 Look-ups of a prompt's keys by clients in processes of their own, against the same look-up called in this process; blocks put
-into and read from the daemon's slab, against a plain memcpy of as many bytes from and to the same memory, in the same rounds.
+into and read from the daemon's slab, against a plain memcpy of as many bytes from and to the same memory, in the same rounds;
+the same where the daemon does the copies (daemon_ordered.py).
 A local Valkey or Redis and LMCache's own server do the same work in those rounds (daemon_peers.py). Every reply is checked.
 """
 
@@ -14,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,20 +25,24 @@ import numpy as np
 from kvtier import KVLayout
 
 from ...pager.client.attachment import Attachment
-from ...pager.client.connection import Greeting
+from ...pager.client.connection import Greeting, Reply
 from ...pager.config import PagerConfig
 from ...pager.daemon.store import SharedStore
 from ...pager.daemon.tenants import OwnerOnly, Tenant
 from ...pager.keys import owner_tag
-from ...tiers.errors import ConfigError, TierUnavailableError
+from ...pager.wire.messages import TAKEN, Slots
+from ...tiers.errors import Busy, ConfigError, TierUnavailableError
 from ...tiers.nvme.manifest import STAMP
+from . import daemon_start
 from .daemon_client import LOOKUP_LAYOUT, MODEL, keys_of
+from .daemon_ordered import ordered_rows
 from .daemon_peers import Peers
+from .daemon_process import DaemonProcess
 from .harness import Row, interleave, medians
 
 BLOCKS = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, block_size=32, dtype="bfloat16")  # 2 MiB
 CLIENTS = (1, 8)
-START_S = 30.0
+SLAB_BATCHES = 9  # one client may have a quarter of the slots, and has up to two batches
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,29 +52,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=16, metavar="N", help="blocks per message (default 16)")
     parser.add_argument("--rounds", type=int, default=9, metavar="N")
     parser.add_argument(
+        "--listed", type=int, default=1_000_000, metavar="N", help="blocks of the store to restart over"
+    )
+    parser.add_argument(
         "--lmcache", metavar="PYTHON", help="a Python that has lmcache installed, to measure its server too"
     )
 
 
 def run(arguments: argparse.Namespace) -> list[Row]:
     """Rows in ms and GB/s. Raises ConfigError for sizes that measure nothing, TierUnavailableError without a daemon."""
-    if min(arguments.keys, arguments.blocks, arguments.batch, arguments.rounds) < 1 or arguments.seconds <= 0:
-        raise ConfigError("--keys, --blocks, --batch, --rounds and --seconds must be at least 1")
+    counts = (arguments.keys, arguments.blocks, arguments.batch, arguments.rounds, arguments.listed)
+    if min(counts) < 1 or arguments.seconds <= 0:
+        raise ConfigError("--keys, --blocks, --batch, --rounds, --listed and --seconds must be at least 1")
     with tempfile.TemporaryDirectory(prefix="kvtier-") as name:
         folder = Path(name)
-        lookups = _lookups(folder, arguments)
+        starts = daemon_start.rows(folder, arguments.listed, arguments.rounds)
         with Peers(folder, blocks=arguments.blocks, keys=arguments.keys, lmcache=arguments.lmcache) as peers:
-            copies, ours_s = _copies(folder, arguments, peers)
-            ours_s["lookup"] = lookups[0].value / 1e3  # p50 of one client
-            return [*lookups, *copies, *peers.rows(ours_s)]
+            lookups, ours_s = _lookups(folder, arguments, peers)
+            copies, copied_s = _copies(folder, arguments, peers)
+            ours_s |= copied_s
+            batch = min(arguments.batch, arguments.blocks)
+            ordered = ordered_rows(folder, BLOCKS, arguments.blocks, batch, arguments.rounds)
+            return [*starts, *lookups, *copies, *ordered, *peers.rows(ours_s)]
 
 
 # ---------------------------------------------------------------------- look-ups
-def _lookups(folder: Path, arguments: argparse.Namespace) -> list[Row]:
+def _lookups(folder: Path, arguments: argparse.Namespace, peers: Peers) -> tuple[list[Row], dict[str, float]]:
+    """Rows, and seconds of one look-up in the rounds in which the peers do theirs."""
     own_s = _in_process(arguments.keys, arguments.seconds / 2)
     rows = []
-    with _daemon(folder, host_bytes=2 * arguments.keys * LOOKUP_LAYOUT.block_bytes) as address:
-        _fill(address, arguments.keys)
+    with _daemon(folder, host_bytes=2 * arguments.keys * LOOKUP_LAYOUT.block_bytes) as daemon:
+        address = daemon.address
+        fill(address, arguments.keys)
         for clients in CLIENTS:
             seconds = _ask(address, clients, arguments.keys, arguments.seconds)
             case = f"look-up of {arguments.keys} keys, {clients} client{'s' * (clients > 1)}"
@@ -77,7 +91,14 @@ def _lookups(folder: Path, arguments: argparse.Namespace) -> list[Row]:
                 ours, reference = float(np.percentile(seconds, value)), float(np.percentile(own_s, limit))
                 said = f"limit: the same look-up in-process, {name}"
                 rows.append(Row.of_times(case, name, "ms", ours, said, reference, 1e3, len(seconds)))
-    return rows
+        client, keys = Attachment.open(address, [LOOKUP_LAYOUT], MODEL, {}, Greeting("bench")), keys_of(arguments.keys)
+        order: dict[str, Callable[[], object]] = {
+            "lookup": partial(client.lookup, keys, prefix=True, hold=False),
+            "peers": partial(peers.run_round, ("lookup",)),
+        }
+        compared = medians(interleave(order, arguments.rounds))
+        client.goodbye()
+    return rows, {"lookup": compared["lookup"]}
 
 
 def _in_process(count: int, seconds: float) -> list[float]:
@@ -96,7 +117,7 @@ def _in_process(count: int, seconds: float) -> list[float]:
         spent, until_s = [], time.monotonic() + seconds
         while time.monotonic() < until_s:
             started_s = time.perf_counter()
-            found = store.lookup(client, keys, prefix=True, hold=False)
+            found = store.lookup(client, keys, prefix=True, hold=False, counts=False)
             spent.append(time.perf_counter() - started_s)
             assert found.shape == (1, count)
         return spent
@@ -104,14 +125,14 @@ def _in_process(count: int, seconds: float) -> list[float]:
         store.close()
 
 
-def _fill(address: str, count: int) -> None:
+def fill(address: str, count: int, layout: KVLayout = LOOKUP_LAYOUT) -> None:
     """Store blocks under the keys that will be asked for."""
-    client = Attachment.open(address, [LOOKUP_LAYOUT], MODEL, {}, Greeting("bench"))
+    client = Attachment.open(address, [layout], MODEL, {}, Greeting("bench"))
     keys, done = keys_of(count), 0
     while done < count:
         rows, _ = client.reserve(0, min(4096, count - done), 10.0)
         part = keys[done : done + len(rows)]
-        client.commit(0, rows, _stamps(part, LOOKUP_LAYOUT.block_size), [b""] * len(part))
+        client.commit(0, rows, _stamps(part, layout.block_size), [b""] * len(part))
         client.release(0, rows)
         done += len(rows)
     client.goodbye()
@@ -151,27 +172,57 @@ class _Copies:
     target: np.ndarray
     round: int = 0
 
-    def put(self) -> None:
+    def put(self, *, copies: bool = True) -> None:
+        """While one batch is copied, room for the next is on its way and the one before is named."""
         self.round += 1
-        for first in range(0, self.blocks, self.batch):
-            names = [_name(self.round, i) for i in range(first, min(first + self.batch, self.blocks))]
-            rows, _ = self.client.reserve(0, len(names), 10.0)
-            assert len(rows) == len(names), "the slab is too small for this benchmark"
-            for i, row in enumerate(rows.tolist(), first):
-                np.copyto(self.client.rows[0][row], self.source[i])
-            results, _ = self.client.commit(0, rows, _stamps(names, BLOCKS.block_size), [b""] * len(names))
-            assert (results & 3 == 1).all()
-            self.client.release(0, rows)
-            self.client.unhold(0, b"".join(names))
+        said, done, ahead = self.client, [], self.client.begin_reserve(0, self._counts()[0])
+        for names, following in zip(self._batches(), [*self._counts()[1:], 0], strict=True):
+            rows = self._reserved(ahead, len(names))
+            if following:
+                ahead = said.begin_reserve(0, following)
+            if copies:
+                for row, source in zip(rows.tolist(), self._rows_of(names, self.source), strict=True):
+                    np.copyto(said.rows[0][row], source)
+            done.append(said.begin_commit(0, rows, _stamps(names, BLOCKS.block_size), [b""] * len(names)))
+            said.begin_release(0, rows)  # served behind the commit
+        for reply in done:
+            assert set(reply.result().results) == {TAKEN}
 
-    def get(self) -> None:
-        for first in range(0, self.blocks, self.batch):
-            names = [_name(self.round, i) for i in range(first, min(first + self.batch, self.blocks))]
-            rows, generations = self.client.lease(0, b"".join(names), 10.0)
-            for i, row in enumerate(rows.tolist(), first):
-                np.copyto(self.target[i], self.client.rows[0][row])
-            assert (self.client.generations[0][rows] == generations).all()
-            self.client.release(0, rows)
+    def get(self, *, copies: bool = True) -> None:
+        """While one batch is copied, the next is leased."""
+        said, batches = self.client, self._batches()
+        ahead = said.begin_lease(0, b"".join(batches[0]), 10.0)
+        for names, following in zip(batches, [*batches[1:], []], strict=True):
+            leased = ahead.result()
+            rows, generations = np.frombuffer(leased.slots, "<i4"), np.frombuffer(leased.generations, np.uint64)
+            assert (rows >= 0).all(), "the slab is too small for this benchmark"
+            if following:
+                ahead = said.begin_lease(0, b"".join(following), 10.0)
+            if copies:
+                for row, target in zip(rows.tolist(), self._rows_of(names, self.target), strict=True):
+                    np.copyto(target, said.rows[0][row])
+            assert (said.generations[0][rows] == generations).all()
+            said.begin_release(0, rows)
+
+    def _reserved(self, reply: Reply[Slots], count: int) -> np.ndarray:
+        """Rows to write to; asked for again where the daemon was busy."""
+        try:
+            rows = np.frombuffer(reply.result().slots, "<i4")
+        except Busy:
+            rows, _ = self.client.reserve(0, count, 10.0)
+        assert len(rows) == count, "the slab is too small for this benchmark"
+        return rows
+
+    def _batches(self) -> list[list[bytes]]:
+        names = [_name(self.round, i) for i in range(self.blocks)]
+        return [names[first : first + self.batch] for first in range(0, self.blocks, self.batch)]
+
+    def _counts(self) -> list[int]:
+        return [len(names) for names in self._batches()]
+
+    def _rows_of(self, names: list[bytes], memory: np.ndarray) -> np.ndarray:
+        first = int.from_bytes(names[0][16:], "little")
+        return memory[first : first + len(names)]
 
     def into_slab(self) -> None:
         """The copies of `put` alone."""
@@ -187,14 +238,22 @@ def _copies(folder: Path, arguments: argparse.Namespace, peers: Peers) -> tuple[
     """Rows, and seconds of put and get. The peers take their turns in the same rounds."""
     size = BLOCKS.block_bytes
     blocks, batch = arguments.blocks, min(arguments.batch, arguments.blocks)
-    with _daemon(folder, host_bytes=max(2 * blocks, 5 * batch) * size) as address:
-        client = Attachment.open(address, [BLOCKS], MODEL, {}, Greeting("bench"))
+    with _daemon(folder, host_bytes=max(2 * blocks, SLAB_BATCHES * batch) * size) as daemon:
+        client = Attachment.open(daemon.address, [BLOCKS], MODEL, {}, Greeting("bench"))
         source = np.random.default_rng(0).integers(0, 256, (blocks, size), np.uint8)
         copies = _Copies(client, blocks, batch, source, np.ones((blocks, size), np.uint8))
         ours = {"put": copies.put, "get": copies.get}
-        limits = {"put limit": copies.into_slab, "get limit": copies.out_of_slab}
-        order = {"put limit": limits["put limit"], **ours, "get limit": limits["get limit"], "peers": peers.run_round}
-        seconds = medians(interleave(order, arguments.rounds, warmup=2))
+        order: dict[str, Callable[[], object]] = {
+            "put limit": copies.into_slab,
+            **ours,
+            "get limit": copies.out_of_slab,
+            "put messages": partial(copies.put, copies=False),
+            "get messages": partial(copies.get, copies=False),
+            "peers": partial(peers.run_round, ("put", "get")),
+        }
+        if (populating := client.populate()) is not None:
+            populating.wait(60.0)
+        seconds = medians(interleave(order, arguments.rounds, warmup=3))  # every row was touched once
         copies.put()
         copies.get()
         assert (copies.target == source).all()
@@ -213,26 +272,21 @@ def _copies(folder: Path, arguments: argparse.Namespace, peers: Peers) -> tuple[
         )
         for name in ours
     ]
+    rows += [_messages(case, name, seconds, arguments.rounds) for name in ours]
     return rows, {name: seconds[name] for name in ours}
 
 
+def _messages(case: str, name: str, seconds: Mapping[str, float], rounds: int) -> Row:
+    """What asking takes where nothing is copied; with copies, most of it is under them."""
+    asked_s, whole_s = seconds[f"{name} messages"], seconds[name]
+    said = f"the whole {name}, same rounds"
+    return Row(case, f"{name}_messages", asked_s * 1e3, "ms", said, whole_s * 1e3, whole_s / asked_s, rounds)
+
+
 # ---------------------------------------------------------------------- parts
-@contextmanager
-def _daemon(folder: Path, *, host_bytes: int) -> Iterator[str]:
+def _daemon(folder: Path, *, host_bytes: int) -> DaemonProcess:
     """A pagerd of its own, on memory only."""
-    socket = folder / f"{time.monotonic_ns()}.sock"
-    command = [sys.executable, "-m", "kvtier.tools.pagerd", "--socket", str(socket), "--host-bytes", str(host_bytes)]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        deadline_s = time.monotonic() + START_S
-        while not socket.exists():
-            if process.poll() is not None or time.monotonic() > deadline_s:
-                raise TierUnavailableError(f"pagerd did not start: {' '.join(command[2:])}")
-            time.sleep(0.01)
-        yield f"unix://{socket}"
-    finally:
-        process.terminate()
-        process.wait(60)
+    return DaemonProcess(folder / f"{time.monotonic_ns()}.sock", ["--host-bytes", str(host_bytes)])
 
 
 def _owner() -> Tenant:

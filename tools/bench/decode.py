@@ -31,6 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, default=4, metavar="N", help="answers at once, for one more row; 0 leaves it out"
     )
     parser.add_argument(
+        "--formats",
+        default="int8,int4",
+        metavar="A,B",
+        help="of packed pages in the device tier, in bfloat16 against full precision; may be empty",
+    )
+    parser.add_argument(
         "--resume",
         type=int,
         default=32768,
@@ -50,11 +56,31 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     if arguments.batch < 0 or arguments.resume < 0:
         raise ConfigError(f"--batch {arguments.batch}, --resume {arguments.resume}: need 0 or more")
     rows = [row for context in contexts for row in _rows(context, arguments.dtype, arguments.rounds)]
+    formats = [part for part in arguments.formats.split(",") if part]
+    if formats:
+        rows += [row for context in contexts for row in _packed(context, formats, arguments.rounds)]
     if arguments.batch:
         rows.append(_batched(arguments.batch, contexts[0]))
     if arguments.resume:
         rows.append(_resumed(arguments.resume))
     return rows
+
+
+def _packed(context: int, formats: list[str], rounds: int) -> list[Row]:
+    import torch
+    import transformers
+
+    from .packed import packed_rows
+
+    model = _model(torch, transformers, torch.bfloat16)
+    return packed_rows(model, _random_cache(torch, model, context), formats, TOKEN_BYTES // 2, VOCAB, rounds)
+
+
+def _random_cache(torch: Any, model: Any, context: int) -> list[Any]:
+    """K and V [kv_heads, context, head_dim] per layer."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (KV_HEADS, context, HIDDEN // HEADS)
+    return [tuple(torch.randn(*shape, generator=generator).to(model.dtype) for _ in range(2)) for _ in range(LAYERS)]
 
 
 def _batched(batch: int, context: int) -> Row:
@@ -81,9 +107,7 @@ def _rows(context: int, dtype: str, rounds: int) -> list[Row]:
     import transformers
 
     model = _model(torch, transformers, getattr(torch, dtype))
-    generator = torch.Generator().manual_seed(1)
-    shape = (KV_HEADS, context, HIDDEN // HEADS)
-    cache = [tuple(torch.randn(*shape, generator=generator).to(model.dtype) for _ in range(2)) for _ in range(LAYERS)]
+    cache = _random_cache(torch, model, context)
     limit = context + rounds + 64
     peers: dict[str, Callable[[], object]] = {
         "DynamicCache": _peer(torch, model, transformers.DynamicCache(config=model.config), cache),
@@ -91,8 +115,9 @@ def _rows(context: int, dtype: str, rounds: int) -> list[Row]:
     }
     token_bytes = 2 * LAYERS * KV_HEADS * (HIDDEN // HEADS) * model.dtype.itemsize
     config = PagerConfig(device_bytes=2 * token_bytes * (limit + 4096), host_bytes=0, backend="auto")
-    stock = _model(torch, transformers, getattr(torch, dtype))  # the peers' model keeps its own attention
-    with Engine.from_model(stock, config) as engine:
+    ours = _model(torch, transformers, getattr(torch, dtype))  # the peers' model keeps its own attention
+    ours.load_state_dict(model.state_dict(), assign=True)  # one set of weights: nobody finds the caches warmer
+    with Engine.from_model(ours, config) as engine:
         session = engine.session("bench")
         session.inject([i % VOCAB for i in range(context)], cache)
         session.send([1], SamplingParams(max_tokens=1))

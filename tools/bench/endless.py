@@ -7,11 +7,10 @@ memory are looked at after every chunk; the second tenth of the run is compared 
 from __future__ import annotations
 
 import argparse
-import resource
 import time
 
 from ...tiers.errors import ConfigError
-from .harness import Row
+from .harness import Row, resident_bytes
 
 CHUNK_TOKENS = 8192
 
@@ -47,7 +46,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             session.send(filler[:count], SamplingParams(max_tokens=1))
             fed += count
             held.append(engine.pager.pages_needed([(session.seq, 1)])[0][0])
-            sizes.append(_resident_bytes())
+            sizes.append(resident_bytes())
         spent_s = time.perf_counter() - start_s
         computed = session.num_computed
     tenth = max(1, len(sizes) // 10)
@@ -59,8 +58,3 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         Row(case, "resident memory", late, "bytes", "in the second tenth of the run", early, early / late),
         Row(case, "rate", fed / spent_s, "tokens/s", "nothing to compare with"),
     ]
-
-
-def _resident_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()

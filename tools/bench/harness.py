@@ -77,6 +77,11 @@ def medians(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
+def resident_bytes() -> int:
+    """Memory that this process has now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 def report(bench: str, rows: Sequence[Row]) -> dict[str, Any]:
     """The result object that every benchmark prints."""
     return {
@@ -136,7 +141,19 @@ def _machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.release()}",
+        **_gpu(),
     }
+
+
+def _gpu() -> dict[str, Any]:
+    """What a run that may have used a GPU says about it."""
+    from ...tiers.backends import cuda_missing
+
+    if cuda_missing(probe="torch" in sys.modules) is not None:
+        return {}
+    from ...tiers.cuda import device_facts
+
+    return {"gpu": device_facts() | {"triton": version("triton")}}
 
 
 def _cpuinfo() -> list[str]:

@@ -1,13 +1,14 @@
-"""`kvtier bench inspect`: what looking costs. Every view at a million blocks, the start of the program, the decision ring,
-and how much a pager at work is slowed by somebody who watches.
+"""`kvtier bench inspect`: what looking costs. Every view at a million blocks of a pager and of pagerd (inspect_daemon.py), the
+start of the program, the decision ring, and what it costs a pager or a daemon at work that somebody watches.
 
-References are aims (0.3 s a view, 0.15 s a start, 100 ns a block) and the pager alone in the same rounds. Blocks are tiny,
+References are aims (0.3 s a view, 0.15 s a start, 100 ns a block) and the same work alone in the same rounds. Blocks are tiny,
 so no figure contains moving bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import statistics
 import subprocess
@@ -28,19 +29,13 @@ from ...pager.inspection.asking import Target
 from ...pager.inspection.events import KIND, EventRing
 from ...pager.states import HostSlots, Pages
 from ...tiers.errors import ConfigError
+from . import inspect_daemon
 from .harness import Row, interleave
+from .watching import TURN_S, VIEW_ROUNDS, questions, views, watched
 
-VIEW_S, START_S, EVENT_NS = 0.3, 0.15, 100.0
+START_S, EVENT_NS = 0.15, 100.0
 SEQUENCES = 100
 STEPS_EACH = 100
-_WATCH = """
-import sys, time
-from pathlib import Path
-from kvtier.pager.inspection.snapshot import read_snapshot
-while True:
-    read_snapshot(Path(sys.argv[1]), watch=True)
-    time.sleep(0.1)
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,9 +54,10 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         tempfile.TemporaryDirectory() as directory,
         _filled(Path(directory), arguments.blocks) as (pager, target, prompt),
     ):
-        rows += _views(target, prompt, arguments.blocks, arguments.rounds)
-        rows.append(_watched(pager, Path(directory), arguments.rounds))
-    return rows
+        asked = questions(target, f"seq:{SEQUENCES}", prompt)
+        rows += views(target, asked, f"a pager, {arguments.blocks:,} blocks", min(arguments.rounds, VIEW_ROUNDS))
+        rows += _watched(pager, Path(directory) / "sock.page", arguments.rounds)
+    return [*rows, *inspect_daemon.rows(arguments.blocks, arguments.rounds)]
 
 
 def _start(rounds: int) -> Row:
@@ -128,46 +124,14 @@ def _filled(directory: Path, blocks: int) -> Iterator[tuple[Pager, Target, list[
         yield pager, Target.find(str(socket), timeout_s=60.0), prompt
 
 
-def _views(target: Target, prompt: list[int], blocks: int, rounds: int) -> Iterator[Row]:
-    key = target.ask("blocks", limit=1)["blocks"][0]["key"]
-    asked = {
-        "status": {},
-        "sessions": {},
-        "session": {"session": f"seq:{SEQUENCES}"},
-        "blocks": {},
-        "prefix": {"tokens": np.array(prompt, "<u4").tobytes()},
-        "explain": {"about": key},
-        "trace": {},
-        "thrash": {},
-        "doctor": {},
-        "check": {},
-        "advise": {},
-    }
-    cases = {verb: (lambda verb=verb, words=words: target.ask(verb, **words)) for verb, words in asked.items()}
-    for verb, times in interleave(cases, rounds).items():  # type: ignore[arg-type]
-        spent_s = statistics.median(times)
-        case = f"{verb}, {blocks:,} blocks"
-        yield Row(case, "answer", spent_s * 1e3, "ms", "aim: 300 ms", VIEW_S * 1e3, VIEW_S / spent_s, rounds)
-
-
-def _watched(pager: Pager, directory: Path, rounds: int) -> Row:
-    """Steps of one token, alone and while a process watches the snapshot page; the two take turns."""
-    command = [sys.executable, "-c", _WATCH, str(directory / "sock.page")]
-    rates: dict[str, list[int]] = {"alone": [], "watched": []}
-    for _ in range(rounds):
-        rates["alone"].append(_steps(pager))
-        with subprocess.Popen(command) as watcher:
-            time.sleep(0.5)
-            rates["watched"].append(_steps(pager))
-            watcher.terminate()
-    alone, watched = statistics.median(rates["alone"]), statistics.median(rates["watched"])
-    case = "steps of one token while watched"
-    return Row(case, "rate", watched, "steps/s", "the pager alone", alone, watched / alone, rounds)
+def _watched(pager: Pager, page: Path, rounds: int) -> Iterator[Row]:
+    """Steps of one token, alone and while a process watches the snapshot page."""
+    return watched(page, os.getpid(), lambda: _steps(pager), rounds, "steps of one token while watched")
 
 
 def _steps(pager: Pager) -> int:
-    """Steps in one second, by sequences that end after a hundred of them and leave nothing."""
-    until_s, steps = time.monotonic() + 1.0, 0
+    """Steps in one turn, by sequences that end after a hundred of them and leave nothing."""
+    until_s, steps = time.monotonic() + TURN_S, 0
     while time.monotonic() < until_s:
         seq = pager.begin()
         for position in range(STEPS_EACH):

@@ -1,113 +1,40 @@
 """LMCache beside the store in `bench nvme`: another interpreter runs lmcache_peer.py and is asked for one case at a time.
 
-It has an interpreter of its own because its dependencies differ from ours. Its settings are all tried in every round and
-the best of each case counts. Without one, the rows say that it is not installed.
+Its settings are all tried in every round and the best of each case counts. Without it, the rows say that it is not
+installed.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 import statistics
-import subprocess
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from ...tiers.errors import ConfigError
 from .harness import Row
+from .peer_process import PeerProcess
 
-NOT_INSTALLED = "LMCache is not installed: pass --lmcache PYTHON; how to install: README, Compared with LMCache"
+NOT_INSTALLED = "LMCache is not installed: pass --lmcache PYTHON; how to install: docs/peers.md"
 CASES = ("write", "committed", "read")
-TIMEOUT_S = 300.0
 _SCRIPT = Path(__file__).with_name("lmcache_peer.py")
 _SERVER_SCRIPT = Path(__file__).with_name("lmcache_server_peer.py")
-
-
-class PeerProcess:
-    """Another interpreter that runs one of our peer programs. Raises ConfigError when it cannot run LMCache, or fails."""
-
-    def __init__(self, python: str, script: Path, folder: Path, **sizes: int) -> None:
-        interpreter = shutil.which(python)
-        if interpreter is None:
-            raise ConfigError(f"--lmcache {python!r} is not a program: name the Python that has lmcache installed")
-        folder.mkdir()
-        self._python, self._log = python, (folder / "log").open("w+")
-        self._process = subprocess.Popen(
-            [interpreter, "-I", str(script), str(folder), *(f"--{name}={size}" for name, size in sizes.items())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            env={"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", **os.environ},  # memory in huge pages, as ours is
-        )
-        try:
-            self.greeting = self._read()
-        except ConfigError:
-            self.close()
-            raise
-        self.version: str = self.greeting["lmcache"]
-        self.block_bytes: int = self.greeting["block_bytes"]
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.close()  # it ends when nobody asks any more
-            self._process.wait(30)
-        except (BrokenPipeError, subprocess.TimeoutExpired):
-            self._process.kill()
-            self._process.wait()
-        self._process.stdout.close()
-        self._log.close()
-
-    def _ask(self, **request: str) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        try:
-            print(json.dumps(request), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # it ended: the answer says why
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        limit = threading.Timer(TIMEOUT_S, self._process.kill)
-        limit.start()
-        line = self._process.stdout.readline()
-        limit.cancel()
-        try:
-            answer: dict[str, Any] = json.loads(line)
-        except ValueError:
-            self._log.seek(0)
-            answer = {"error": (self._log.read().strip().splitlines() or ["it ended without a word"])[-1]}
-        if "error" in answer:
-            raise ConfigError(f"--lmcache {self._python!r}: {answer['error']}; how to install: README")
-        return answer
 
 
 class LmcachePeer(PeerProcess):
     """Its local disk."""
 
     def __init__(self, python: str, folder: Path, blocks: int) -> None:
-        super().__init__(python, _SCRIPT, folder, blocks=blocks)
+        super().__init__("--lmcache", python, _SCRIPT, folder, blocks=blocks)
+        self.version: str = self.greeting["lmcache"]
+        self.block_bytes: int = self.greeting["block_bytes"]
         self.settings: list[str] = self.greeting["settings"]
 
     def gb_s(self, case: str, setting: str) -> float:
-        return float(self._ask(case=case, setting=setting)["gb_s"])
+        return float(self.ask(case=case, setting=setting)["gb_s"])
 
     def damage(self) -> list[dict[str, Any]]:
         """What LMCache returned for files that were spoiled, one object per get."""
-        found: list[dict[str, Any]] = self._ask(case="damage")["damage"]
+        found: list[dict[str, Any]] = self.ask(case="damage")["damage"]
         return found
 
 
@@ -115,12 +42,12 @@ class LmcacheServerPeer(PeerProcess):
     """Its own server with its own client."""
 
     def __init__(self, python: str, folder: Path, blocks: int, keys: int) -> None:
-        super().__init__(python, _SERVER_SCRIPT, folder, blocks=blocks, keys=keys)
-        self.name = f"LMCache {self.version} server"
+        super().__init__("--lmcache", python, _SERVER_SCRIPT, folder, blocks=blocks, keys=keys)
+        self.name = f"LMCache {self.greeting['lmcache']} server"
 
     def seconds(self, case: str) -> float:
         """Of put, get or lookup, as LMCache's interpreter sees it: what it takes to ask is not counted."""
-        return float(self._ask(case=case)["seconds"])
+        return float(self.ask(case=case)["seconds"])
 
 
 def value_name(case: str, setting: str) -> str:

@@ -1,7 +1,7 @@
 """`kvtier bench nvme`: 2 MiB blocks written and read cold through the store, against fio, zarr-python and LMCache.
 
 Everything bypasses or drops the page cache. fio works on files of the same size beside the store's, with O_DIRECT, the
-better of its engines counts, and rounds are interleaved. A write round ends when the bytes are written; `committed`
+best of its engines and depths counts, and rounds are interleaved. A write round ends when the bytes are written; `committed`
 rounds end when they and the journal are durable, and fio's then end with an fsync too.
 """
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from kvtier import KVLayout
 
-from ...tiers.cpu import CpuBackend
+from ...tiers.cpu import IO_DEPTH, CpuBackend
 from ...tiers.errors import ConfigError
 from ...tiers.nvme.store import STAMP, IoTicket, NvmeTier, StoreIdentity
 from . import lmcache
@@ -36,10 +36,11 @@ from .page_cache import sync_files
 
 LAYOUT = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, block_size=32, dtype="bfloat16")  # 2 MiB blocks
 FIO_ENGINES = {"psync": ["--ioengine=psync", "--thread"], "io_uring": ["--ioengine=io_uring"]}
+FIO_DEPTHS = (8, IO_DEPTH)  # the better one counts
+FIO_SETTINGS = {f"{engine} QD {depth}": (engine, depth) for engine in FIO_ENGINES for depth in FIO_DEPTHS}
 ROOM = 512  # slots: a store with room for many segments has large ones
-QUEUE_DEPTH = 8
 PAUSE_S = 0.3  # before each case
-ROWS = 2 * QUEUE_DEPTH  # buffers in turn: as many requests as fio has are in flight, and as many wait for one to end
+ROWS = 2 * IO_DEPTH  # buffers in turn: as many requests as fio has are in flight, and as many wait for one to end
 _GB = 1e-9
 
 
@@ -85,7 +86,7 @@ class _Disk:
             "": _Store(self._folder / "plain", self._blocks, self._backend, with_checksums=False),
             "_checksummed": _Store(self._folder / "checked", self._blocks, self._backend, with_checksums=True),
         }
-        engines = self._fio_files() if shutil.which("fio") else {}
+        settings = self._fio_settings() if shutil.which("fio") else []
         zarr = _StockZarr(self._folder / "stock.zarr", self._slab)
         cases: list[Callable[[], None]] = []
         for suffix, store in stores.items():
@@ -94,11 +95,11 @@ class _Disk:
                 partial(self._take, f"committed{suffix}", partial(store.write, self._slab, commit=True)),
                 partial(self._take, f"read{suffix}", partial(store.read, self._out)),
             ]
-        for engine in engines:
+        for setting in settings:
             cases += [
-                partial(self._take, f"fio {engine} write", partial(self._fio, engine, "write")),
-                partial(self._take, f"fio {engine} committed", partial(self._fio, engine, "write", "--end_fsync=1")),
-                partial(self._take, f"fio {engine} read", partial(self._fio, engine, "read")),
+                partial(self._take, f"fio {setting} write", partial(self._fio, setting, "write")),
+                partial(self._take, f"fio {setting} committed", partial(self._fio, setting, "write", "--end_fsync=1")),
+                partial(self._take, f"fio {setting} read", partial(self._fio, setting, "read")),
             ]
         if peer := self._peer:
             cases += [
@@ -110,8 +111,7 @@ class _Disk:
         cases += [
             partial(self._take, "zarr write", zarr.write),
             partial(self._take, "zarr read", zarr.read),
-            partial(self._take, "latency", partial(checked.latency_s, self._out)),
-            partial(self._take, "latency limit", partial(checked.raw_latency_s, self._out)),
+            partial(self._take_latencies, checked),
         ]
         order = random.Random(0)
         for number in range(self._rounds + 1):
@@ -121,7 +121,7 @@ class _Disk:
             for case in cases:
                 time.sleep(PAUSE_S)
                 case()
-        found = self._report(list(engines))
+        found = self._report(settings)
         if self._peer:
             spoiled = {"one byte flipped": _flip, "truncated to half": _truncate}
             ours = {kind: int(checked.serves(spoil, self._out)) for kind, spoil in spoiled.items()}
@@ -131,13 +131,13 @@ class _Disk:
         self._backend.close(5.0)
         return found
 
-    def _report(self, engines: list[str]) -> list[Row]:
+    def _report(self, settings: list[str]) -> list[Row]:
         middle = {name: statistics.median(values) for name, values in self._values.items()}
         case, found = f"{self._blocks} blocks of 2 MiB", []
         for name in ("write", "committed", "read"):
-            best = max(engines, key=lambda e: middle[f"fio {e} {name}"], default="")
+            best = max(settings, key=lambda each: middle[f"fio {each} {name}"], default="")
             limit = middle.get(f"fio {best} {name}")
-            said = f"{_fio_version()} {best}, O_DIRECT, QD {QUEUE_DEPTH}" if best else "fio is not installed"
+            said = f"{_fio_version()} {best}, O_DIRECT" if best else "fio is not installed"
             for suffix in ("", "_checksummed"):
                 ours = middle[name + suffix]
                 ratio = None if limit is None else self._paired(name + suffix, f"fio {best} {name}")
@@ -151,15 +151,15 @@ class _Disk:
         found.append(
             Row("1 block, cold", "latency", latency, "ms", "one raw pread", limit, limit / latency, self._rounds)
         )
-        return found + [self._cpu_row(case, name, engines) for name in ("write", "read")]
+        return found + [self._cpu_row(case, name, settings) for name in ("write", "read")]
 
-    def _cpu_row(self, case: str, name: str, engines: list[str]) -> Row:
-        """CPU seconds of ours with checksums, beside those of the fio engine that needs least, which has none."""
+    def _cpu_row(self, case: str, name: str, settings: list[str]) -> Row:
+        """CPU seconds of ours with checksums, beside those of the fio setting that needs least, which has none."""
         ours = statistics.median(self._cpu[f"{name}_checksummed"])
-        theirs = {engine: statistics.median(self._fio_cpu[f"{engine} {name}"]) for engine in engines}
+        theirs = {setting: statistics.median(self._fio_cpu[f"{setting} {name}"]) for setting in settings}
         if not theirs:
             return Row(case, f"{name}_checksummed CPU", ours, "s/GB", "fio is not installed")
-        best = min(theirs, key=lambda engine: theirs[engine])
+        best = min(theirs, key=lambda setting: theirs[setting])
         said = f"{_fio_version()} {best}, no checksum"
         limit = theirs[best]
         ratio = limit / ours if limit else None  # a short run of fio takes less than its clock shows
@@ -177,16 +177,23 @@ class _Disk:
             self._cpu.setdefault(name, []).append((time.process_time() - cpu_s) / moved)
             self._values.setdefault(name, []).append(value)
 
-    def _fio_files(self) -> dict[str, list[str]]:
-        (self._folder / "fio").mkdir()
-        return FIO_ENGINES
+    def _take_latencies(self, store: _Store) -> None:
+        if self._is_counted:
+            for name, value in zip(("latency", "latency limit"), store.latencies_s(self._out), strict=True):
+                self._values.setdefault(name, []).append(value)
 
-    def _fio(self, engine: str, verb: str, *more: str) -> float:
+    def _fio_settings(self) -> list[str]:
+        (self._folder / "fio").mkdir()
+        return list(FIO_SETTINGS)
+
+    def _fio(self, setting: str, verb: str, *more: str) -> float:
         """GB/s of fio over one file per job, all blocks once. Raises ConfigError when it fails."""
-        size = self._blocks * LAYOUT.block_bytes // QUEUE_DEPTH // LAYOUT.block_bytes * LAYOUT.block_bytes
-        jobs = ["--numjobs=1", f"--iodepth={QUEUE_DEPTH}"] if engine == "io_uring" else [f"--numjobs={QUEUE_DEPTH}"]
-        total = size * QUEUE_DEPTH if engine == "io_uring" else size
-        command = ["fio", "--name=bench", f"--directory={self._folder / 'fio'}", f"--filename_format={engine}.$jobnum"]
+        engine, depth = FIO_SETTINGS[setting]
+        size = self._blocks * LAYOUT.block_bytes // depth // LAYOUT.block_bytes * LAYOUT.block_bytes
+        jobs = ["--numjobs=1", f"--iodepth={depth}"] if engine == "io_uring" else [f"--numjobs={depth}"]
+        total = size * depth if engine == "io_uring" else size
+        files = f"--filename_format={setting.replace(' ', '-')}.$jobnum"
+        command = ["fio", "--name=bench", f"--directory={self._folder / 'fio'}", files]
         command += [
             f"--rw={verb}",
             f"--bs={LAYOUT.block_bytes}",
@@ -201,11 +208,9 @@ class _Disk:
         if self._is_counted:
             share = (job["usr_cpu"] + job["sys_cpu"]) / 100
             moved = job[verb]["io_bytes"] * _GB
-            self._fio_cpu.setdefault(f"{engine} {verb}", []).append(share * job["job_runtime"] / 1e3 / moved)
+            self._fio_cpu.setdefault(f"{setting} {verb}", []).append(share * job["job_runtime"] / 1e3 / moved)
         if "--end_fsync=1" in more:  # its bandwidth leaves the fsync out
-            return float(
-                job[verb]["io_bytes"] / (job["job_runtime"] / 1e3 / (QUEUE_DEPTH if engine == "psync" else 1)) * _GB
-            )
+            return float(job[verb]["io_bytes"] / (job["job_runtime"] / 1e3 / (depth if engine == "psync" else 1)) * _GB)
         return float(job[verb]["bw_bytes"]) * _GB
 
 
@@ -255,31 +260,24 @@ class _Store:
         assert all(ticket.ok.all() for ticket in tickets)
         return float(len(self._slots) * LAYOUT.block_bytes / spent_s * _GB)
 
-    def latency_s(self, out: Any, tries: int = 16) -> float:
-        """Median seconds of reading one block, checked."""
-        found = []
-        for slot in self._random.choice(self._slots, tries):
-            one = np.array([slot])
-            start_s = time.perf_counter()
-            ticket = self._tier.read(0, one, out, self._line[:1], self._tier.stamps(0, one))
-            ticket.event.wait()
-            found.append(time.perf_counter() - start_s)
-        return statistics.median(found)
-
-    def raw_latency_s(self, out: Any, tries: int = 16) -> float:
-        """Median seconds of one pread of as many bytes, of the same files."""
-        geometry, found = self._tier.geometry(0), []
+    def latencies_s(self, out: Any, tries: int = 16) -> tuple[float, float]:
+        """Median seconds of reading one block, checked, and of one pread of as many bytes of the same files, in turn."""
+        geometry, ours, raw = self._tier.geometry(0), list[float](), list[float]()
         files = sorted((self._path / "blocks.zarr" / "g0").glob("c.*"))
         with _descriptors(files) as fds:
-            for _ in range(tries):
+            for slot in self._random.choice(self._slots, tries):
+                ours.append(self._latency_s(np.array([slot]), out))
                 fd = fds[int(self._random.integers(len(fds)))]
-                offset = (
-                    geometry.header_bytes + int(self._random.integers(geometry.slots_per_segment)) * geometry.stride
-                )
+                place = int(self._random.integers(geometry.slots_per_segment))
                 start_s = time.perf_counter()
-                os.preadv(fd, [out[0].data], offset)
-                found.append(time.perf_counter() - start_s)
-        return statistics.median(found)
+                os.preadv(fd, [out[0].data], geometry.header_bytes + place * geometry.stride)
+                raw.append(time.perf_counter() - start_s)
+        return statistics.median(ours), statistics.median(raw)
+
+    def _latency_s(self, slot: Any, out: Any) -> float:
+        start_s = time.perf_counter()
+        self._tier.read(0, slot, out, self._line[:1], self._tier.stamps(0, slot)).event.wait()
+        return time.perf_counter() - start_s
 
     def serves(self, spoil: Callable[[Path, int], None], out: Any) -> bool:
         """Spoil the last block in its file. Whether it is served all the same."""
@@ -353,7 +351,7 @@ def _huge_pages() -> list[str]:
     """Huge-page buffers for fio where the machine has any reserved; without them it understates the disk."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next((int(line.split()[1]) for line in lines if line.startswith("HugePages_Free")), 0)
-    return ["--iomem=shmhuge"] if free >= 4 * QUEUE_DEPTH else []
+    return ["--iomem=shmhuge"] if free >= 2 * max(FIO_DEPTHS) else []
 
 
 def _fio_version() -> str:

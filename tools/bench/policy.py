@@ -1,7 +1,8 @@
 """`kvtier bench policy`: `auto` against every other policy and Belady on recorded traces, whole, in halves and shuffled.
 
 Nothing is timed. Of each cell: the token hit rate beside the best other policy's and beside Belady's, how much of the
-way from the one to the other `auto` goes, and, with hints of what is never used again, beside LRU with the same hints.
+way from the one to the other `auto` goes; beside LRU that is told, in hindsight, the best rule for what a pager sees of a
+chain when it ends; and, with hints of what is never used again, beside LRU with the same hints.
 Where sessions start is drawn anew in the shuffled parts; the second half is replayed by itself, from empty tiers.
 """
 
@@ -14,6 +15,7 @@ from pathlib import Path
 from ...pager.policies.registry import Setting, make_policy
 from ...tiers.errors import ConfigError
 from ..replay.cells import WITHOUT_WINDOW, capacities_of
+from ..replay.hindsight import best_release_rule, shares_of
 from ..replay.oracles import belady, next_uses, releases
 from ..replay.simulate import Outcome, simulate
 from ..replay.trace import Trace, part, read, shuffled_starts
@@ -62,7 +64,7 @@ def _part(trace: Trace, name: str) -> Trace:
 
 def _rows(trace: Trace, title: str, capacities: str) -> Iterator[Row]:
     uses = next_uses(trace)
-    freed = releases(trace, uses)
+    freed, goes_on = releases(trace, uses), shares_of(trace, uses)
     for capacity in capacities_of(capacities, trace):
         case, blocks = f"{title}, {capacity.text}", capacity.blocks
         rates = {}
@@ -76,6 +78,10 @@ def _rows(trace: Trace, title: str, capacities: str) -> Iterator[Row]:
         yield _row(case, "token_hit_rate", ours, "limit: Belady", bound)
         way = (ours - rates[best]) / (bound - rates[best]) if bound > rates[best] else 1.0
         yield Row(case, "way_to_belady", way, "share", f"from {best} to Belady")
+        rule = best_release_rule(trace, blocks, goes_on)
+        yield _row(
+            case, "token_hit_rate", ours, "LRU and the best release rule on what a pager sees, in hindsight", rule
+        )
         hinted = {}
         for name in ("auto", "lru"):
             policy = make_policy(name, Setting(blocks, trace.block_tokens))

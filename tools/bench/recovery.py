@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import resource
 import statistics
 import tempfile
 import time
@@ -22,7 +21,7 @@ from ...tiers.errors import ConfigError
 from ...tiers.nvme.identity import MANIFEST_FILE
 from ...tiers.nvme.manifest import STAMP, Manifest
 from ...tiers.nvme.store import NvmeTier, StoreIdentity
-from .harness import Row
+from .harness import Row, resident_bytes
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=64, block_size=16, dtype="bfloat16")
 IDENTITY = StoreIdentity("bench", (LAYOUT,))
@@ -47,7 +46,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         full, empty = Path(folder) / "full", Path(folder) / "empty"
         for path in (full, empty):
             _open(path, arguments.blocks, backend).close()
-        _list_blocks(full / MANIFEST_FILE, arguments.blocks)
+        list_blocks(full / MANIFEST_FILE, arguments.blocks)
         times = {
             path: [_opening_s(path, arguments.blocks, backend) for _ in range(arguments.rounds)]
             for path in (full, empty)
@@ -70,7 +69,7 @@ def _open(path: Path, blocks: int, backend: CpuBackend) -> NvmeTier:
     return NvmeTier.open(path, IDENTITY, num_slots=[blocks], backend=backend)
 
 
-def _list_blocks(path: Path, blocks: int) -> None:
+def list_blocks(path: Path, blocks: int) -> None:
     """Journal what a store would that wrote so many blocks and committed them."""
     manifest, keys = Manifest.open(path), np.random.default_rng(0)
     for first in range(0, blocks, BATCH):
@@ -95,14 +94,9 @@ def _opening_s(path: Path, blocks: int, backend: CpuBackend) -> float:
 def _held_bytes(path: Path, blocks: int, backend: CpuBackend) -> int:
     """What the process grows by while the store is open."""
     gc.collect()
-    before = _resident_bytes()
+    before = resident_bytes()
     tier = _open(path, blocks, backend)
     gc.collect()
-    after = _resident_bytes()
+    after = resident_bytes()
     tier.close()
     return max(1, after - before)
-
-
-def _resident_bytes() -> int:
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()

@@ -17,7 +17,8 @@ def explain(told: dict[str, Any], style: Style) -> Lines:
         also = [name for name, there in (("host", place["in_host"]), ("nvme", place["on_nvme"])) if there]
         pinned = ", pinned by a client" if place["pinned"] else ""
         where = f"fastest copy in {place['tier']}, copies below: {', '.join(also) or 'none'}"
-        yield f"now: group {place['group']}, {where}, {place['refs']} references{pinned}"
+        refs = "" if place["refs"] is None else f", {place['refs']} references"
+        yield f"now: group {place['group']}, {where}{refs}{pinned}"
     ghost = told["ghost"]
     if not told["is_session"] and not told["now"]:
         if ghost is None:
@@ -28,7 +29,10 @@ def explain(told: dict[str, Any], style: Style) -> Lines:
         yield event_line(row)
     if told["events_left_out"]:
         yield f"{told['events_left_out']} earlier ones left out; --limit shows more"
-    yield f"the ring of decisions reaches back {age(told['ring_reaches_back_s'])}"
+    if told.get("source") == "store":
+        yield "a store at rest: why it is there went with the pager that decided it"
+    else:
+        yield f"the ring of decisions reaches back {age(told['ring_reaches_back_s'])}"
 
 
 _WORDS = {
@@ -80,7 +84,7 @@ def thrash(told: dict[str, Any], style: Style) -> Lines:
 
 def why(told: dict[str, Any], style: Style) -> Lines:
     if not told["requests"]:
-        yield "no request was answered yet; engines report theirs when they end"
+        yield "no request was answered here yet; those of pagerd's clients are told by the clients' own pagers"
     for request in told["requests"]:
         yield from _ledger(request, style)
 
@@ -134,13 +138,20 @@ def advise(told: dict[str, Any], style: Style) -> Lines:
         return
     rate = told["sample_rate"]
     yield f"block uses hit at or above the {told['tier']} tier, by its size; {told['uses']:,.0f} uses, {rate:.1%} of keys"
+    policies = list(next((row["policies"] for row in told["rows"] if row["policies"]), ()))
     rows = []
     for row in told["rows"]:
         name = "now" if row["factor"] == 1 else f"{row['factor']:g}x"
         band = f"{row['hit_rate']:.1%} ±{row['band']:.1%}"
-        rows.append([size(row["tier_bytes"]), name, style.bar(row["hit_rate"], 30), band])
-    yield from table(("SIZE", "", "", "HIT"), rows, left=0)
+        ttft = "-" if row["ttft_s"] is None else millis(row["ttft_s"])
+        tried = [f"{row['policies'][policy]:.1%}" if row["policies"] else "-" for policy in policies]
+        rows.append([size(row["tier_bytes"]), name, style.bar(row["hit_rate"], 30), band, ttft, *tried])
+    yield from table(("SIZE", "", "", "HIT", "TTFT est.", *policies), rows, left=0)
     yield f"{told['ever_reused']:.1%} of uses are of blocks that were used before: no size hits more"
+    if policies:
+        yield f"by policy: prefixes hit, tried on the last {told['sampled_requests']:,} requests; {told['policy']} is at work"
+    if told["measured_ttft_s"] is not None:
+        yield f"TTFT: mean, measured {millis(told['measured_ttft_s'])} now; hits and misses at this pager's own rates"
     if not told["is_sure"]:
         yield "few uses were sampled so far: these figures will move"
 

@@ -74,6 +74,13 @@ def why(sub: argparse.ArgumentParser) -> None:
 def stat(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("interval", nargs="?", type=float, default=1.0, metavar="SEC")
     sub.add_argument("count", nargs="?", type=int, metavar="COUNT")
+    sub.add_argument("-f", "--field", metavar="NAME,..", help="only these columns")
+    sub.add_argument("--fields", action="store_true", help="list the columns, their JSON names and what they mean")
+    sub.add_argument("-l", "--latency", action="store_true", help="also the mean time of a move, by direction")
+    sub.add_argument(
+        "-q", "--queues", action="store_true", help="also what is under way and how old it is, by direction"
+    )
+    sub.add_argument("-H", "--no-heads", action="store_true", help="no line of heads, for programs")
 
 
 def top(sub: argparse.ArgumentParser) -> None:

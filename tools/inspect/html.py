@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...pager.inspection.asking import RefusedError, Target, UnreachableError
 from . import screens
+from .advising import advised
 from .text import Style
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def page_of(target: Target) -> str:
     told: dict[str, Any] = {"status": target.ask("status")}
     for verb, arguments in ASKED:
         try:
-            told[verb] = target.ask(verb, **arguments)
+            told[verb] = advised(target) if verb == "advise" else target.ask(verb, **arguments)
         except RefusedError:
             continue
     try:

@@ -93,6 +93,14 @@ def tiers(told: dict[str, Any], style: Style) -> Lines:
     heads += ["EVICTED", "IN", "OUT", "IN/s", "OUT/s"]
     drop = [i for i in range(len(heads)) if i != 4 or style.bars]
     yield from table([heads[i] for i in drop], [[row[i] for i in drop] for row in rows])
+    formats = {name: tier.get("formats", []) for name, tier in told["tiers"].items()}
+    if any(set(kept) - {"full"} for kept in formats.values()):
+        yield "formats: " + "  ".join(
+            f"{name} {', '.join(dict.fromkeys(kept))}" for name, kept in formats.items() if kept
+        )
+    for name, tier in told["tiers"].items():
+        if 0 < tier.get("stored_bytes", 0) < 0.98 * tier["used_bytes"]:
+            yield f"{name}: blocks take {size(tier['stored_bytes'])} as stored; USED and CAPACITY count them whole"
     missed, ghosts = told["miss_tokens"], told["ghost_tokens"]
     yield f"missed {count(missed)} of {count(asked)} tokens asked for, {count(ghosts)} of them evicted before"
 

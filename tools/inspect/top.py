@@ -153,7 +153,7 @@ def _live(context: Context, target: Any, view: View) -> int:
         lines = list(view.lines(style, rows))[: rows - 1]
         return Text.from_ansi("\n".join(lines), no_wrap=True, overflow="crop")
 
-    with _keys() as pressed, Live(drawn(), screen=True, auto_refresh=False) as live:
+    with _watching(target, context), _keys() as pressed, Live(drawn(), screen=True, auto_refresh=False) as live:
         while True:
             key = pressed(context.arguments.interval)
             if key and not view.key(key):
@@ -161,6 +161,16 @@ def _live(context: Context, target: Any, view: View) -> int:
             if not view.is_paused:
                 view.take(target.snapshot(watch=not context.arguments.offline), time.time())
             live.update(drawn(), refresh=True)
+
+
+@contextmanager
+def _watching(target: Any, context: Context) -> Iterator[None]:
+    """The pager publishes as often as somebody looks, and no longer than that."""
+    try:
+        yield
+    finally:
+        if not context.arguments.offline:
+            target.stop_watching()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 
 from ...pager.inspection.asking import ConfigError, Target
 from . import answers, arguments, screens
-from .text import Style, size
+from .text import Style
 from .tokens import read_tokens
 
 FINDINGS = 1
@@ -98,6 +98,15 @@ def _prefix(context: Context) -> int:
     return 0
 
 
+def _advise(context: Context) -> int:
+    from .advising import advised
+
+    given = {name: getattr(context.arguments, name) for name in ("tier", "factor")}
+    told = advised(context.target(), **{name: value for name, value in given.items() if value is not None})
+    context.show(told, answers.advise)
+    return 0
+
+
 def _why(context: Context) -> int:
     given = context.arguments
     if given.request and (given.slowest or given.last):
@@ -143,64 +152,9 @@ def _show_events(context: Context, told: dict[str, Any]) -> None:
 
 
 def _stat(context: Context) -> int:
-    """One line per tick; the rates of what the counters did since the last."""
-    target, given = context.target(), context.arguments
-    before, before_s, ticks = target.ask("status"), time.monotonic(), 0
-    while given.count is None or ticks < given.count:
-        time.sleep(given.interval)
-        now, now_s = target.ask("status"), time.monotonic()
-        row = _tick(before, now, now_s - before_s)
-        if context.as_json:
-            print(json.dumps(row), flush=True)
-        else:
-            if ticks % 20 == 0:
-                print("  ".join(f"{name:>11}" for name in _STAT_HEADS))
-            print("  ".join(f"{cell:>11}" for cell in _stat_cells(row)), flush=True)
-        before, before_s, ticks = now, now_s, ticks + 1
-    return 0
+    from .stat import run
 
-
-_STAT_HEADS = (
-    "TIME",
-    "hbm hit/s",
-    "host hit/s",
-    "nvme hit/s",
-    "miss/s",
-    "ghost/s",
-    "up B/s",
-    "down B/s",
-    "evict/s",
-    "moving",
-)
-
-
-def _tick(before: dict[str, Any], now: dict[str, Any], seconds: float) -> dict[str, Any]:
-    if before.get("source") != "pager":
-        raise ConfigError("stat needs a running pager; a store at rest does nothing")
-    row: dict[str, Any] = {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}
-    for tier in ("device", "host", "nvme"):
-        old, new = before["tiers"].get(tier, {}), now["tiers"].get(tier, {})
-        row[f"{tier}_hit_tokens_per_s"] = (new.get("hit_tokens", 0) - old.get("hit_tokens", 0)) / seconds
-    for name in ("miss_tokens", "ghost_tokens"):
-        row[f"{name}_per_s"] = (now[name] - before[name]) / seconds
-    for name, directions in (("up", ("host_to_device", "nvme_to_host")), ("down", ("device_to_host", "host_to_nvme"))):
-        row[f"{name}_bytes_per_s"] = (_moved(now, directions) - _moved(before, directions)) / seconds
-    evicted = [sum(tier["evicted_blocks"] for tier in told["tiers"].values()) for told in (before, now)]
-    row["evicted_blocks_per_s"] = (evicted[1] - evicted[0]) / seconds
-    row["transfers_in_flight"] = now["transfers_in_flight"]
-    return row
-
-
-def _moved(told: dict[str, Any], directions: tuple[str, ...]) -> float:
-    rows = (row for row in told["counters"] if row["name"] == "moved_bytes")
-    return sum(row["value"] for row in rows if row["labels"]["direction"] in directions)
-
-
-def _stat_cells(row: dict[str, Any]) -> list[str]:
-    tokens = ["device_hit_tokens", "host_hit_tokens", "nvme_hit_tokens", "miss_tokens", "ghost_tokens"]
-    cells = [row["time"][11:19], *(f"{row[f'{name}_per_s']:.0f}" for name in tokens)]
-    cells += [size(row["up_bytes_per_s"]), size(row["down_bytes_per_s"]), f"{row['evicted_blocks_per_s']:.0f}"]
-    return [*cells, str(row["transfers_in_flight"])]
+    return run(context)
 
 
 def _record(context: Context) -> int:
@@ -300,7 +254,7 @@ VERBS = (
     ),
     Verb("doctor", "what is wrong and what to change", arguments.nothing, _findings("doctor", answers.doctor)),
     Verb("check", "invariants by name; for probes", arguments.nothing, _findings("check", answers.check)),
-    Verb("advise", "what more memory would hit", arguments.advise, _asking("advise", answers.advise, "tier", "factor")),
+    Verb("advise", "what more memory, or another policy, would hit", arguments.advise, _advise),
     Verb("history", "the last day in sparklines", arguments.history, _history),
     Verb("record", "live requests as a replay trace", arguments.record, _record),
     Verb("export", "everything on one HTML page", arguments.export, _export),

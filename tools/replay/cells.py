@@ -12,12 +12,12 @@ import numpy as np
 from ...pager.policies.base import IntArray
 from ...pager.policies.registry import NAMES, Setting, check_policy, make_policy
 from ...tiers.errors import ConfigError
-from .model import Machine, estimate
+from .model import TIERS, Machine, estimate
 from .oracles import belady, next_uses, releases
 from .simulate import Outcome, simulate
+from .timed import Mode, TimedReplay
 from .trace import Trace
 
-DEFAULT_POLICIES = ("auto", "lru", "arc")
 WITHOUT_WINDOW = tuple(name for name in NAMES if name != "sliding_window")
 
 
@@ -42,6 +42,7 @@ class Plan:
     window: int | None = None
     sinks: int = 4
     case: str = "as is"
+    has_prefetch: bool = False
 
 
 def capacities_of(text: str, trace: Trace) -> list[Capacity]:
@@ -90,6 +91,8 @@ def run(trace: Trace, plan: Plan, on_progress: Callable[[int, int], None]) -> It
             outcomes = _simulate(trace, plan, capacity, name, freed, step)
             done += len(trace.chains)
             row = _row(trace, plan, capacity, name, outcomes, time.perf_counter() - started)
+            if plan.has_prefetch:
+                row |= _waits(trace, plan, capacity, name, freed)
             if bound is not None:
                 row["belady_token_hit_rate"] = bound
                 row["to_belady"] = bound - row["token_hit_rate"]
@@ -113,8 +116,12 @@ def _simulate(
     trace: Trace, plan: Plan, capacity: Capacity, name: str, freed: list[IntArray] | None, step: Callable[[int], None]
 ) -> dict[str, Outcome]:
     found = {}
-    for tier, blocks in _sizes(plan, capacity).items():
-        policy = make_policy(name, Setting(blocks, trace.block_tokens, plan.window, plan.sinks))
+    sizes = _sizes(plan, capacity)
+    tiers = list(sizes)
+    for place, (tier, blocks) in enumerate(sizes.items()):
+        load_cost = plan.machine.load_cost(tiers[place + 1 :])
+        setting = Setting(blocks, trace.block_tokens, plan.window, plan.sinks, load_cost=load_cost)
+        policy = make_policy(name, setting)
         found[tier] = simulate(trace, policy, blocks, releases=freed, on_request=step)
     return found
 
@@ -138,6 +145,23 @@ def _row(
         "modelled_written_bytes": cost.written_bytes,
         "evicted_blocks": largest.evicted_blocks,
         "references_per_s": trace.num_references * len(outcomes) / max(seconds, 1e-9),
+    }
+
+
+def _waits(trace: Trace, plan: Plan, capacity: Capacity, name: str, freed: list[IntArray] | None) -> dict[str, float]:
+    """In virtual time, by demand alone and with prefetch."""
+    sizes = _sizes(plan, capacity)
+    least = min(sizes.values())
+    sizes = {tier: sizes.get(tier, least) for tier in TIERS}  # a tier that is not there holds what the next one does
+    alone, both = (
+        TimedReplay(trace, name, sizes, plan.machine, mode, freed).run()
+        for mode in (Mode(), Mode(queue=True, next_turn=True))
+    )
+    return {
+        "modelled_demand_wait_mean_s": float(alone.wait_s.mean()),
+        "modelled_wait_mean_s": float(both.wait_s.mean()),
+        "modelled_prefetched_bytes": both.prefetched_bytes,
+        "prefetch_wasted_share": both.wasted_share,
     }
 
 

@@ -25,7 +25,11 @@ release: true (ours) says that the chain will not be used again. --convert makes
 A capacity of 5% is 5 % of the footprint, the number of distinct blocks in the trace, as blocks and rounded down (one at
 least); a plain number is blocks. A request hits the longest prefix of its blocks that is held, at most its input_length
 tokens; then all its blocks are held and the policy says who leaves. token_hit_rate is tokens hit over tokens asked for.
-"belady" is the most that any policy could hit. What is called modelled follows from the rates given below."""
+"belady" is the most that any policy could hit. What is called modelled follows from the rates given below.
+
+--prefetch replays each cell twice in virtual time, by demand alone and with what waits in the queue and next turns of
+sessions brought up before: mean waits for blocks, and the share of prefetched bytes that nobody read. Give rates at
+which one server keeps up with the trace; else its queue grows without end and hides every copy."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--what-if", metavar="T=F,..", help="also with other tiers, as host=2x,nvme=0 (implies --tiers)"
+    )
+    parser.add_argument(
+        "--prefetch", action="store_true", help="also in time: waits with prefetch and without (implies --tiers)"
     )
     parser.add_argument("--bytes-per-token", type=int, default=Machine.bytes_per_token, metavar="N", help="of K and V")
     parser.add_argument("--prefill-tokens-per-s", type=float, default=Machine.prefill_tokens_per_s, metavar="N")
@@ -111,7 +118,7 @@ def _plans(arguments: argparse.Namespace, read: Any) -> list[Any]:
         arguments.host_bytes_per_s,
         arguments.nvme_bytes_per_s,
     )
-    split = arguments.tiers or ("device=10%,host=40%" if arguments.what_if else "device=0")
+    split = arguments.tiers or ("device=10%,host=40%" if arguments.what_if or arguments.prefetch else "device=0")
     plan = Plan(
         policies=policies_of(arguments.policy, arguments.window),
         capacities=capacities_of(arguments.capacity, read),
@@ -121,6 +128,7 @@ def _plans(arguments: argparse.Namespace, read: Any) -> list[Any]:
         has_releases=arguments.releases,
         window=arguments.window,
         sinks=arguments.sinks,
+        has_prefetch=arguments.prefetch,
     )
     if not arguments.what_if:
         return [plan]

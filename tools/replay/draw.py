@@ -21,6 +21,9 @@ _COLUMNS = (
     ("nvme_token_hit_rate", "nvme"),
     ("modelled_ttft_mean_s", "TTFT (modelled)"),
     ("modelled_loaded_bytes", "GB loaded (modelled)"),
+    ("modelled_demand_wait_mean_s", "wait by demand (modelled)"),
+    ("modelled_wait_mean_s", "with prefetch"),
+    ("prefetch_wasted_share", "wasted"),
 )
 
 

@@ -7,6 +7,7 @@ capacity, however it is split.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,13 @@ class Machine:
         for name in self.__dataclass_fields__:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be more than 0")
+
+    def load_cost(self, below: list[str]) -> float:
+        """Of loading from the first of these tiers over computing; endless where there is none."""
+        rates = {"host": self.host_bytes_per_s, "nvme": self.nvme_bytes_per_s}
+        if not below:
+            return math.inf
+        return self.bytes_per_token * self.prefill_tokens_per_s / rates[below[0]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,3 +51,19 @@ def test_word_width_follows_alignment():
     for columns, word in (((0, 64), 8), ((4, 12), 4), ((2, 8), 2), ((1, 9), 1)):
         view = rows[:, slice(*columns)]
         assert triton_cache.as_words(view, view)[0].element_size() == word
+
+
+def test_slots_and_rows_beyond_two_gib_are_reached():
+    """Page and row numbers times strides pass 2**31: offsets are 64-bit. Both are 5 GiB of untouched addresses."""
+    block, dim, pages = 16, 16, 1 << 16
+    far = torch.empty((pages - 1) * 40_000 + 2 * block * dim, dtype=torch.float16)
+    k, v = (far.as_strided((pages, 1, block, dim), (40_000, block * dim, dim, 1), at) for at in (0, block * dim))
+    new = torch.randn(2, 2, 1, dim).half()
+    triton_cache.write_kv(*new, k, v, torch.tensor([pages * block - 1, (pages - 1) * block]))
+    assert torch.equal(k[-1, 0, [-1, 0]], new[0, :, 0]) and torch.equal(v[-1, 0, [-1, 0]], new[1, :, 0])
+    count, row = 1 << 16, 80_001  # words of one byte
+    rows = torch.empty((count - 1) * row + 64, dtype=torch.uint8).as_strided((count, 64), (row, 1))
+    source, back = torch.randint(0, 256, (1, 64), dtype=torch.uint8), torch.zeros(1, 64, dtype=torch.uint8)
+    triton_cache.copy_rows(source, rows, np.array([0]), np.array([count - 1]), 1)
+    triton_cache.copy_rows(rows, back, np.array([count - 1]), np.array([0]), 1)
+    assert torch.equal(rows[-1:], source) and torch.equal(back, source)

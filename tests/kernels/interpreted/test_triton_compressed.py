@@ -36,8 +36,9 @@ def run(case, *, splits=1, turns=None, out_dtype=torch.float32):
     )
 
 
-@pytest.mark.parametrize("name", FOLDED)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "shape"), [(name, SHAPES[(i + turn) % 4]) for i, name in enumerate(FOLDED) for turn in (0, 1)], ids=str
+)
 def test_ragged_batch_matches_the_reference(make_pages, assert_close, name, shape):
     block, dims, size = shape
     rules = RULES[SHAPES.index(shape) % 3]
@@ -51,8 +52,9 @@ def test_many_rows_take_several_tiles(make_pages, assert_close):
     assert_close(run(case), case.expected(), 4e-6, 5e-6)
 
 
-@pytest.mark.parametrize("name", ["hack8", "hack4", "hack2"])
-@pytest.mark.parametrize("rules", RULES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "rules"), [("hack8", RULES[0]), ("hack4", RULES[1]), ("hack2", RULES[2]), ("hack2", RULES[0])], ids=str
+)
 def test_integer_products_round_as_on_a_cpu(make_pages, assert_close, name, rules):
     """Both round q alike, so LSE agrees; p is rounded against another maximum, so out agrees up to that rounding."""
     case = make_pages(PageFormat(name, 1, 64, 64, group=64), SPANS, group=3, **rules)
@@ -82,9 +84,8 @@ def scores_of(q, steps, pages, words, out, ROW: tl.constexpr, GROUP: tl.constexp
 
 
 @pytest.mark.parametrize("name", ["hack8", "hack4", "hack2"])
-@pytest.mark.parametrize("seed", range(3))
-def test_scores_are_the_integer_identity_exactly(name, seed):
-    torch.manual_seed(seed)
+def test_scores_are_the_integer_identity_exactly(name):
+    torch.manual_seed(0)
     fmt = PageFormat(name, 1, 32, 128, group=128)
     pages = torch.randint(0, 256, (1, fmt.layer_bytes), dtype=torch.uint8)
     keys = part_views(pages, fmt)[0]
@@ -139,7 +140,7 @@ def test_pages_beyond_two_gib_are_reached(make_pages, assert_close):
     assert_close(run(case), expected, 4e-6, 5e-6)
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     name=st.sampled_from(FOLDED),
     block=st.sampled_from([16, 32]),

@@ -11,6 +11,7 @@ import pytest
 from kvtier.pager.policies.lru import Lru
 from kvtier.pager.policies.registry import Setting, make_policy
 from kvtier.tools import cli
+from kvtier.tools.replay import cells
 from kvtier.tools.replay.cells import WITHOUT_WINDOW, capacities_of
 from kvtier.tools.replay.model import Machine, changed, estimate, split_of
 from kvtier.tools.replay.oracles import belady, next_uses, releases
@@ -203,3 +204,17 @@ def test_releases_in_the_trace_are_heeded(tmp_path, capsys):
         row = json.loads(capsys.readouterr().out)["rows"][0]
         assert row["token_hit_rate"] == pytest.approx(hits / 7)
         assert np.isfinite(row["modelled_ttft_mean_s"])
+
+
+def test_the_prefix_rule_knows_what_loading_costs_where_a_tier_is_below(monkeypatch):
+    machine = Machine(bytes_per_token=1000, prefill_tokens_per_s=100.0, host_bytes_per_s=1e6, nvme_bytes_per_s=5e4)
+    assert machine.load_cost(["host", "nvme"]) == pytest.approx(0.1)
+    assert machine.load_cost(["nvme"]) == pytest.approx(2.0)
+    assert machine.load_cost([]) == float("inf")
+    told = []
+    monkeypatch.setattr(cells, "make_policy", lambda name, setting: told.append(setting) or make_policy(name, setting))
+    trace = trace_of("one", [Recorded(0.0, (1, 2), 32, 1, False)] * 2, 16)
+    shares = {"device": 0.5, "host": 0.0, "nvme": 1.0}
+    plan = cells.Plan(["prefix"], [cells.Capacity("2", 2)], shares, machine, has_bound=False)
+    list(cells.run(trace, plan, lambda done, total: None))
+    assert [setting.load_cost for setting in told] == [pytest.approx(2.0), float("inf")]

@@ -1,0 +1,165 @@
+"""Packed pages in the device tier: which blocks of a step lie packed, and how attention reads them beside the tail.
+
+A packed layer group has a companion, its tail: there the K/V of new tokens are written in full precision, and there the
+block that is being filled stays. A block is packed once, in the step that fills it, from the tail into its page; from then
+on nobody reads it elsewhere. A step attends to packed blocks as they are and to the tail, and merges both by LSE: a prompt's
+chunk sees itself in full precision. Guards: only blocks that are whole and were not packed before this step are packed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ..kernels import merge_states, paged_attention
+from ..kernels.compressed import compressed_attention, mixed_attention
+from ..kernels.conversion import quantize_blocks
+from ..kernels.formats import PageFormat
+from ..kernels.plan import PagesPlan, StepPlan
+from ..kernels.uploads import to_device
+from ..pager.lease import Lease, Span
+from ..tiers.errors import UnpackableError
+from ..tiers.formats import page_format
+from ..tiers.layout import KVLayout
+from ..tiers.streams import IntArray
+
+if TYPE_CHECKING:
+    from .attention import LayerPages
+
+
+@dataclass(frozen=True, slots=True)
+class PackedPages:
+    """One layer of a packed group: uint8 [pages, layer_bytes], a view of its pool."""
+
+    group: int
+    layer: int  # its number within the group
+    pages: Tensor
+    fmt: PageFormat
+    staged: Tensor | None = None  # and where slices of it are staged: [rows, layer_bytes]
+
+    @classmethod
+    def of(cls, layout: KVLayout, group: int, layer: int, rows: Tensor, staged: Tensor | None = None) -> PackedPages:
+        """A layer of whole packed blocks, rows [pages, block_bytes]."""
+        size = layout.layer_bytes
+        return cls(group, layer, rows.narrow(1, layer * size, size), page_format(layout), staged)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a step that attend: the last ones of some of its spans, by index, or all of all."""
+
+    spans: list[int]
+    cu_q: npt.NDArray[np.int32]
+
+
+def tail_of(layouts: Sequence[KVLayout], group: int) -> int:
+    """The group that holds new tokens of this one in full precision: itself where it is not packed."""
+    if not layouts[group].is_packed:
+        return group
+    tails = [index for index, layout in enumerate(layouts) if layout.is_tail]
+    return tails[sum(layout.is_packed for layout in layouts[:group])]
+
+
+class PackedStep:
+    """One packed group in one lease."""
+
+    def __init__(self, lease: Lease, group: int, tail: int, block_size: int) -> None:
+        self._held, self._tail = lease.groups[group], lease.groups[tail]
+        self._spans, self._size = lease.spans, block_size
+        firsts = [span.start // block_size for span in lease.spans]
+        self._before = np.array(
+            [np.count_nonzero(at < first) for at, first in zip(self._held.listed, firsts, strict=True)]
+        )
+        whole = [span.end // block_size - first for span, first in zip(lease.spans, firsts, strict=True)]
+        self._source = _each(self._tail.tables, np.zeros_like(self._before), whole)
+        self._target = _each(self._held.tables, self._before, whole)
+        begun = [first + (span.start % block_size > 0) for span, first in zip(lease.spans, firsts, strict=True)]
+        known = np.array([np.count_nonzero(at < i) for at, i in zip(self._held.listed, begun, strict=True)])
+        listed = np.array([len(at) for at in self._held.listed])
+        self._new = torch.from_numpy(_each(self._held.tables, known, (listed - known).tolist()))
+        self._plans: dict[tuple[int, ...], PagesPlan] = {}
+
+    def fill(self, packed: PackedPages, k: Tensor, v: Tensor) -> None:
+        """Pack the blocks of one layer that this step makes whole. Their K/V are written to its tail, k and v, already.
+
+        Pages of blocks that begin here are cleared first: what lay there was another's, and packing leaves gaps.
+        Raises: UnpackableError for values that the format cannot hold.
+        """
+        if len(self._new):
+            packed.pages.index_fill_(0, to_device(self._new, packed.pages.device), 0)
+        try:
+            quantize_blocks(k, v, self._source, packed.pages, self._target, packed.fmt)
+        except ValueError as error:
+            raise UnpackableError(
+                self._target, f"device={packed.fmt.name!r}: layer {packed.layer} of its group: {error}"
+            ) from error
+
+    def attend(
+        self,
+        pages: LayerPages,
+        q: Tensor,
+        rows: Rows,
+        tail_plan: StepPlan,
+        *,
+        window: int | None,
+        sinks: int,
+        **kind: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Packed blocks and the tail, merged; what is streamed is not among them.
+
+        Shapes: q [rows, Hq, D]; out [rows, Hq, Dv] and lse [rows, Hq].
+        """
+        packed = pages.packed
+        assert packed is not None
+        before = self._before[rows.spans] * self._size
+        if sinks and window is not None:  # in the tail of who has nothing packed yet, and of nobody else
+            return mixed_attention(
+                q,
+                packed.pages,
+                packed.fmt,
+                self._held.tables[rows.spans],
+                before,
+                pages.k,
+                pages.v,
+                self._tail.tables[rows.spans],
+                self._tail.kv_lens[rows.spans],
+                rows.cu_q,
+                window=window,
+                sinks=sinks,
+                **kind,
+            )
+        state = paged_attention(q, pages.k, pages.v, (), (), (), window=window, plan=tail_plan, **kind)
+        if before.any():
+            plan = self._plan(rows, before, len(packed.pages))
+            part = compressed_attention(q, packed.pages, packed.fmt, (), (), (), window=window, plan=plan, **kind)
+            state = merge_states(*state, *part)
+        return state
+
+    def _plan(self, rows: Rows, before: IntArray, num_pages: int) -> PagesPlan:
+        """Made once per step for these rows, and used by every layer."""
+        key = tuple(rows.cu_q.tolist())
+        if key not in self._plans:
+            spans: list[Span] = [self._spans[i] for i in rows.spans]
+            starts = np.array([span.end for span in spans]) - np.diff(rows.cu_q)  # of the first row that attends
+            ahead = starts - np.array([span.start // self._size * self._size for span in spans])
+            table = self._held.tables[rows.spans]
+            self._plans[key] = PagesPlan(table, before, rows.cu_q, ahead, block_size=self._size, num_pages=num_pages)
+        return self._plans[key]
+
+
+def attend_blocks(fmt: PageFormat, pages: Tensor, ids: IntArray, q: Tensor, **kind: Any) -> tuple[Tensor, Tensor]:
+    """All rows q [rows, Hq, D] see all keys of these blocks, which lie before them; out is float32."""
+    lens, kind = [len(ids) * fmt.block], kind | dict(out_dtype=torch.float32)
+    return compressed_attention(q, pages, fmt, ids[None], lens, [0, len(q)], **kind)
+
+
+def _each(tables: npt.NDArray[np.int32], firsts: IntArray, counts: Sequence[int]) -> IntArray:
+    """Of every row of the tables so many pages from that column on."""
+    parts = [row[first : first + n] for row, first, n in zip(tables, firsts.tolist(), counts, strict=True)]
+    return np.concatenate([np.empty(0, np.int64), *parts]).astype(np.int64)

@@ -1,0 +1,159 @@
+"""Keeping: what of one model's blocks outlives the daemon. Flushes, sessions, and writing everything down at the end.
+
+Flushes and puts wait, so they run on threads of the service and hold the lock for books only. Guards: what is acknowledged
+is durable; a session is in one process at a time; one of another tenant is as unknown as one that never was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ...tiers.errors import BlockMissError, Busy, ProtocolError, TierFullError, UnknownSessionError
+from ..core import Core
+from ..group import MAX_MOVE_BYTES
+from ..parking import Parking
+from ..prefix import adopt, take_tail
+from ..sessions import SessionEntry
+from ..states import IntArray, SlotState
+from .client import Client
+
+
+class Keeper:
+    """Of one store. `clients`: those that are attached, in order of their coming."""
+
+    def __init__(self, core: Core, clients: Mapping[Client, None]) -> None:
+        self.core, self.clients = core, clients
+        self.parking = Parking(core)
+
+    # ------------------------------------------------------------------ blocks
+    def write_down(self, timeout_s: float) -> None:
+        """Bring every block that only the slab holds to nvme, each tried once: in a full tier they would only take turns."""
+        core = self.core
+        with core.lock:
+            left = [self._only_in_slab(index) for index in range(len(core.groups))]
+
+        def is_down() -> bool:
+            for index, group in enumerate(core.groups):
+                batch = left[index][: max(1, MAX_MOVE_BYTES // group.layout.block_bytes)]
+                if len(batch) and group.nvme_room() and not group.moves:
+                    core.sink_blocks(group, batch, "drain")
+                    left[index] = left[index][len(batch) :]
+            return not any(map(len, left)) and not core.in_flight()
+
+        core.wait_until(is_down, timeout_s)
+
+    def _only_in_slab(self, index: int) -> IntArray:
+        """Blocks that a crash would lose, those that others refer to first."""
+        group = self.core.groups[index]
+        d, blocks = group.directory, group.host.block[group.host.state == SlotState.VALID]
+        blocks = blocks[d.is_named[blocks] & (d.nvme_slot[blocks] < 0)]
+        return blocks[np.argsort(-d.refs[blocks], kind="stable")]
+
+    def flush(self, client: Client, timeout_s: float) -> None:
+        """Make durable what the client committed and still holds. Raises: TierFullError, TierUnavailableError."""
+        core = self.core
+        with core.lock:
+            wanted = [(holdings, holdings.take_unflushed()) for holdings in client.holdings]
+        if core.nvme is None:
+            return
+
+        def all_down() -> bool:
+            missing = 0
+            for holdings, blocks in wanted:
+                d = holdings.group.directory
+                todo = blocks[d.is_live[blocks] & ~d.nvme_valid[blocks]]
+                core.sink_blocks(holdings.group, todo[d.in_host(todo) & (d.nvme_slot[todo] < 0)], "persist")
+                missing += len(todo)
+            return missing == 0
+
+        if not core.wait_until(all_down, timeout_s, may_wait_for_pins=True):
+            with core.lock:
+                for holdings, blocks in wanted:
+                    holdings.still_unflushed(blocks)
+            raise TierFullError(f"not everything could be written to nvme within {timeout_s:.0f} s", retry_after_s=1.0)
+        core.nvme.flush(timeout_s)
+
+    # ------------------------------------------------------------------ sessions
+    def put_session(self, client: Client, session_id: str, record: dict[str, Any], timeout_s: float) -> None:
+        """Remember a session; durable when this returns. Raises BlockMissError when some of its blocks are gone."""
+        core, entry = self.core, _entry(session_id, record)
+        if not client.tenant.owns(entry.namespace):
+            raise UnknownSessionError(f"namespace {entry.namespace!r} is not of this client")
+        self._require_not_taken(client, session_id)
+        with core.locked():
+            seq = core.begin(entry.namespace)
+            seq.token_ids = list(entry.token_ids)
+            if entry.branch is not None:
+                seq.branch_at(*entry.branch)
+            full, rest = divmod(entry.num_computed, core.block_size)
+            adopt(core, seq, entry.num_computed)
+            if rest and seq.num_computed == full * core.block_size:
+                take_tail(core, seq, rest)
+        try:
+            if seq.num_computed < entry.num_computed:
+                raise BlockMissError(
+                    f"session {session_id!r}: {seq.num_computed} of its {entry.num_computed} tokens are held here; write "
+                    "the others again"
+                )
+            self.parking.park(session_id, seq, entry.extra, timeout_s)
+        except BaseException:
+            with core.locked():
+                core.drop_tables(seq, released=False)
+                core.sequences.pop(seq.id, None)
+            raise
+        client.sessions.add(session_id)
+
+    def get_session(self, client: Client, session_id: str, *, take: bool) -> dict[str, Any]:
+        """Raises UnknownSessionError, also for a session of somebody else; Busy while another client has it."""
+        with self.core.lock:
+            entry = self._session(client, session_id)
+            if take:
+                self._require_not_taken(client, session_id)
+                client.sessions.add(session_id)
+            return entry.to_record() | {"is_durable": entry.is_durable}
+
+    def drop_session(self, client: Client, session_id: str, *, keep: bool, released: bool = False) -> None:
+        with self.core.lock:
+            self._session(client, session_id)
+            self._require_not_taken(client, session_id)
+            client.sessions.discard(session_id)
+        if not keep:
+            self.parking.forget(session_id, released=released)
+
+    def list_sessions(self, client: Client, after: str, limit: int) -> tuple[list[SessionEntry], bool]:
+        """Those of this tenant's namespaces behind `after`, in order; and whether there are more."""
+        with self.core.lock:
+            ids = sorted(i for i, e in self.core.sessions.items() if i > after and client.tenant.owns(e.namespace))
+            return [self.core.sessions[i] for i in ids[:limit]], len(ids) > limit
+
+    def is_taken(self, session_id: str) -> bool:
+        return any(session_id in client.sessions for client in self.clients)
+
+    def _session(self, client: Client, session_id: str) -> SessionEntry:
+        entry = self.core.sessions.get(session_id)
+        if entry is None or not client.tenant.owns(entry.namespace):
+            raise UnknownSessionError(f"session {session_id!r} is unknown")
+        return entry
+
+    def _require_not_taken(self, client: Client, session_id: str) -> None:
+        entry = self.core.sessions.get(session_id)
+        if entry is not None and not client.tenant.owns(entry.namespace):
+            raise UnknownSessionError(f"session id {session_id!r} cannot be used; choose another")
+        if any(session_id in other.sessions for other in self.clients if other is not client):
+            raise Busy(f"session {session_id!r} is active in another process", retry_after_s=0.1)
+
+
+def _entry(session_id: str, record: dict[str, Any]) -> SessionEntry:
+    """Raises ProtocolError for a record that is none."""
+    try:
+        entry = SessionEntry.from_record(session_id, record)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProtocolError(f"session {session_id[:40]!r}: its record is not one: {error}") from error
+    if not 0 <= entry.num_computed <= len(entry.token_ids) or not isinstance(entry.extra, dict):
+        raise ProtocolError(
+            f"session {session_id[:40]!r}: {entry.num_computed} of {len(entry.token_ids)} tokens computed"
+        )
+    return entry

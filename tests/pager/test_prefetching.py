@@ -1,0 +1,205 @@
+"""Prefetch at work: it comes before demand asks, never in its way, and what became of it is counted."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from kvtier.pager import prefetching
+
+sys.path.insert(0, str(Path(__file__).parent))
+from harness import BLOCK, Rig
+
+DISK_BLOCK = 4096
+
+
+def tokens(start: int, blocks: int = 4) -> list[int]:
+    return list(range(start, start + BLOCK * blocks))
+
+
+def opened(tmp_path, **options) -> Rig:
+    return Rig(0, **({"pages": 16, "host": 16, "path": tmp_path / "s", "nvme_bytes": 400 * DISK_BLOCK} | options))
+
+
+def computed(rig: Rig, token_ids: list[int]) -> int:
+    seq = rig.start(token_ids)
+    rig.prefill(seq)
+    rig.settle()
+    return seq
+
+
+def go_on(rig: Rig, times: int = 12) -> None:
+    """The background thread's looks."""
+    for _ in range(times):
+        rig.pager.poll()
+        rig.settle()
+
+
+def cold(rig: Rig, token_ids: list[int]) -> None:
+    """Only on disk, and referred to by nobody."""
+    rig.pager.park("passing", computed(rig, token_ids))
+    rig.pager.forget("passing")
+    group = rig.pager._core.groups[0]
+    d = group.directory
+    held = np.flatnonzero(d.nvme_valid & (d.host_slot >= 0) & (d.refs == 0))
+    group.drop_host_copies(held, "test")
+    group.evict(np.flatnonzero(d.nvme_valid & d.in_device(np.arange(len(d.page))) & (d.page >= 0)), "test")
+
+
+def outcome(rig: Rig, name: str) -> int:
+    return int(rig.pager.counters.get("prefetched_bytes", outcome=name)) // rig.layouts[0].block_bytes
+
+
+def closed(rig: Rig) -> None:
+    rig.settle()
+    rig.pager.check_integrity()
+    assert not rig.wrong
+    rig.close()
+
+
+def test_a_request_that_waits_has_its_blocks_brought_up(tmp_path):
+    rig = opened(tmp_path)
+    cold(rig, tokens(0))
+    seq = rig.pager.begin()
+    rig.pager.append(seq, [*tokens(0), 1, 2])
+    assert rig.pager.match(tokens(0)).nvme_tokens == 16
+    assert rig.pager.prefetch(seq) == 4
+    go_on(rig)
+    assert rig.pager.match(tokens(0)).device_tokens == 16
+    rig.pager.adopt(seq)
+    before = rig.pager.counters.get("moved_blocks", reason="demand")
+    rig.prefill(seq)
+    assert rig.pager.counters.get("moved_blocks", reason="demand") == before
+    assert outcome(rig, "useful") == 4 + 4 and outcome(rig, "wasted") == 0  # both steps up were read from
+    closed(rig)
+
+
+def test_requests_come_up_in_the_order_in_which_they_were_named(tmp_path):
+    rig = opened(tmp_path, pages=12, host=8)
+    cold(rig, tokens(0))
+    cold(rig, tokens(1000))
+    seqs = []
+    for start in (0, 1000):
+        seqs.append(rig.pager.begin())
+        rig.pager.append(seqs[-1], [*tokens(start), 1])
+    rig.pager._prefetcher.pump()
+    rig.pager.prefetch(seqs[0])
+    rig.pager.prefetch(seqs[1])
+    first = [move.blocks for move in rig.pager._core.groups[0].moves]
+    d = rig.pager._core.groups[0].directory
+    chain: list[bytes] = []
+    rig.pager._core.chain("default").extend(chain, tokens(0))
+    assert set(first[0].tolist()) == set(d.find(chain).tolist())
+    go_on(rig)
+    assert rig.pager.match(tokens(0)).device_tokens == 16
+    closed(rig)
+
+
+def test_prefetch_stops_while_a_lease_waits_and_leaves_what_is_referred_to(tmp_path):
+    rig = opened(tmp_path, pages=8, host=8)
+    busy = computed(rig, tokens(5000, 4))
+    cold(rig, tokens(0))
+    seq = rig.pager.begin()
+    rig.pager.append(seq, [*tokens(0), 1])
+    group = rig.pager._core.groups[0]
+    group.awaited.append(np.array([0]))
+    assert rig.pager.prefetch(seq) == 0
+    group.awaited.clear()
+    go_on(rig)
+    assert rig.pager.residency(busy).device_tokens + rig.pager.residency(busy).host_tokens == 16
+    table = rig.pager._core.sequences[busy].tables[0].ids
+    assert group.directory.is_valid(table).all()
+    closed(rig)
+
+
+def test_few_bytes_are_in_flight_at_once(tmp_path, monkeypatch):
+    rig = opened(tmp_path, pages=32, host=32)
+    size = rig.layouts[0].block_bytes
+    monkeypatch.setattr(prefetching, "IN_FLIGHT_BYTES", 3 * size)
+    monkeypatch.setattr(prefetching, "BATCH_BYTES", size)
+    cold(rig, tokens(0, 8))
+    seq = rig.pager.begin()
+    rig.pager.append(seq, [*tokens(0, 8), 1])
+    assert rig.pager.prefetch(seq) == 3
+    assert sum(len(m.blocks) for m in rig.pager._core.groups[0].moves) == 3
+    go_on(rig, 40)
+    assert rig.pager.match(tokens(0, 8)).device_tokens == 32
+    closed(rig)
+
+
+def test_what_leaves_unread_is_wasted_and_turns_the_predictor_down(tmp_path):
+    rig = opened(tmp_path, pages=12, host=8)
+    cold(rig, tokens(0))
+    seq = rig.pager.begin()
+    rig.pager.append(seq, [*tokens(0), 1])
+    rig.pager.prefetch(seq)
+    go_on(rig)
+    rig.pager.release(seq)
+    before = rig.pager._core.groups[0].thrift.least_chance
+    for start in (2000, 3000, 4000, 5000):
+        rig.pager.finish(computed(rig, tokens(start)))
+    assert outcome(rig, "wasted") > 0
+    assert rig.pager._core.groups[0].thrift.least_chance > before
+    closed(rig)
+
+
+class Clock:
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def test_a_session_that_always_comes_back_is_there_before_it_asks(tmp_path):
+    """Parked sessions think for a minute. After some turns their blocks are in the device tier when they return."""
+    clock = Clock()
+    rig = opened(tmp_path, pages=64, host=64, clock=clock, nvme_bytes=2000 * DISK_BLOCK)
+    names = [f"chat{i}" for i in range(3)]
+    for i, name in enumerate(names):
+        rig.pager.park(name, computed(rig, tokens(1000 * i, 2)))
+    hits = []
+    for _ in range(12):
+        for name in names:
+            for _ in range(5):
+                clock.now_s += 3.0
+                go_on(rig, 3)
+            before = rig.pager.counters.get("hit_tokens", tier="device")
+            seq, _ = rig.pager.resume(name)
+            rig.say(seq, [1])
+            hits.append(rig.pager.counters.get("hit_tokens", tier="device") - before)
+            rig.pager.park(name, seq)
+    assert hits[: len(names)] == [0] * len(names)  # nothing is known yet
+    assert np.mean(hits[-20:]) >= 4  # of 8 tokens
+    assert outcome(rig, "wasted") == 0
+    closed(rig)
+
+
+def test_foresight_can_be_turned_off(tmp_path):
+    clock = Clock()
+    rig = opened(tmp_path, prefetch=False, clock=clock)
+    rig.pager.finish(computed(rig, tokens(0)))
+    foresight = rig.pager._prefetcher.foresight
+    assert foresight.num_idle == 1
+    clock.now_s = 10.0
+    due_s = foresight.next_s()
+    go_on(rig)
+    assert foresight.next_s() == due_s < clock.now_s  # nobody asked it
+    closed(rig)
+
+
+def test_room_for_a_prefetch_is_made_with_what_nobody_refers_to(tmp_path):
+    rig = opened(tmp_path)
+    used, cached, over = (computed(rig, tokens(start, 2)) for start in (0, 1000, 2000))
+    held, left, gone = (rig.pager._core.sequences[seq].tables[0].ids.copy() for seq in (used, cached, over))
+    rig.pager.finish(cached)
+    rig.pager.release(over)
+    may_leave, group = rig.pager._prefetcher._may_leave, rig.pager._core.groups[0]
+    blocks = np.concatenate([held, left, gone])
+    assert may_leave(group, blocks, True).tolist() == [*left, *gone]
+    assert may_leave(group, blocks, False).tolist() == gone.tolist()
+    group.directory.fetched[left] = 1
+    assert may_leave(group, blocks, True).tolist() == gone.tolist()
+    group.directory.fetched[left] = 0
+    closed(rig)
