@@ -78,9 +78,10 @@ class Pagerd:
             self.kill()
 
 
-def wait_for(what: Any, timeout_s: float = 60.0) -> None:
-    """Until what() is true. Fails when it does not become so."""
+def wait_for(what: Any, timeout_s: float = 60.0) -> Any:
+    """Until what() is true; what it was then. Fails when it does not become so."""
     deadline_s = time.monotonic() + timeout_s
-    while not what():
+    while not (found := what()):
         assert time.monotonic() < deadline_s, "did not come true in time"
         time.sleep(0.01)
+    return found

@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 SORTS = ("device", "host", "nvme", "tokens", "idle", "name")
 STALE_S = 12.0  # two publications missed: the pager hangs, or is stopped
-_FRESH_S = 0.15  # a page that nobody watched may be old; the writer notices us within this
+_POLL_S = 0.15  # the writer notices that it is watched within this
+_SECOND_LOOK_S = 3.0  # rates need two snapshots; a pager that publishes seldom, to stay cheap, gets this long
 
 
 @dataclass(slots=True)
@@ -131,8 +132,9 @@ def run(context: Context) -> int:
     view = View(given.sort, given.filter)
     view.take(target.snapshot(watch=not given.offline), time.time())
     if given.once or context.as_json or not sys.stdout.isatty():
-        if not given.offline:
-            time.sleep(2 * _FRESH_S)
+        deadline_s = time.monotonic() + _SECOND_LOOK_S
+        while not given.offline and not view.before and time.monotonic() < deadline_s:
+            time.sleep(_POLL_S)
             view.take(target.snapshot(watch=True), time.time())
         if context.as_json:
             print(json.dumps(view.last))
