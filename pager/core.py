@@ -237,7 +237,7 @@ class Core:
             return 0
         dropped = group.drop_given_up(n)
         dirty = group.may_demote(group.pages.block[(group.pages.state == PageState.DIRTY) & group.pages.idle()])
-        victims = hints.first_of(group, n - dropped, dirty, group.directory.is_demoted[dirty])
+        victims = group.first_to_go_down(n - dropped, dirty)
         return dropped + self.write_back_blocks(group, victims, reason, keep_clean=True)
 
     def write_back_blocks(self, group: BlockGroup, blocks: IntArray, reason: str, *, keep_clean: bool = False) -> int:

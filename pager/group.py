@@ -6,7 +6,7 @@ only when `finish` applies its completion. Guards rules 1 to 9 (see rules.py): e
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,6 +43,7 @@ from .states import (
     SlotState,
 )
 from .thrift import Thrift
+from .working_set import WorkingSet
 
 MoveKind = Literal["host_to_device", "device_to_host", "nvme_to_host", "host_to_nvme", "nvme_to_nvme"]
 # Victims are the coldest 3 % of what is looked at, so choosing costs the same in any pool.
@@ -109,6 +110,7 @@ class BlockGroup:
         self.awaited: list[
             IntArray
         ] = []  # what leases wait for: read from nvme on its way up, it makes room for nobody
+        self.working = WorkingSet(layout, index)
         self.epoch = 0
         self._hand = 0  # page at which the next search for victims begins
         self._finish: dict[MoveKind, Callable[[Move, bool], None]] = {
@@ -250,14 +252,29 @@ class BlockGroup:
     def _clean_victims(self, n: int) -> IntArray:
         """The first to leave of all clean pages; in a large pool of those in a part that moves on, at least WINDOW_PAGES."""
         total, evictable = len(self.pages), self._evictable()
-        candidates, looked = self.pages.block[:0], 0
+        candidates, working, looked = self.pages.block[:0], self.pages.block[:0], 0
         while looked < total and len(candidates) < n:
             size = min(max(WINDOW_PAGES, PAGES_PER_VICTIM * n), total - looked)
             pages = (self._hand + np.arange(size)) % total
             found = self.unpinned_by_ttl(self.pages.block[pages[evictable[pages]]])
-            candidates = np.concatenate([candidates, found])
+            is_working = self.working.holds(found)
+            candidates = np.concatenate([candidates, found[~is_working]])
+            working = np.concatenate([working, found[is_working]])
             self._hand, looked = (self._hand + size) % total, looked + size
-        return hints.first_of(self, n, candidates, self.directory.is_demoted[candidates])
+        chosen = hints.first_of(self, n, candidates, self.directory.is_demoted[candidates])
+        return self._and_then(chosen, n, working)
+
+    def first_to_go_down(self, n: int, dirty: IntArray) -> IntArray:
+        """n of these dirty blocks: those that are not used soon, then as the policy ranks them, the working set last."""
+        is_working = self.working.holds(dirty)
+        idle = dirty[~is_working]
+        return self._and_then(hints.first_of(self, n, idle, self.directory.is_demoted[idle]), n, dirty[is_working])
+
+    def _and_then(self, chosen: IntArray, n: int, others: IntArray) -> IntArray:
+        """Up to n: these, and of the others what is missing."""
+        if len(chosen) >= n or not len(others):
+            return chosen
+        return np.concatenate([chosen, self.policy.victims(n - len(chosen), others)])
 
     def unpinned_by_ttl(self, blocks: IntArray) -> IntArray:
         return blocks[self.directory.pinned_until[blocks] <= self.clock()]
@@ -350,15 +367,26 @@ class BlockGroup:
 
     def host_room(self, *, keep_clean: bool = False, asker: int | None = None) -> int:
         """Host slots that could be taken without any copy, for that namespace."""
-        held = self.forms.slots_held
-        most = self.host.num_free + held(self._host_victims(len(self.host), keep_clean, asker))
+        most = self.host.num_free + self._slots_of_victims(keep_clean, asker)
         room = self.quotas.room(self, "host", asker)
         if room is None:
             return most
-        return max(0, min(most, room + held(self._host_victims(len(self.host), keep_clean, asker, asker))))
+        return max(0, min(most, room + self._slots_of_victims(keep_clean, asker, asker)))
+
+    def _slots_of_victims(self, keep_clean: bool, asker: int | None, of: int | None = None) -> int:
+        return self.forms.slots_held(np.concatenate([self.host.block[:0], *self._may_leave(keep_clean, asker, of)]))
 
     def _host_victims(self, n: int, keep_clean: bool, asker: int | None, of: int | None = None) -> IntArray:
-        """Host copies that may go, first to leave first; `of`: that namespace's alone."""
+        """Up to n host copies that may go, first to leave first."""
+        chosen = self.host.block[:0]
+        for blocks in self._may_leave(keep_clean, asker, of):
+            chosen = np.concatenate([chosen, self.policy.victims(n - len(chosen), blocks)])
+            if len(chosen) >= n:
+                break
+        return chosen
+
+    def _may_leave(self, keep_clean: bool, asker: int | None, of: int | None) -> Iterator[IntArray]:
+        """Host copies that may go, by class: those that cost least come first. `of`: that namespace's alone."""
         d = self.directory
         held = self.host.holds > 0
         if not self.rules.holds(Rule.HOST_SLOT_HELD_WHILE_READ):
@@ -369,24 +397,27 @@ class BlockGroup:
         if of is not None:
             blocks = blocks[d.owner[blocks] == of]
         blocks = self.quotas.spare(self, "host", blocks, asker)
+        coming = self.working.holds(blocks) & ~d.in_device(blocks)  # read from nvme on their way up
+        yield from self._by_cost(blocks[~coming], keep_clean)
+        if not keep_clean and coming.any():  # a dirty page has to go down, or somebody would wait for ever
+            yield from self._by_cost(blocks[coming], keep_clean)
+
+    def _by_cost(self, blocks: IntArray, keep_clean: bool) -> Iterator[IntArray]:
+        d = self.directory
         below, above = d.nvme_valid[blocks], d.in_device(blocks) & (d.page[blocks] >= 0)
         busy = above & (self.pages.state[np.maximum(d.page[blocks], 0)] == PageState.WRITING_BACK)
-        cache_only = ~below & ~above & (d.refs[blocks] == 0)
         first = hints.given_up(self, blocks) & ~busy & (below | ~above)
-        chosen = self.policy.victims(n, blocks[first]) if first.any() else blocks[:0]
-        if len(chosen) < n:
-            chosen = np.concatenate([chosen, self.policy.victims(n - len(chosen), blocks[below & ~busy & ~first])])
-        cache_only &= ~first
-        if len(chosen) < n and self.cold is not None and self._nvme_takes_more():
+        if first.any():
+            yield blocks[first]
+        yield blocks[below & ~busy & ~first]
+        cache_only = ~below & ~above & (d.refs[blocks] == 0) & ~first
+        if self.cold is not None and self._nvme_takes_more():
             cache_only &= ~(self.cold.may_sink(blocks) & self.admission.may_write(self, blocks))
-        if len(chosen) < n:
-            chosen = np.concatenate([chosen, self.policy.victims(n - len(chosen), blocks[cache_only])])
-        if len(chosen) < n:
-            doubles = above & ~below & ~busy
-            if keep_clean:
-                doubles &= ~self._evictable()[np.maximum(d.page[blocks], 0)]
-            chosen = np.concatenate([chosen, self.policy.victims(n - len(chosen), blocks[doubles])])
-        return chosen
+        yield blocks[cache_only]
+        doubles = above & ~below & ~busy
+        if keep_clean:
+            doubles &= ~self._evictable()[np.maximum(d.page[blocks], 0)]
+        yield blocks[doubles]
 
     def _nvme_takes_more(self) -> bool:
         return self.can_write_nvme and self.nvme_room() > 0
