@@ -204,7 +204,7 @@ class SharedStore:
             group, holdings = self.core.groups[index], client.holdings[index]
             asker, pins = client.tenant.tag, self.core.quotas.pins_left(client.tenant.tag)
             count = min(count, holdings.room())
-            room = min(count, group.host_room(asker=asker), count if pins is None else pins)
+            room = min(count, group.leaving.host_room(asker=asker), count if pins is None else pins)
             slots = group.take_host_slots(room, asker=asker) if room else None
             if room < count:
                 self.core.make_host_room(group, count, asker)

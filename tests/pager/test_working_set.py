@@ -64,11 +64,13 @@ def test_what_was_read_on_its_way_up_stays_in_the_host_tier(tmp_path, in_turns):
     rig.settle()
     group.touch(rest)
     rig.pager.take_turns([a, b] if in_turns else [])
-    victims = group._host_victims(2, True, None)
+    victims = group.leaving.first_host_copies(2, True, None)
     assert set(victims.tolist()) == set((rest if in_turns else first).tolist())
     if in_turns:
-        assert group.host_room(keep_clean=True) == 2 and group.host_room() == 4  # a page that has to go down may
-        assert group._host_victims(4, False, None)[:2].tolist() == victims.tolist()
+        assert (
+            group.leaving.host_room(keep_clean=True) == 2 and group.leaving.host_room() == 4
+        )  # a page that has to go down may
+        assert group.leaving.first_host_copies(4, False, None)[:2].tolist() == victims.tolist()
     rig.close()
 
 
