@@ -204,9 +204,12 @@ class SharedStore:
             group, holdings = self.core.groups[index], client.holdings[index]
             asker, pins = client.tenant.tag, self.core.quotas.pins_left(client.tenant.tag)
             count = min(count, holdings.room())
-            room = min(count, group.host_room(asker=asker), count if pins is None else pins)
-            slots = group.take_host_slots(room, asker=asker) if room else None
-            if room < count:
+            most = count if pins is None else min(count, pins)
+            slots = group.take_host_slots(most, asker=asker) if most else None
+            if most and slots is None:  # not as many: to count what there is takes as long as to take it
+                most = min(most, group.host_room(asker=asker))
+                slots = group.take_host_slots(most, asker=asker) if most else None
+            if most < count:
                 self.core.make_host_room(group, count, asker)
             if slots is None:
                 if holdings.room() and pins != 0:  # for want of room in the tier, not of a limit of its own

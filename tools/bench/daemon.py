@@ -42,7 +42,7 @@ from .harness import Row, interleave, medians
 
 BLOCKS = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, block_size=32, dtype="bfloat16")  # 2 MiB
 CLIENTS = (1, 8)
-SLAB_BATCHES = 9  # one client may have a quarter of the slots, and has up to two batches
+SLAB_BATCHES = 13  # one client may have a quarter of the slots, and has up to three batches
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -171,15 +171,16 @@ class _Copies:
     source: np.ndarray
     target: np.ndarray
     round: int = 0
+    ahead: Reply[Slots] | None = None  # room for the next batch, as a client's pager has some to spare
 
     def put(self, *, copies: bool = True) -> None:
-        """While one batch is copied, room for the next is on its way and the one before is named."""
+        """While one batch is copied, room for the next, be it of the next round, is on its way and the one before is named."""
         self.round += 1
-        said, done, ahead = self.client, [], self.client.begin_reserve(0, self._counts()[0])
-        for names, following in zip(self._batches(), [*self._counts()[1:], 0], strict=True):
+        said, done, counts = self.client, [], self._counts()
+        ahead = self.ahead or said.begin_reserve(0, counts[0])
+        for names, following in zip(self._batches(), [*counts[1:], counts[0]], strict=True):
             rows = self._reserved(ahead, len(names))
-            if following:
-                ahead = said.begin_reserve(0, following)
+            self.ahead = ahead = said.begin_reserve(0, following)
             if copies:
                 for row, source in zip(rows.tolist(), self._rows_of(names, self.source), strict=True):
                     np.copyto(said.rows[0][row], source)
