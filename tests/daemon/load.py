@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from daemon.dying import die_in_copy, die_in_order
 from pager.harness import Rig
 
+from kvtier.pager.client.orders import CopyOrders
 from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.errors import BlockMissError, Busy, ConfigError, TierUnavailableError
 
@@ -46,7 +47,9 @@ class Load:
         self.rig = Rig(daemon=address, backend=backend, pages=PAGES, staging=STAGING, **options)
         assert options.get("transfer") is None or self.rig.pager._core.nvme.status()["copies"] == "daemon"
         self.prefix = f"s{seed}"
-        self.done = {"steps": 0, "parks": 0, "resumes": 0, "refused": 0}
+        self.done = {"steps": 0, "parks": 0, "resumes": 0, "refused": 0, "in_doubt": 0}
+        if options.get("transfer") is not None:
+            self._count_doubts()
 
     def step(self) -> None:
         name = f"{self.prefix}-{self.choose.randrange(3)}-{self.choose.randrange(SESSIONS)}"
@@ -74,6 +77,16 @@ class Load:
         if seq in self.rig.pager._core.sequences:
             self.rig.pager.release(seq)
 
+    def _count_doubts(self) -> None:
+        """Copies that were ordered, and of which the daemon's death left open how they ended."""
+        doubt = CopyOrders._doubt
+
+        def counted(orders: CopyOrders, order: Any) -> None:
+            self.done["in_doubt"] += 1
+            doubt(orders, order)
+
+        CopyOrders._doubt = counted  # type: ignore[method-assign]
+
     def _take(self, name: str) -> int:
         try:
             seq, _ = self.rig.pager.resume(name)
@@ -95,7 +108,8 @@ def main() -> None:
     while not ended.is_set():
         load.step()
     load.rig.pager.check_integrity()
-    print("end", json.dumps(load.done), flush=True)
+    copies = load.rig.pager._core.nvme.status().get("copies", "client")
+    print("end", json.dumps(load.done | {"copies": copies}), flush=True)
     load.rig.close()
 
 

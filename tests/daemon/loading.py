@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from kvtier.tiers.cpu import CpuBackend
 
@@ -18,10 +20,11 @@ PROGRAM = Path(__file__).with_name("load.py")
 
 
 class LoadClient:
-    """One load.py; `lines` as they come."""
+    """One load.py; `lines` as they come. `kind`: the options beside when it dies."""
 
     def __init__(self, daemon: Pagerd, seed: int, *options: str) -> None:
         self.lines: list[str] = []
+        self.kind = tuple(option for option in options if not option.startswith("dies="))
         self.process = subprocess.Popen(
             [sys.executable, str(PROGRAM), daemon.address, str(seed), *options],
             stdin=subprocess.PIPE,
@@ -62,6 +65,12 @@ class LoadClient:
     def errors(self) -> str:
         assert self.process.stderr is not None
         return self.process.stderr.read()
+
+    @property
+    def done(self) -> dict[str, Any]:
+        """How much it did, once it has ended."""
+        found: dict[str, Any] = json.loads(self.lines[-1].removeprefix("end "))
+        return found
 
     @property
     def wrong(self) -> list[str]:
