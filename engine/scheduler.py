@@ -102,6 +102,7 @@ class Scheduler:
             self._is_short = False
             self.active = [r for r in self.active if not r.is_done]
             self.waiting = [r for r in self.waiting if not r.is_done]
+            self._take_turns()
         return ended
 
     @property
@@ -114,7 +115,7 @@ class Scheduler:
         """What to run now; empty only when nothing is left that could. Starts copies for what comes after."""
         self._shed()
         self._admit()
-        self._pager.take_turns([r.seq for r in self.active if not r.is_large and not r.reads_a_part])
+        self._take_turns()
         work: Work = []
         late: Work = []
         left = self.budget
@@ -134,6 +135,10 @@ class Scheduler:
             left -= count
         self._look_ahead()
         return work or late[:1]  # with nothing else to do, wait for the first
+
+    def _take_turns(self) -> None:
+        """What those who share the device tier read leaves it last."""
+        self._pager.take_turns([r.seq for r in self.active if not r.is_large and not r.reads_a_part])
 
     def _look_ahead(self) -> None:
         """Blocks of who is let in next come up meanwhile, in that order."""
