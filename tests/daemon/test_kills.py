@@ -35,7 +35,8 @@ def kill_daemons(tmp_path: Path, kills: int, seed: int) -> None:
             time.sleep(choose.choice([0.1, 0.5, 1.0, 1.5]) * choose.uniform(0.8, 1.2))
             daemon.kill()
             daemon.start()
-        time.sleep(1.0)
+        told = [len(client.lines) for client in clients]
+        wait_for(lambda: all(len(client.lines) > lines for client, lines in zip(clients, told, strict=True)))
         for client in clients:
             client.end()
         acknowledged = clients[0].acknowledged | clients[1].acknowledged
