@@ -48,19 +48,19 @@ class LoadClient:
     def wait_killed(self, timeout_s: float = 120.0) -> None:
         """By its own hand, in the middle of a copy."""
         assert self.process.wait(timeout_s) == -signal.SIGKILL, self.errors()
-        self._reader.join(5)
+        self._reader.join(60)
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(10)
-        self._reader.join(5)
+        self.process.wait(60)
+        self._reader.join(60)
 
     def end(self) -> None:
         """Let it finish what it does. Fails when it ended badly."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         assert self.process.wait(180) == 0, self.errors()
-        self._reader.join(5)
+        self._reader.join(60)
 
     def errors(self) -> str:
         assert self.process.stderr is not None

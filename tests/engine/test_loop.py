@@ -36,7 +36,7 @@ class Heard:
             self._done.set()
 
     def wait(self) -> Heard:
-        assert self._done.wait(60)
+        assert self._done.wait(120)
         return self
 
 
