@@ -49,7 +49,9 @@ class Load:
         self.rig = Rig(daemon=address, backend=backend, pages=PAGES, staging=STAGING, **options)
         assert options.get("transfer") is None or self.rig.pager._core.nvme.status()["copies"] == "daemon"
         self.prefix = f"s{seed}"
-        self.newest = {(family, place): place for family in range(3) for place in range(SESSIONS)}  # number of a session
+        self.newest = {
+            (family, place): place for family in range(3) for place in range(SESSIONS)
+        }  # number of a session
         self.done = {"steps": 0, "parks": 0, "resumes": 0, "refused": 0, "in_doubt": 0}
         if options.get("transfer") is not None:
             self._count_doubts()
