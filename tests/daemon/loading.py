@@ -46,8 +46,13 @@ class LoadClient:
         assert self.process.poll() is None, self.errors()
 
     def wait_killed(self, timeout_s: float = 120.0) -> None:
-        """By its own hand, in the middle of a copy."""
-        assert self.process.wait(timeout_s) == -signal.SIGKILL, self.errors()
+        """By its own hand, in the middle of a copy. Fails with where its threads are when it does not get there."""
+        try:
+            ended = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)
+            ended = self.process.wait(60)
+        assert ended == -signal.SIGKILL, (self.lines[-5:], self.errors())
         self._reader.join(60)
 
     def kill(self) -> None:

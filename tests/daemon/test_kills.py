@@ -26,7 +26,7 @@ by_both = pytest.mark.parametrize("copies", list(KINDS))
 
 def running(tmp_path: Path, copies: str) -> Pagerd:
     options = ("--no-prefault", "--allow-ipc")
-    sizes = {"host_bytes": 96 * SIZE, "nvme_bytes": 8000 * SIZE}
+    sizes = {"host_bytes": 96 * SIZE, "nvme_bytes": 32_000 * SIZE}
     return Pagerd(tmp_path, **sizes, options=options, slow_copies=copies == "daemon")
 
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from ...pager.keys import owner_tag
 from ...tiers.errors import ConfigError, TierUnavailableError
 from . import daemon_start
 from .daemon_client import LOOKUP_LAYOUT, MODEL, keys_of
-from .daemon_copies import SLAB_BATCHES, ByClient, ByDaemon, measure, rows_of, stamps_of
+from .daemon_copies import SLAB_BATCHES, SLICES, ByClient, ByDaemon, measure, rows_of, slices, stamps_of
 from .daemon_peers import Peers
 from .daemon_process import DaemonProcess
 from .harness import Row, interleave, medians
@@ -171,6 +172,11 @@ def _copies(folder: Path, arguments: argparse.Namespace, peers: Peers) -> tuple[
             copies.close()
         rows += rows_of(seconds, case + said, moved_gb, rounds)
         ours_s = ours_s or {name: seconds[name] for name in ("put", "get")}
+    one_layer, count = replace(BLOCKS, num_layers=1), max(SLICES)
+    with _daemon(folder, host_bytes=SLAB_BATCHES * count * one_layer.block_bytes, options=("--allow-ipc",)) as daemon:
+        ordering = ByDaemon(daemon.address, one_layer, count, count)
+        rows += slices(ordering, np.ones((count, BLOCKS.block_bytes), np.uint8), rounds)
+        ordering.close()
     return rows, ours_s
 
 

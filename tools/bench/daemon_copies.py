@@ -31,6 +31,7 @@ from .harness import Row, interleave, medians
 
 SLAB_BATCHES = 17  # one client may have a quarter: one batch is reserved, one copied, one named, one to spare
 WAIT_S = 60.0
+SLICES = (1, 16, 64)  # at once
 
 
 @dataclass(slots=True)
@@ -223,6 +224,34 @@ def rows_of(seconds: dict[str, float], case: str, moved_gb: float, rounds: int) 
         said = f"the whole {name}, same rounds"
         rows.append(Row(case, f"{name}_messages", asked_s * 1e3, "ms", said, whole_s * 1e3, whole_s / asked_s, rounds))
     return rows
+
+
+def slices(copies: ByDaemon, blocks: Rows, rounds: int) -> list[Row]:
+    """One layer's slice of some blocks: ordered from the daemon, against copied by the client, as streaming does it.
+
+    copies: of a layout of one layer, all its blocks in one batch; blocks: whole ones, [blocks, bytes], of many such layers.
+    """
+    copies.put()
+    (names,) = copies._batches()
+    rows = np.frombuffer(copies._lease(names).result().slots, "<i4")
+    size, found = copies.pages.shape[1], []
+    own = np.zeros_like(copies.pages)
+    for count in SLICES:
+        pages = np.arange(count)
+
+        def by_client(pages: IntArray = pages) -> None:
+            own[pages] = blocks[pages, :size]
+
+        def by_daemon(pages: IntArray = pages) -> None:
+            _Batch([], pages, copies.copy(pages, rows[pages], is_write_back=False)).wait()
+
+        seconds = medians(interleave({"client": by_client, "daemon": by_daemon}, 10 * rounds, warmup=3))
+        case, said = f"{count} layer slices of {size >> 10} KiB, copied by the daemon", "copied by the client"
+        found.append(
+            Row.of_times(case, "time", "ms", seconds["daemon"], said, seconds["client"], 1e3, 10 * rounds),
+        )
+    copies.client.release(0, rows)
+    return found
 
 
 def stamps_of(keys: list[bytes], layout: KVLayout) -> np.ndarray:
