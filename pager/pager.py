@@ -217,6 +217,11 @@ class Pager:
         ring = self._core.rings[group]
         return None if ring is None else ring.rows
 
+    def readable_host_rows(self, group: int) -> Any:
+        """Host slots of a layer group that a step reads in place: uint8 rows [slots, block_bytes] at a stable address,
+        or None."""
+        return self._core.groups[group].forms.rows_like_pages
+
     @property
     def can_select(self) -> bool:
         """Whether device memory is set apart for selected attention."""
