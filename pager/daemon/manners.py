@@ -96,5 +96,5 @@ class Manners:
     def _keep_alive(self, loop: asyncio.AbstractEventLoop) -> None:
         """From the loop itself: a daemon whose loop hangs is not alive."""
         if self._notifier.watchdog_s is not None:
-            self._notifier.send("WATCHDOG=1")
+            self._notifier.send("WATCHDOG=1", wait_s=0.0)  # it hears again soon
             self._watchdog = loop.call_later(self._notifier.watchdog_s, self._keep_alive, loop)

@@ -15,6 +15,7 @@ from collections.abc import MutableMapping
 from ...tiers.errors import ConfigError
 
 FIRST_FD = 3
+STATE_S = 10.0  # for a manager that is held up; its queue may hold ten messages
 _LOG = logging.getLogger("kvtier.pagerd")
 
 
@@ -25,17 +26,21 @@ class Notifier:
         self._address = env.get("NOTIFY_SOCKET", "")
         self.watchdog_s = _watchdog_s(env)
 
-    def send(self, *fields: str) -> None:
-        """READY=1, STATUS=..., WATCHDOG=1 and the like. A manager that does not listen is no reason to fail."""
+    def send(self, *fields: str, wait_s: float = STATE_S) -> None:
+        """READY=1, STATUS=..., WATCHDOG=1 and the like. A manager that does not listen is no reason to fail.
+
+        Waits while its queue is full: of a change of state it hears once, and without it would wait for ever.
+        """
         if not self._address.startswith(("/", "@")):
             return
         address = "\0" + self._address[1:] if self._address[0] == "@" else self._address
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as one:
-                one.setblocking(False)
-                one.sendto("\n".join(fields).encode(), address)
+                one.settimeout(wait_s)
+                one.connect(address)
+                one.send("\n".join(fields).encode())
         except OSError as error:
-            _LOG.warning("event=notify_failed reason=%s", error.strerror)
+            _LOG.warning("event=notify_failed reason=%s", error.strerror or error)
 
 
 def _watchdog_s(env: MutableMapping[str, str]) -> float | None:

@@ -152,7 +152,7 @@ def test_a_client_outlives_its_daemon_and_finds_it_again(daemon, options):
     started_s = time.monotonic()
     with pytest.raises(TierUnavailableError):
         rig.pager.park("chat", seq)
-    assert time.monotonic() - started_s < 30.0  # no use in trying until its timeout
+    assert time.monotonic() - started_s < 110.0  # no use in trying until its timeout, two minutes
     other = rig.start(list(range(500, 530)))
     rig.prefill(other)
     daemon.start()

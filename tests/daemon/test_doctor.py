@@ -104,8 +104,13 @@ def test_starved_write_back_is_named(tmp_path):
         for client in clients[:2]:
             assert len(client.reserve(0, 8, 5.0)[0]) == 8
         assert found(daemon) == {}
-        with pytest.raises(Busy):
-            clients[2].reserve(0, 4, 2.0)
+
+        def is_starved() -> bool:  # refused often enough for the daemon to say so
+            with pytest.raises(Busy):
+                clients[2].reserve(0, 4, 1.2)
+            return "write-back starved" in found(daemon)
+
+        wait_for(is_starved)
         assert "of 16 slots" in found(daemon)["write-back starved"]
         assert "16 are being written to" in found(daemon)["write-back starved"]
         clients[0].goodbye()

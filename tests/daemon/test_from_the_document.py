@@ -55,7 +55,7 @@ class Client:
 
     def __init__(self, path: str, features: list[str]) -> None:
         self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(30)
+        self.socket.settimeout(120)
         self.socket.connect(path)
         self.last = 0
         self.welcome = self.ask(HELLO, min_version=1, max_version=2, features=features)

@@ -282,7 +282,7 @@ def test_closing_with_a_full_disk_ends(tmp_path):
         client.goodbye()
         started_s = time.monotonic()
         daemon.store.keeper.write_down(200.0)
-        assert time.monotonic() - started_s < 60.0
+        assert time.monotonic() - started_s < 190.0  # and not because its time was up
         daemon.store.check_integrity()
         d = daemon.store.core.groups[0].directory
         assert d.nvme_valid.sum() >= 16

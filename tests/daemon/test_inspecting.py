@@ -172,7 +172,7 @@ def test_a_daemon_that_hangs_holds_up_nobody_who_tells_it_of_requests(daemon):
             target=lambda: [client.used([key(i)], 4, Match(0), is_turn=False) for i in range(200)], daemon=True
         )
         telling.start()
-        telling.join(30.0)
+        telling.join(120.0)
         assert not telling.is_alive()
     finally:
         os.kill(daemon.process.pid, signal.SIGCONT)

@@ -117,7 +117,7 @@ def kill_daemons_in_copies(tmp_path: Path, kills: int, seed: int, copies: str) -
         daemon.kill()
         for _ in range(kills):
             daemon.start(dies_at=choose.randrange(1, 60))
-            assert daemon.process is not None and daemon.process.wait(60) == -signal.SIGKILL, daemon.log[-3000:]
+            assert daemon.process is not None and daemon.process.wait(240) == -signal.SIGKILL, daemon.log[-3000:]
         started_s = time.monotonic()
         daemon.start()
         wait_for(lambda: daemon.status()["daemon"]["connections"] == len(clients))

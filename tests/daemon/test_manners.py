@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.request
 from pathlib import Path
 
@@ -62,6 +63,29 @@ def test_a_notification_reaches_abstract_sockets_too():
         manager.bind(name)
         Notifier({"NOTIFY_SOCKET": "@" + name[1:]}).send("READY=1", "STATUS=x")
         assert manager.recv(100) == b"READY=1\nSTATUS=x"
+
+
+def test_a_manager_that_is_held_up_hears_of_every_change_of_state(tmp_path):
+    """Its queue is full of signs of life; one more of those may be lost."""
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as filler,
+    ):
+        manager.bind(str(tmp_path / "notify"))
+        manager.settimeout(60)
+        filler.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            while True:
+                filler.sendto(b"WATCHDOG=1", str(tmp_path / "notify"))
+        notifier = Notifier({"NOTIFY_SOCKET": str(tmp_path / "notify")})
+        notifier.send("WATCHDOG=1", wait_s=0.0)  # does not wait
+        telling = threading.Thread(target=notifier.send, args=("READY=1",), kwargs={"wait_s": 60.0})
+        telling.start()
+        telling.join(0.2)
+        assert telling.is_alive()
+        while manager.recv(100) != b"READY=1":
+            pass
+        telling.join(60)
 
 
 def test_a_socket_of_the_manager_is_served_and_stays(tmp_path):

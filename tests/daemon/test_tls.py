@@ -78,7 +78,7 @@ class TlsClient:
     """One request at a time over a TLS socket."""
 
     def __init__(self, port: int, cert: Path) -> None:
-        plain = socket.create_connection(("127.0.0.1", port), 10)
+        plain = socket.create_connection(("127.0.0.1", port), 120)
         self.socket = client_context(str(cert)).wrap_socket(plain, server_hostname="127.0.0.1")
 
     def call(self, message: object) -> tuple[int, dict]:
@@ -126,9 +126,9 @@ def test_a_client_with_a_token_is_served_over_tls_and_gets_no_slab(tmp_path, pai
         old = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         old.load_verify_locations(pair[0])
         old.maximum_version = ssl.TLSVersion.TLSv1_2
-        with socket.create_connection(("127.0.0.1", port), 10) as plain, pytest.raises(ssl.SSLError):
+        with socket.create_connection(("127.0.0.1", port), 120) as plain, pytest.raises(ssl.SSLError):
             old.wrap_socket(plain, server_hostname="127.0.0.1")
-        with socket.create_connection(("127.0.0.1", port), 10) as plain:  # in clear there is no answer at all
+        with socket.create_connection(("127.0.0.1", port), 120) as plain:  # in clear there is no answer at all
             plain.sendall(pack(m.Hello.KIND, 1, m.to_fields(hello())))
             try:
                 assert plain.recv(100)[:1] in (b"", b"\x15")  # an alert of TLS, or the end
@@ -240,7 +240,7 @@ def test_a_machine_that_is_gone_without_a_word_is_noticed(tmp_path):
             return await daemon.loop.create_server(lambda: Connection(daemon.service, daemon.loop), "127.0.0.1", 0)
 
         server = asyncio.run_coroutine_threadsafe(serve(), daemon.loop).result(10)
-        with socket.create_connection(server.sockets[0].getsockname(), 10):
+        with socket.create_connection(server.sockets[0].getsockname(), 120):
             wait_for(lambda: daemon.service._connections)
             (connection,) = daemon.service._connections
             assert connection.pid == -1 and connection.socket is not None

@@ -95,7 +95,7 @@ def inspect(*words: object, env: dict[str, str] | None = None, stdin: str = "") 
     command = [*(PROGRAM[:-2] if "--timeout" in words else PROGRAM), *map(str, words)]
     environ = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "KVTIER_SOCKET", "RUNTIME_DIRECTORY")}
     return subprocess.run(
-        command, capture_output=True, text=True, cwd="/", env=environ | (env or {}), input=stdin, timeout=120
+        command, capture_output=True, text=True, cwd="/", env=environ | (env or {}), input=stdin, timeout=240
     )
 
 

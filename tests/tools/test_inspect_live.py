@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -200,6 +201,21 @@ def test_a_recording_is_a_replay_trace(pager, tmp_path):
     )  # the last token of a prompt is computed, not looked up
     assert first["hash_ids"] == [0, 1, 2, 3, 4] and second["hash_ids"] == [0, 1, 2, 3, 5]
     assert 0 <= first["timestamp"] <= second["timestamp"] <= first["timestamp"] + took_s * 1e3 + 1
+
+
+def test_ctrl_c_in_the_middle_of_an_answer_loses_no_row():
+    from kvtier.tools.inspect.verbs import _follow_requests
+
+    class Pager:
+        """Hands out a row, and is interrupted before anybody has it."""
+
+        def ask(self, verb: str, *, is_last: bool = False) -> dict:
+            if not is_last:
+                os.kill(os.getpid(), signal.SIGINT)
+            return {"rows": [] if is_last else [{"timestamp": 0}], "lost": 0, "block_size": 16}
+
+    out = io.StringIO()
+    assert _follow_requests(Pager(), None, out)[0] == 1 and json.loads(out.getvalue()) == {"timestamp": 0}
 
 
 def test_history_draws_what_the_pager_wrote(pager, tmp_path):
