@@ -205,11 +205,8 @@ class SharedStore:
             asker, pins = client.tenant.tag, self.core.quotas.pins_left(client.tenant.tag)
             count = min(count, holdings.room())
             most = count if pins is None else min(count, pins)
-            is_bounded = (
-                group.quotas.room(group, "host", asker) is not None
-            )  # it would give up blocks of its own for nothing
-            slots = group.take_host_slots(most, asker=asker) if most and not is_bounded else None
-            if most and slots is None:  # counted only now: that takes as long as to take them
+            slots = group.take_host_slots(most, asker=asker) if most else None
+            if most and slots is None:  # then all that there is; to count it takes as long as to take it
                 most = min(most, group.host_room(asker=asker))
                 slots = group.take_host_slots(most, asker=asker) if most else None
             if most < count:
