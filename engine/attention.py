@@ -11,6 +11,7 @@ import contextvars
 import functools
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from ..kernels import (
     StepPlan,
     apply_sink_logits,
     beside_copies,
+    block_attention,
     layer_views,
     merge_states,
     paged_attention,
@@ -38,6 +40,7 @@ from ..kernels import (
 from ..pager.lease import Lease
 from ..pager.pager import Pager
 from ..pager.streaming import Staged
+from ..tiers.streams import IntArray
 from .hf import LayerSpec, ModelSpec
 from .packed import PackedPages, PackedStep, Rows, attend_blocks, tail_of
 
@@ -62,6 +65,8 @@ class LayerPages:
     stack: tuple[Tensor, Tensor]  # of all layers of the group: [pages, layers, kv_heads, block, dim] each
     staged_k: Tensor | None = None  # and where slices of it are staged: [rows, kv_heads, block, dim]
     staged_v: Tensor | None = None
+    host_k: Tensor | None = None  # and host slots of it that are read in place: [slots, kv_heads, block, dim]
+    host_v: Tensor | None = None
     packed: PackedPages | None = None
     heads: Tensor | None = None  # KV heads that are here; None: all
     query_heads: Tensor | None = None  # and those that read them
@@ -89,6 +94,7 @@ class Step:
     _slots: dict[int, SlotPlan] = field(default_factory=dict)
     _packed: dict[int, PackedStep] = field(default_factory=dict)
     _decodes: dict[int, DecodeStep | None] = field(default_factory=dict)
+    _over_host: dict[int, StepPlan] = field(default_factory=dict)
     _rows_there: Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -128,6 +134,14 @@ class Step:
             slots = self.lease.slots[pages.group]
             self._slots[pages.group] = plan_slots(pages.k, slots, len(slots))
         return self._slots[pages.group]
+
+    def over_host(self, pages: LayerPages, slots: IntArray) -> StepPlan:
+        """One row over the whole blocks in these host slots, the same of every layer of a group. Made once per step."""
+        if pages.group not in self._over_host:
+            assert pages.host_k is not None
+            num_tokens = len(slots) * self.block_size
+            self._over_host[pages.group] = plan_step(pages.host_k, slots[None], [num_tokens], [0, 1])
+        return self._over_host[pages.group]
 
     def packed(self, pages: LayerPages) -> PackedStep:
         """What is packed of a group. Made once per step."""
@@ -291,10 +305,10 @@ def _attend(
     elif held.stream is None:
         out, lse = over_pages(with_lse=s_aux is not None)
     else:
-        with beside_copies(q):
+        with beside_copies(q) if held.stream.has_copies else nullcontext():
             running = ChunkedAttention(q, **kind)
             running.add_result(*over_pages())
-            _attend_staged(step, pages, running)
+            _attend_staged(step, pages, q, running, **kind)
             out, lse = running.result()
     if s_aux is not None:
         out = apply_sink_logits(out, lse, s_aux)
@@ -308,33 +322,46 @@ def _attend_packed(
     assert pages.packed is not None
     held, rows = step.packed(pages), step.attending(last_rows=last_rows)
     out, lse = held.attend(pages, q, rows, plan, out_dtype=torch.float32, **kind)
-    if step.lease.groups[pages.packed.group].stream is None:
+    stream, fmt = step.lease.groups[pages.packed.group].stream, pages.packed.fmt
+    if stream is None:
         return out, lse
-    fmt, ring = pages.packed.fmt, pages.packed.staged
-    assert ring is not None
-    with beside_copies(q):
-        for staged in _stream(step, pages, ring):
-            ids = np.arange(staged.start, staged.start + staged.count)
-            part = attend_blocks(fmt, ring, ids, q, scale=kind["scale"], softcap=kind["softcap"])
+    with beside_copies(q) if stream.has_copies else nullcontext():
+        for source, ids, _ in _stream(step, pages, pages.packed.staged, pages.packed.host):
+            part = attend_blocks(fmt, source, ids, q, scale=kind["scale"], softcap=kind["softcap"])
             out, lse = merge_states(out, lse, *part)
     return out, lse
 
 
-def _attend_staged(step: Step, pages: LayerPages, running: ChunkedAttention) -> None:
-    """Add the slices that are staged, chunk after chunk."""
-    assert pages.staged_k is not None and pages.staged_v is not None
-    for staged in _stream(step, pages, pages.staged_k):
-        running.add(*(views.narrow(0, staged.start, staged.count) for views in (pages.staged_k, pages.staged_v)))
+def _attend_staged(step: Step, pages: LayerPages, q: Tensor, running: ChunkedAttention, **kind: Any) -> None:
+    """Add the slices that are streamed: those in host slots at once, those that are staged chunk after chunk."""
+    for k, ids, staged in _stream(step, pages, pages.staged_k, pages.host_k):
+        if staged.slots is None:
+            assert pages.staged_v is not None
+            running.add(*(views.narrow(0, staged.start, staged.count) for views in (k, pages.staged_v)))
+            continue
+        assert pages.host_v is not None
+        kind |= dict(out_dtype=torch.float32)
+        if len(q) == 1:  # sees all of them, so it is as good as their last row
+            plan = step.over_host(pages, ids)
+            running.add_result(*paged_attention(q, k, pages.host_v, (), (), (), plan=plan, **kind))
+        else:
+            running.add_result(*block_attention(q, k, pages.host_v, pages=ids, **kind))
 
 
-def _stream(step: Step, pages: LayerPages, ring: Tensor) -> Iterator[Staged]:
-    """The slices of one layer that are staged, chunk after chunk; summarised, where that is asked for, when used."""
-    summarizer, num_before = (step.parts or _WHOLE).summarizer, 0
+def _stream(
+    step: Step, pages: LayerPages, ring: Tensor | None, host: Tensor | None
+) -> Iterator[tuple[Tensor, IntArray, Staged]]:
+    """The slices of one layer that are streamed: where they are, in the ring or in host slots, and which rows of that.
+
+    Summarised, where that is asked for, when used.
+    """
+    summarizer = (step.parts or _WHOLE).summarizer
     for staged in step.lease.stream(pages.context_group, pages.layer):
-        yield staged
+        source, ids = (ring, staged.ring_rows) if staged.slots is None else (host, staged.slots)
+        assert source is not None
+        yield source, ids, staged
         if summarizer is not None:
-            summarizer.staged(pages, staged, ring.narrow(0, staged.start, staged.count), num_before)
-        num_before += staged.count
+            summarizer.staged(pages, staged.places, source, ids)
 
 
 def slice_views(shape: LayerSpec, rows: Tensor, block_size: int, layer: int = 0) -> tuple[Tensor, Tensor]:
@@ -353,9 +380,10 @@ def layers_of(pager: Pager, spec: ModelSpec, dtype: torch.dtype) -> list[list[La
     layouts, size = pager.layouts, pager.block_size
     dtypes = [torch.uint8 if layout.is_packed else dtype for layout in layouts]
     pools = [typed(pager.device_rows(group), dtypes[group]) for group in range(len(layouts))]
-    rings = [
-        None if (r := pager.staging_rows(group)) is None else typed(r, dtypes[group]) for group in range(len(layouts))
-    ]
+    rings, hosts = (
+        [None if (rows := rows_of(group)) is None else typed(rows, dtypes[group]) for group in range(len(layouts))]
+        for rows_of in (pager.staging_rows, pager.readable_host_rows)
+    )
     news = [tail_of(layouts, group) for group in range(len(spec.groups))]
     stacks = [
         stacked_views(pools[new], layouts[new].num_layers, shape.num_kv_heads, size, shape.head_dim, shape.value_dim)
@@ -364,13 +392,16 @@ def layers_of(pager: Pager, spec: ModelSpec, dtype: torch.dtype) -> list[list[La
 
     def pages(group: int, layer: int, heads: tuple[int, ...] | None) -> LayerPages:
         shape, ring, stack, layout = spec.groups[group], rings[group], stacks[group], layouts[group]
+        host = hosts[group]
         k, v = (views[:, layer] for views in stack)
         here, readers = (None, None) if heads is None else _heads_on(pools[group].device, heads, shape)
         if not layout.is_packed:
             staged_k, staged_v = (None, None) if ring is None else slice_views(shape, ring, size)
-            return LayerPages(group, layer, k, v, shape, stack, staged_k, staged_v, None, here, readers)
-        packed = PackedPages.of(layout, group, layer, pools[group], ring)
-        return LayerPages(news[group], layer, k, v, shape, stack, None, None, packed, here, readers)
+            host_k, host_v = (None, None) if host is None else slice_views(shape, host, size, layer)
+            there: Any = dict(staged_k=staged_k, staged_v=staged_v, host_k=host_k, host_v=host_v)
+            return LayerPages(group, layer, k, v, shape, stack, **there, heads=here, query_heads=readers)
+        packed = PackedPages.of(layout, group, layer, pools[group], ring, host)
+        return LayerPages(news[group], layer, k, v, shape, stack, packed=packed, heads=here, query_heads=readers)
 
     return [[pages(part.group, part.number, part.heads) for part in parts] for parts in spec.parts_of]
 

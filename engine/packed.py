@@ -42,12 +42,23 @@ class PackedPages:
     pages: Tensor
     fmt: PageFormat
     staged: Tensor | None = None  # and where slices of it are staged: [rows, layer_bytes]
+    host: Tensor | None = None  # and host slots of it that are read in place: [slots, layer_bytes]
 
     @classmethod
-    def of(cls, layout: KVLayout, group: int, layer: int, rows: Tensor, staged: Tensor | None = None) -> PackedPages:
-        """A layer of whole packed blocks, rows [pages, block_bytes]."""
+    def of(
+        cls,
+        layout: KVLayout,
+        group: int,
+        layer: int,
+        rows: Tensor,
+        staged: Tensor | None = None,
+        host: Tensor | None = None,
+    ) -> PackedPages:
+        """A layer of whole packed blocks, rows [pages, block_bytes] and host [slots, block_bytes]."""
         size = layout.layer_bytes
-        return cls(group, layer, rows.narrow(1, layer * size, size), page_format(layout), staged)
+        here, below = (None if x is None else x.narrow(1, layer * size, size) for x in (rows, host))
+        assert here is not None
+        return cls(group, layer, here, page_format(layout), staged, below)
 
 
 @dataclass(frozen=True, slots=True)

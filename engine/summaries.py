@@ -21,7 +21,6 @@ from torch import Tensor
 from ..kernels import PageFormat, summarize_blocks, summarize_pages, widen_summaries
 from ..pager.lease import Lease, Span
 from ..pager.pager import Pager
-from ..pager.streaming import Staged
 from .attention import LayerPages, typed
 
 IntArray = npt.NDArray[np.int64]
@@ -217,10 +216,10 @@ class Summarizer:
             if len(part.pages):
                 self._book.write(pages, source, part.pages, part.page_rows)
 
-    def staged(self, pages: LayerPages, chunk: Staged, source: Tensor, first: int) -> None:
-        """Of a chunk of streamed blocks, of which `first` came before it in this layer; source as `write` takes it."""
+    def staged(self, pages: LayerPages, places: IntArray, source: Tensor, blocks: IntArray) -> None:
+        """Of some streamed blocks, by their places among all of them; source and blocks as `write` takes them."""
         for part in self._parts[pages.context_group]:
-            rows = part.staged[first : first + chunk.count]
+            rows = part.staged[places]
             at = np.flatnonzero(rows >= 0)
             if len(at):
-                self._book.write(pages, source, at, rows[at])
+                self._book.write(pages, source, blocks[at], rows[at])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from ..tiers.host import HostSlab
 from ..tiers.packed_slab import HostBlocks, PackedSlab
 from ..tiers.streams import Rows, Stream
 from .states import IntArray
@@ -40,6 +41,16 @@ class HostForms:
     @property
     def slot_bytes(self) -> int:
         return self.packed.fmt.block_bytes if self.packed is not None else self._group.layout.block_bytes
+
+    @property
+    def rows_like_pages(self) -> Rows | None:
+        """Slots that computing reads where they are, as it reads pages; None where it cannot, or they have another form.
+
+        Slots of a daemon are rows that it may exchange.
+        """
+        slab = self._group.slab
+        is_ours = isinstance(slab, HostSlab) and self.packed is None and slab.num_slots > 0
+        return slab.rows if is_ours and self._group.backend.reads_host else None
 
     # ------------------------------------------------------------------ how many slots
     def slots_of(self, blocks: IntArray, *, below: bool = False) -> int:

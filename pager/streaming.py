@@ -2,10 +2,11 @@
 
 A streamed step sees its whole context without promoting it: for layer after layer, chunks of slices are copied from host
 slots (or read from nvme into bounce rows, then copied) into the ring while earlier chunks are being computed on. Both run
-ahead across layers, because the order is known, and reads further than copies, because a disk is slow to start. Guards rule
-12: a ring slot is refilled only after the event of its last reader, a bounce slot only after the copy out of it. A copy
-that fails may show only after it was computed on, so a streamed step counts only when all of them are known to be good
-(`copy_failed`, at commit).
+ahead across layers, because the order is known, and reads further than copies, because a disk is slow to start. Where
+computing reads host memory as it reads the device's (on a CPU), slices in host slots are read in place, all of a layer at
+once, and only those from nvme take the ring. Guards rule 12: a ring slot is refilled only after the event of its last
+reader, a bounce slot only after the copy out of it. A copy that fails may show only after it was computed on, so a streamed
+step counts only when all of them are known to be good (`copy_failed`, at commit).
 """
 
 from __future__ import annotations
@@ -51,21 +52,30 @@ class StagingRing:
 
 @dataclass(slots=True)
 class Staged:
-    """Layer slices ready for attention: rows[:count] of `blocks`, valid until the next one is asked for.
+    """Layer slices of `blocks` ready for attention, valid until the next ones are asked for.
 
-    start: where they lie in the ring, for views that are made once and narrowed (`Pager.staging_rows`).
+    In the ring: rows[:count], which begin at its row `start` (views of `Pager.staging_rows` are made once and narrowed). In
+    place: rows[slots], host slots' slices of this layer; the same slots in every layer (`Pager.readable_host_rows`).
     """
 
     rows: Any
     count: int
     blocks: IntArray
     start: int
+    places: IntArray  # of these blocks among those that are streamed
+    slots: IntArray | None = None
+
+    @property
+    def ring_rows(self) -> IntArray:
+        """The ring's rows that they lie in."""
+        return np.arange(self.start, self.start + self.count)
 
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Blocks whose slices make one chunk: the same in every layer. Indices count in `blocks`."""
+    """Blocks whose slices make one chunk: the same in every layer. Indices count in `blocks`, places in all streamed ones."""
 
+    places: IntArray
     blocks: IntArray
     in_host: IntArray
     host_slots: IntArray  # of those
@@ -89,7 +99,11 @@ class SliceStream:
         self._group, self._ring, self._blocks = group, ring, blocks
         self._backend: Backend = group.backend
         self._held = HeldBelow(group, blocks)
-        self._parts = [self._part(at, at + ring.chunk_slices) for at in range(0, len(blocks), ring.chunk_slices)]
+        self._host_rows = group.forms.rows_like_pages
+        is_in_place = self._held.in_host if self._host_rows is not None else np.zeros(len(blocks), bool)
+        self._in_place = self._part(np.flatnonzero(is_in_place))
+        ringed, size = np.flatnonzero(~is_in_place), ring.chunk_slices
+        self._parts = [self._part(ringed[at : at + size]) for at in range(0, len(ringed), size)]
         self._chunks_per_layer = len(self._parts)
         self._begun: dict[int, _Chunk] = {}
         self._base = 0  # chunk numbers go on across seeks, so that ring slots stay in turn
@@ -98,11 +112,20 @@ class SliceStream:
         self._unchecked: list[Event] = []  # copies into the ring that may still turn out to have failed
         self._is_closed = False
 
+    @property
+    def has_copies(self) -> bool:
+        """Whether anything takes the ring."""
+        return self._chunks_per_layer > 0
+
     def layer(self, layer: int) -> Iterator[Staged]:
-        """Chunks of one layer, in block order. Raises CorruptSliceError when a slice cannot be trusted."""
+        """Chunks of one layer; what is read in place comes first. Raises CorruptSliceError when a slice cannot be trusted."""
         first = (layer - self._first_layer) * self._chunks_per_layer
-        if self._base + first not in self._begun and self._base + first != self._next:
-            first = self._seek(layer)
+        if self.has_copies:
+            if self._base + first not in self._begun and self._base + first != self._next:
+                first = self._seek(layer)
+            self._run_ahead(self._base + first)
+        if len(self._in_place.blocks):
+            yield self._of_host(layer)
         for number in range(self._base + first, self._base + first + self._chunks_per_layer):
             yield self._take(number)
             self._ring.reader[number % RING_SLOTS] = self._backend.compute.record()
@@ -138,29 +161,43 @@ class SliceStream:
             if event is not None:
                 event.wait()
 
-    def _take(self, number: int) -> Staged:
+    def _of_host(self, layer: int) -> Staged:
+        part, size = self._in_place, self._group.layout.layer_bytes
+        assert self._host_rows is not None
+        rows, slots = self._host_rows[:, layer * size : (layer + 1) * size], part.host_slots
+        for name, n in (("attended_slices", len(slots)), ("attended_bytes", len(slots) * size)):
+            self._group.counters.add(name, n, tier="host", reason="stream")
+        return Staged(rows, len(slots), part.blocks, 0, part.places, slots)
+
+    def _run_ahead(self, number: int) -> None:
+        """Begin what this chunk and those behind it need, as far as there is room."""
         ahead = self._ring.num_bounce_slots or RING_SLOTS  # one more would be read over what is still to be copied out
         while self._next < number + ahead and self._begin(self._next):
             pass
         for ahead in range(number, min(number + RING_SLOTS, self._next)):
-            self._fill(self._begun[ahead], must=ahead == number)
+            self._fill(self._begun[ahead], must=False)
+
+    def _take(self, number: int) -> Staged:
+        self._run_ahead(number)
+        self._fill(self._begun[number], must=True)
         chunk = self._begun.pop(number)
         slot = number % RING_SLOTS
         filled = self._ring.filled[slot]
         assert filled is not None
         self._backend.compute.wait(filled)
         start, count = slot * self._ring.chunk_slices, len(chunk.part.blocks)
-        return Staged(self._ring.rows[start : start + count], count, chunk.part.blocks, start)
+        return Staged(self._ring.rows[start : start + count], count, chunk.part.blocks, start, chunk.part.places)
 
-    def _part(self, start: int, end: int) -> _Part:
-        held, blocks = self._held, self._blocks[start:end]
-        in_host = held.in_host[start:end]
+    def _part(self, places: IntArray) -> _Part:
+        held = self._held
+        in_host = held.in_host[places]
         return _Part(
-            blocks,
+            places,
+            self._blocks[places],
             np.flatnonzero(in_host),
-            held.host_slots[start:end][in_host],
+            held.host_slots[places[in_host]],
             np.flatnonzero(~in_host),
-            held.nvme_slots[start:end][~in_host],
+            held.nvme_slots[places[~in_host]],
         )
 
     def _begin(self, number: int) -> bool:
@@ -215,11 +252,12 @@ class SliceStream:
 
     def _count(self, layer: int) -> None:
         """Moved bytes of a whole layer, when its first chunk is asked for."""
-        forms, count, held = self._group.forms, self._group.counters.add, self._held
-        on_nvme = self._blocks[~held.in_host]
-        from_host = forms.layer_bytes(held.host_slots[held.in_host], layer)
+        forms, count = self._group.forms, self._group.counters.add
+        places = np.concatenate([part.places for part in self._parts])
+        on_nvme = self._blocks[places[~self._held.in_host[places]]]
+        from_host = forms.layer_bytes(np.concatenate([part.host_slots for part in self._parts]), layer)
         for name, n, nbytes in (
-            ("host_to_device", len(self._blocks), from_host + len(on_nvme) * self._group.layout.layer_bytes),
+            ("host_to_device", len(places), from_host + len(on_nvme) * self._group.layout.layer_bytes),
             ("nvme_to_host", len(on_nvme), forms.cold_layer_bytes(on_nvme, layer)),
         ):
             if n:

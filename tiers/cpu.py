@@ -278,7 +278,11 @@ class CpuBackend:
     pinned = False
     near_node = None
 
-    def __init__(self, *, poison: bool = False, delay_s: float = 0.0, io_depth: int = IO_DEPTH) -> None:
+    def __init__(
+        self, *, poison: bool = False, delay_s: float = 0.0, io_depth: int = IO_DEPTH, reads_host: bool = True
+    ) -> None:
+        """Without `reads_host` it does as where the device has memory of its own; for tests and measurements."""
+        self.reads_host = reads_host
         self._progress = Progress()
         notify = self._progress.notify
         self.compute = CallerStream()

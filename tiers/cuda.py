@@ -237,6 +237,7 @@ class CudaBackend:
 
     name = "cuda"
     pinned = True
+    reads_host = False
 
     def __init__(
         self, *, device: int | None = None, copy_path: CopyPath | None = None, io_depth: int = IO_DEPTH

@@ -148,6 +148,7 @@ class SimulatedBackend:
 
     name = "simulated"
     pinned = False
+    reads_host = False  # computing is queued
     near_node = None
 
     def __init__(self, seed: int = 0) -> None:

@@ -78,6 +78,10 @@ class Backend(Protocol):
     def pinned(self) -> bool: ...
 
     @property
+    def reads_host(self) -> bool:
+        """Whether computing is the caller's own, and host memory as near to it as the device's: nothing need be copied."""
+
+    @property
     def compute(self) -> Stream: ...
 
     @property

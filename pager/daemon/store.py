@@ -206,8 +206,10 @@ class SharedStore:
             count = min(count, holdings.room())
             most = count if pins is None else min(count, pins)
             slots = group.take_host_slots(most, asker=asker) if most else None
-            if most and slots is None:  # then all that there is; to count it takes as long as to take it
-                most = min(most, group.host_room(asker=asker))
+            if (
+                most and slots is None
+            ):  # then all that there is, whatever the try gave up; to count takes as long as to take
+                most = min(most, group.leaving.host_room(asker=asker))
                 slots = group.take_host_slots(most, asker=asker) if most else None
             if most < count:
                 self.core.make_host_room(group, count, asker)

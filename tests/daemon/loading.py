@@ -51,21 +51,21 @@ class LoadClient:
             ended = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             self.process.send_signal(signal.SIGABRT)
-            ended = self.process.wait(10)
+            ended = self.process.wait(60)
         assert ended == -signal.SIGKILL, (self.lines[-5:], self.errors())
-        self._reader.join(5)
+        self._reader.join(60)
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(10)
-        self._reader.join(5)
+        self.process.wait(60)
+        self._reader.join(60)
 
     def end(self) -> None:
         """Let it finish what it does. Fails when it ended badly."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         assert self.process.wait(180) == 0, self.errors()
-        self._reader.join(5)
+        self._reader.join(60)
 
     def errors(self) -> str:
         assert self.process.stderr is not None

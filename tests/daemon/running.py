@@ -13,7 +13,7 @@ from typing import Any
 from kvtier.pager.client.connection import DaemonConnection
 from kvtier.pager.protocol import fetch_status
 
-START_S = 60.0  # a bound on hanging, not an aim
+START_S = 60.0  # of a start and of an answer: a bound on hanging, not an aim
 DYING = Path(__file__).with_name("dying.py")
 
 
@@ -70,7 +70,7 @@ class Pagerd:
         return self.process.wait(60)
 
     def status(self) -> dict[str, Any]:
-        return fetch_status(self.address)
+        return fetch_status(self.address, START_S)
 
     @property
     def log(self) -> str:

@@ -57,8 +57,8 @@ def kill_daemons(tmp_path: Path, kills: int, seed: int, copies: str) -> None:
             time.sleep(choose.choice([0.1, 0.5, 1.0, 1.5]) * choose.uniform(0.8, 1.2))
             daemon.kill()
             daemon.start()
-        wait_for(lambda: daemon.status()["daemon"]["connections"] == len(clients))
-        time.sleep(1.0)
+        told = [len(client.lines) for client in clients]
+        wait_for(lambda: all(len(client.lines) > lines for client, lines in zip(clients, told, strict=True)))
         acknowledged = end_all(clients, copies)
         assert acknowledged
         print(f"seed {seed}: {kills} kills, {len(acknowledged)} sessions, {[c.done for c in clients]}")

@@ -156,14 +156,17 @@ def test_resume_after_a_restart_equals_never_having_stopped(family: str, tmp_pat
         )  # the last sampled token, the new ones, decodes
 
 
+@pytest.mark.parametrize("in_place", [True, False], ids=["in place", "ring"])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
-def test_streamed_sequence_larger_than_the_device_tier_is_exact(family: str):
+def test_streamed_sequence_larger_than_the_device_tier_is_exact(family: str, in_place: bool):
     model, prompt = tiny(family), prompts()[3]
     wanted = stock(model, prompt, 12)
     with Engine.from_model(model, small_config(model, 7), block_size=16, max_batch_tokens=32) as engine:
+        engine.pager.backend.reads_host = in_place
         out = engine.generate([prompt], SamplingParams(max_tokens=12))[0]
         assert out.token_ids == wanted
-        assert engine.pager.counters.get("moved_slices", reason="stream") > 0
+        ways = [engine.pager.counters.get(f"{done}_slices", reason="stream") for done in ("attended", "moved")]
+        assert [count > 0 for count in ways] == [in_place, not in_place]
 
 
 def test_fork_and_rollback_go_their_own_ways():

@@ -187,17 +187,20 @@ def test_what_is_rolled_back_into_a_packed_block_is_computed_from_its_start(llam
 
 
 def test_a_context_larger_than_the_device_tier_streams_packed(llama):
-    prompt, answers = prompt_of(40 * BLOCK + 9, 5), []
-    for options in (dict(blocks=60), dict(blocks=16, staging_bytes=1 << 16)):
+    prompt, answers, small = prompt_of(40 * BLOCK + 9, 5), [], dict(blocks=16, staging_bytes=1 << 16)
+    for options, way in ((dict(blocks=60), None), (small, "attended"), (small, "moved")):
         with open_packed(llama, **options) as engine:
+            engine.pager.backend.reads_host = way == "attended"
             session = engine.session("a")
             session.send(prompt, SamplingParams(max_tokens=0))
             out = session.send([4], SamplingParams(max_tokens=4, top2_margin=True))
             answers.append((out.token_ids, out.margins))
-            streamed = engine.pager.counters.get("moved_slices", direction="host_to_device", reason="stream")
-            assert bool(streamed) == ("staging_bytes" in options)
+            for done in ("attended", "moved"):
+                streamed = engine.pager.counters.get(f"{done}_slices", reason="stream")
+                assert bool(streamed) == (done == way)
             engine.pager.check_integrity()
-    assert answers[0][0] == answers[1][0] and answers[0][1] == pytest.approx(answers[1][1], abs=0.05)
+    for tokens, margins in answers[1:]:
+        assert tokens == answers[0][0] and margins == pytest.approx(answers[0][1], abs=0.05)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", pytest.param("gemma2", marks=pytest.mark.soak)])

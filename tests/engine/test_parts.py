@@ -78,7 +78,9 @@ def test_parts_are_parked_streamed_and_found_again_together(llama, device, tmp_p
             assert session.num_computed == len(prompt)
             out = session.send([4], SamplingParams(max_tokens=4, top2_margin=True))
             answers.append((out.token_ids, out.margins))
-            streamed = engine.pager.counters.get("moved_slices", direction="host_to_device", reason="stream")
+            streamed = sum(
+                engine.pager.counters.get(f"{done}_slices", reason="stream") for done in ("attended", "moved")
+            )
             assert bool(streamed) == ("staging_bytes" in options)
             assert engine.pager.counters.get("lost_tokens") == 0
             engine.pager.check_integrity()

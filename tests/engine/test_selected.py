@@ -96,10 +96,13 @@ def test_a_needle_is_found_on_its_page_alone():
         check_end(engine)
 
 
-def test_a_parked_session_is_summarised_again_by_its_first_step(tmp_path):
+@pytest.mark.parametrize("host_blocks", [20, 80], ids=["from disk", "half of it from host slots in place"])
+def test_a_parked_session_is_summarised_again_by_its_first_step(tmp_path, host_blocks):
     spec, model = NeedleSpec(), build_needle_model()
     ids, needles = needle_prompt(spec, 2048, 4)
-    settings = dict(pages=16, host_blocks=20, slices=64, blocks=200, nvme_path=tmp_path / "s", nvme_bytes="64MiB")
+    settings = dict(
+        pages=16, host_blocks=host_blocks, slices=64, blocks=200, nvme_path=tmp_path / "s", nvme_bytes="64MiB"
+    )
     with open_selecting(model, **settings) as engine:
         session = engine.session("a")
         session.inject(ids, build_needle_cache(model, ids))
@@ -110,6 +113,8 @@ def test_a_parked_session_is_summarised_again_by_its_first_step(tmp_path):
             out = session.send([needle.key], SamplingParams(max_tokens=4, attention="select:6"))
             assert tuple(out.token_ids) == needle.values
             assert out.selection.full_steps == (number == 0)
+            for way in ("attended", "moved"):  # in place and through the ring, in the one step that reads all
+                assert engine.pager.counters.get(f"{way}_slices", reason="stream") > 0
             session.rollback(len(ids))
         moved = {row: engine.pager.counters.get("moved_bytes", direction=row, reason="select") for row in
                  ("host_to_device", "nvme_to_host")}  # fmt: skip

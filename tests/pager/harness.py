@@ -156,9 +156,10 @@ class Rig:
         table = self.pager._core.sequences[span.seq].tables[g].ids
         logical = np.array([int(np.flatnonzero(table == block)[0]) for block in staged.blocks])
         wanted, rows, count = values(self.pager.token_ids(span.seq)), staged.rows, staged.count
+        taken = slice(0, count) if staged.slots is None else staged.slots
 
         def kernel(found=self._found) -> None:
-            seen = rows[:count].view(np.float32).reshape(count, 2, self.block, layout.head_dim)
+            seen = np.ascontiguousarray(rows[taken]).view(np.float32).reshape(count, 2, self.block, layout.head_dim)
             positions = (logical[:, None] * self.block + np.arange(self.block)).reshape(-1)
             seen = seen.transpose(0, 2, 1, 3).reshape(-1, 2, layout.head_dim)
             compare(seen, wanted[positions] + layer, f"staged layer {layer}", found, self.error)

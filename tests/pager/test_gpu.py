@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from kvtier.pager.streaming import Staged
 from kvtier.tiers.backends import cuda_missing, get_backend
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -63,8 +63,8 @@ class TensorRig(Rig):
         return OnHost(pool.reshape(len(pool), layout.num_layers, 2, BLOCK, layout.head_dim)[:, layer])
 
     def _read_staged(self, lease, g, layer, staged):
-        rows = torch.as_tensor(staged.rows)[: staged.count].cpu().numpy()
-        return super()._read_staged(lease, g, layer, Staged(rows, staged.count, staged.blocks, staged.start))
+        rows = torch.as_tensor(staged.rows).cpu().numpy()
+        return super()._read_staged(lease, g, layer, replace(staged, rows=rows))
 
 
 def ids(n: int, seed: int = 0) -> list[int]:

@@ -1,9 +1,10 @@
 """`kvtier bench stream`: decode over a context of which a tenth is in the device tier, against the memory's speed.
 
-Every step streams the other nine tenths, layer by layer, through the staging ring. Three references, all of the same run:
-the same slices copied and nothing computed (the bandwidth model: bytes over the measured copy rate); the slower of that
-and the attention alone, over a device tier that holds everything (what perfect overlap would take); and that engine's
-answers, from which the merged partial results must not differ.
+Every step streams the other nine tenths, layer by layer: on a CPU from host slots where they lie, and in turn with that
+through the staging ring, as where the device has memory of its own. Three references, all of the same run: the same slices
+copied and nothing computed (the bandwidth model: bytes over the measured copy rate); the slower of that and the attention
+alone, over a device tier that holds everything (what perfect overlap would take); and that engine's answers, from which the
+merged partial results must not differ.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 
 from kvtier import Engine, PagerConfig, SamplingParams
 
+from ...tiers.cpu import CpuBackend
 from ...tiers.errors import ConfigError
 from .harness import Row
 
@@ -64,43 +66,46 @@ def run(arguments: argparse.Namespace) -> list[Row]:
 
 
 def _rows(ours: Engine, peer: Engine, key: int, rounds: int, case: str) -> list[Row]:
-    """Our step, the peer's and the bare copies take turns, token by token."""
+    """Our step, one way and the other, the peer's and the bare copies take turns, token by token."""
+    backend = ours.pager.backend
+    ways = {"time per token, read in place": True} if backend.reads_host else {}
+    ways |= {"time per token, through the ring": False}
     copies: list[float] = []
     whole: list[float] = []
-    steps: list[float] = []
+    steps: dict[str, list[float]] = {way: [] for way in ways}
     copy_all: Callable[[], None] | None = None
     wanted: list[tuple[int, list[float]]] = []
     seen: list[tuple[int, list[float]]] = []
     for number in range(WARMUP + rounds):
-        before = _streamed_bytes(ours)
-        spent_s, logprobs = _step(ours, key if number == 0 else seen[-1][0])
-        nbytes = _streamed_bytes(ours) - before
-        seen.append(logprobs)
-        copy_all = copy_all or _copier(ours, nbytes)
-        peer_s, found = _step(peer, key if number == 0 else wanted[-1][0])
-        wanted.append(found)
-        started_s = time.perf_counter()
-        copy_all()
-        if number >= WARMUP:
-            steps.append(spent_s)
-            whole.append(peer_s)
-            copies.append(time.perf_counter() - started_s)
-    ours_s, whole_s, copy_s = map(statistics.median, (steps, whole, copies))
+        for way, in_place in ways.items():
+            if isinstance(backend, CpuBackend):
+                backend.reads_host = in_place
+            before = _streamed_bytes(ours)
+            spent_s, logprobs = _step(ours, seen[-1][0] if seen else key)
+            nbytes = _streamed_bytes(ours) - before
+            seen.append(logprobs)
+            copy_all = copy_all or _copier(ours, nbytes)
+            peer_s, found = _step(peer, wanted[-1][0] if wanted else key)
+            wanted.append(found)
+            started_s = time.perf_counter()
+            copy_all()
+            if number >= WARMUP:
+                steps[way].append(spent_s)
+                whole.append(peer_s)
+                copies.append(time.perf_counter() - started_s)
+    whole_s, copy_s = statistics.median(whole), statistics.median(copies)
     apart = max(abs(a - b) for (_, mine), (_, theirs) in zip(seen, wanted) for a, b in zip(mine, theirs))
-    what = f"its {nbytes / 2**20:,.0f} MiB copied, nothing computed"
+    references = {
+        f"its {nbytes / 2**20:,.0f} MiB copied, nothing computed": copy_s,
+        "the slower of copying and a resident step": max(copy_s, whole_s),
+        "everything resident": whole_s,
+    }
     return [
-        Row.of_times(case, "time per token", "ms", ours_s, what, copy_s, 1e3, rounds),
-        Row.of_times(
-            case,
-            "time per token",
-            "ms",
-            ours_s,
-            "the slower of copying and a resident step",
-            max(copy_s, whole_s),
-            1e3,
-            rounds,
+        *(
+            Row.of_times(case, way, "ms", statistics.median(spent), reference, reference_s, 1e3, rounds)
+            for way, spent in steps.items()
+            for reference, reference_s in references.items()
         ),
-        Row.of_times(case, "time per token", "ms", ours_s, "everything resident", whole_s, 1e3, rounds),
         Row(
             case,
             "largest difference of a log probability",
@@ -128,7 +133,10 @@ _PARAMS = SamplingParams(max_tokens=1, logprobs=3)
 
 
 def _streamed_bytes(engine: Engine) -> int:
-    return int(engine.pager.counters.get("moved_bytes", direction="host_to_device", reason="stream"))
+    """Copied or read in place."""
+    counters = engine.pager.counters
+    moved = counters.get("moved_bytes", direction="host_to_device", reason="stream")
+    return int(moved + counters.get("attended_bytes", reason="stream"))
 
 
 def _copier(engine: Engine, nbytes: int) -> Callable[[], None]:
