@@ -205,10 +205,10 @@ class SharedStore:
             asker, pins = client.tenant.tag, self.core.quotas.pins_left(client.tenant.tag)
             count = min(count, holdings.room())
             most = count if pins is None else min(count, pins)
-            # at a ceiling, taking what is too much would give up blocks of its own for nothing
-            has_ceiling = group.quotas.room(group, "host", asker) is not None
-            slots = group.take_host_slots(most, asker=asker) if most and not has_ceiling else None
-            if most and slots is None:  # counted only now: that takes as long as to take them
+            slots = group.take_host_slots(most, asker=asker) if most else None
+            if (
+                most and slots is None
+            ):  # then all that there is, whatever the try gave up; to count takes as long as to take
                 most = min(most, group.leaving.host_room(asker=asker))
                 slots = group.take_host_slots(most, asker=asker) if most else None
             if most < count:

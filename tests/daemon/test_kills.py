@@ -2,7 +2,8 @@
 acknowledged is lost, and what the dead held is free again within two seconds.
 
 Each loop runs twice: engines copy between their pages and the slab themselves, or the daemon does (transfer="ipc").
-Longer: pytest -m soak tests/daemon/test_kills.py; one of them again: -k NAME --seed N, with the seed that it printed less 1.
+Longer: pytest -m soak tests/daemon/test_kills.py; one of them again: -k "NAME and copied_by_daemon" --seed N, with the seed
+that it printed less 1.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from .running import Pagerd, wait_for
 
 SIZE = LAYOUT.block_bytes
 KINDS = {"client": (), "daemon": ("ipc",)}  # of load clients, by who copies
-by_both = pytest.mark.parametrize("copies", list(KINDS))
+by_both = pytest.mark.parametrize("copies", list(KINDS), ids="copied_by_{}".format)
 
 
 def running(tmp_path: Path, copies: str) -> Pagerd:

@@ -197,6 +197,19 @@ def test_a_flood_leaves_a_floor_alone_and_stays_under_its_ceiling_and_pins(tmp_p
         assert pagerd.end() == 0
 
 
+def test_who_reserves_more_than_there_is_gets_all_that_there_is(tmp_path):
+    """Below its ceiling, and beyond what others leave: a first try for all of it must not cost room."""
+    with Pagerd(tmp_path, two_tenants(tmp_path, "", f"host_ceiling = {16 * BLOCK}")).ready() as pagerd:
+        bob = pagerd.connect(BOB[0]).open()
+        his = random_keys(10, 3)
+        assert bob.put(his, [b"\x02" * BLOCK] * 10, "bob") == [1] * 10
+        alice = [pagerd.connect(ALICE[0]).open() for _ in range(4)]
+        assert [len(one.reserve(count)) for one, count in zip(alice, (16, 16, 16, 6), strict=True)] == [16, 16, 16, 6]
+        assert len(bob.reserve(12)) == 10
+        assert bob.lookup(his) == [0] * 10
+        assert pagerd.end() == 0
+
+
 def test_pins_bound_what_is_leased_to_read(tmp_path):
     with Pagerd(tmp_path, two_tenants(tmp_path, "", "pins = 3")).ready() as pagerd:
         bob = pagerd.connect(BOB[0]).open()
