@@ -99,7 +99,12 @@ class EngineLoop:
         self, make: Callable[[Engine], Request], listener: Listener, *, timeout_s: float | None = None
     ) -> Future[Submission]:
         """As submit_request, without waiting for the step that runs; for callers that have their own event loop."""
-        return self.call(lambda engine: Submission(self._schedule(make(engine), listener, timeout_s), self))
+
+        def schedule(engine: Engine) -> Submission:
+            self._refuse_if_full()  # before anything is made for it
+            return Submission(self._schedule(make(engine), listener, timeout_s), self)
+
+        return self.call(schedule)
 
     def call(self, fn: Callable[[Engine], T]) -> Future[T]:
         """Run fn(engine) between two steps. Raises TierUnavailableError when the loop has ended."""
@@ -152,11 +157,13 @@ class EngineLoop:
         self._keeper.shutdown(wait=True)
 
     # ------------------------------------------------------------------ the loop's thread
+    def _refuse_if_full(self) -> None:
+        waiting = len(self.engine.scheduler.waiting)
+        if waiting >= self._max_waiting:
+            raise QueueFullError(f"{waiting} requests wait already; try again later", retry_after_s=1.0)
+
     def _schedule(self, request: Request, listener: Listener, timeout_s: float | None) -> Request:
         scheduler = self.engine.scheduler
-        if len(scheduler.waiting) >= self._max_waiting:
-            self.engine.drop(request)
-            raise QueueFullError(f"{len(scheduler.waiting)} requests wait already; try again later", retry_after_s=1.0)
         if timeout_s is not None:
             request.deadline_s = scheduler.clock() + timeout_s
         for index, one in enumerate((request, *request.twins)):

@@ -102,6 +102,7 @@ class Scheduler:
             self._is_short = False
             self.active = [r for r in self.active if not r.is_done]
             self.waiting = [r for r in self.waiting if not r.is_done]
+            self._take_turns()
         return ended
 
     @property
@@ -114,6 +115,7 @@ class Scheduler:
         """What to run now; empty only when nothing is left that could. Starts copies for what comes after."""
         self._shed()
         self._admit()
+        self._take_turns()
         work: Work = []
         late: Work = []
         left = self.budget
@@ -133,6 +135,10 @@ class Scheduler:
             left -= count
         self._look_ahead()
         return work or late[:1]  # with nothing else to do, wait for the first
+
+    def _take_turns(self) -> None:
+        """What those who share the device tier read leaves it last."""
+        self._pager.take_turns([r.seq for r in self.active if not r.is_large and not r.reads_a_part])
 
     def _look_ahead(self) -> None:
         """Blocks of who is let in next come up meanwhile, in that order."""
@@ -237,7 +243,7 @@ class Scheduler:
         """Answers grow: who no longer fits beside the others waits."""
         while len(self.active) > 1 and not self._hold([(r.seq, 1) for r in self.active]):
             least = min(r.priority for r in self.active)
-            self._preempt(min((r for r in self.active if r.priority == least), key=lambda r: min(self._costs_s(r))))
+            self._preempt_cheapest([r for r in self.active if r.priority == least])
 
     def _activate(self, request: Request) -> None:
         self.waiting.remove(request)
@@ -269,14 +275,13 @@ class Scheduler:
 
     def _make_room(self, request: Request) -> bool:
         """Send somebody back to wait who had its quantum and is no more important. False when nobody is."""
-        now_s = self.clock()
-        had_enough = [r for r in self.active if self._had_turn(r, now_s) and r.priority <= self._importance(request)]
-        less = [r for r in self.active if r.admitted_level < request.priority and r not in had_enough]
-        for victims in (had_enough, less):
-            if victims:
-                self._preempt(min(victims, key=lambda r: min(self._costs_s(r))))
-                return True
-        return False
+        now_s, importance = self.clock(), self._importance(request)
+        had_enough = [r for r in self.active if r.priority <= importance and self._had_turn(r, now_s)]
+        victims = had_enough or [r for r in self.active if r.admitted_level < request.priority]
+        if not victims:
+            return False
+        self._preempt_cheapest(victims)
+        return True
 
     def _had_turn(self, request: Request, now_s: float) -> bool:
         """Whether it ran for a quantum and ten times what bringing it back costs, and keeps something of what it gained.
@@ -288,13 +293,18 @@ class Scheduler:
             return False
         if _waits_for_others(request):
             return True  # and one of the others may wait for its pages
+        ran_s = now_s - request.admitted_s
+        if ran_s <= self.limits.quantum_s:
+            return False
         park_s, compute_s = self._costs_s(request)
         is_parked = park_s <= compute_s
         has_gained = request.has_run if is_parked else len(request.output.token_ids) > request.tokens_before_turn
-        return has_gained and now_s - request.admitted_s > max(self.limits.quantum_s, 10 * min(park_s, compute_s))
+        return has_gained and ran_s > 10 * min(park_s, compute_s)
 
-    def _preempt(self, request: Request) -> None:
-        park_s, compute_s = self._costs_s(request)
+    def _preempt_cheapest(self, requests: list[Request]) -> None:
+        """The one of these that is back soonest goes to wait: parked, or forgotten where computing it again is cheaper."""
+        costs = [self._costs_s(r) for r in requests]
+        request, (park_s, compute_s) = min(zip(requests, costs), key=lambda one: min(one[1]))
         if compute_s < park_s:
             self._discard(request)
         else:

@@ -27,9 +27,9 @@ class Counters:
         self._sums[name, tuple(sorted(labels.items()))] += amount
 
     def get(self, name: str, **labels: str) -> float:
-        """Sum over all entries of `name` whose labels include these."""
-        wanted = set(labels.items())
-        return sum(value for (n, have), value in self._sums.items() if n == name and wanted <= set(have))
+        """Sum over all entries of `name` whose labels include these. From any thread: others may add meanwhile."""
+        wanted, entries = set(labels.items()), list(self._sums.items())  # a list of them is made in one go
+        return sum(value for (n, have), value in entries if n == name and wanted <= set(have))
 
     def to_list(self) -> list[dict[str, Any]]:
         return [{"name": n, "labels": dict(have), "value": v} for (n, have), v in sorted(self._sums.items())]

@@ -62,7 +62,7 @@ class ColdSide:
 
     def room(self, asker: int | None = None, reason: str = "") -> int:
         """Slots that could be had now for that namespace: free ones, and those of blocks that nobody refers to."""
-        return max(0, self._free_slots() + len(self._victims(1 << 30, asker, reason)))
+        return max(0, self._free_slots() + len(self._may_leave(asker, reason)))
 
     def _free_slots(self) -> int:
         """Where slots are counted as what a packed block takes, one in full precision takes the room of several."""
@@ -93,13 +93,16 @@ class ColdSide:
             self.drop_copies(victims, "quota")
         return admitted
 
-    def _victims(self, n: int, asker: int | None, reason: str) -> IntArray:
+    def _may_leave(self, asker: int | None, reason: str) -> IntArray:
         """For write-back none that the host holds too: that copy would have to go down next, and so on for ever."""
         d = self.group.directory
         blocks = self.group.unpinned_by_ttl(np.flatnonzero(d.nvme_valid & (d.refs == 0) & (d.nvme_holds == 0)))
         if reason == "writeback":
             blocks = blocks[d.host_slot[blocks] == NOWHERE]
-        return self.group.policy.victims(n, self.quotas.spare(self.group, "nvme", blocks, asker))
+        return self.quotas.spare(self.group, "nvme", blocks, asker)
+
+    def _victims(self, n: int, asker: int | None, reason: str) -> IntArray:
+        return self.group.policy.victims(n, self._may_leave(asker, reason))
 
     def _take_slots(self, n: int, asker: int | None, reason: str) -> IntArray | None:
         short = n - self._free_slots()

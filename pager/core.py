@@ -225,7 +225,7 @@ class Core:
         low = max(1, int(total * self.config.low_watermark))
         if group.pages.num_free >= low:
             return
-        ready = group.pages.num_free + group.clean_pages()
+        ready = group.pages.num_free + group.leaving.clean_pages()
         underway = int((group.pages.state == PageState.WRITING_BACK).sum())
         if ready + underway >= low:
             return
@@ -237,7 +237,7 @@ class Core:
             return 0
         dropped = group.drop_given_up(n)
         dirty = group.may_demote(group.pages.block[(group.pages.state == PageState.DIRTY) & group.pages.idle()])
-        victims = hints.first_of(group, n - dropped, dirty, group.directory.is_demoted[dirty])
+        victims = group.leaving.first_to_go_down(n - dropped, dirty)
         return dropped + self.write_back_blocks(group, victims, reason, keep_clean=True)
 
     def write_back_blocks(self, group: BlockGroup, blocks: IntArray, reason: str, *, keep_clean: bool = False) -> int:
@@ -246,7 +246,7 @@ class Core:
         for own in self.quotas.by_owner(group, group.may_demote(blocks)):
             for batch in group.batches(own):
                 asker = int(group.directory.owner[batch[0]])
-                room, wanted = group.host_room(keep_clean=keep_clean, asker=asker), group.forms.slots_of(batch)
+                room, wanted = group.leaving.host_room(keep_clean=keep_clean, asker=asker), group.forms.slots_of(batch)
                 if room < wanted and self.quotas.room(group, "host", asker) is not None:
                     self.make_host_room(group, wanted, asker)  # at its ceiling: its own go down first
                 batch, count = group.forms.fitting(batch, group.slab.room_to_write(min(wanted, room)))
@@ -294,7 +294,7 @@ class Core:
 
     def make_room(self, group: BlockGroup, n: int) -> bool:
         """Whether n pages can be taken now; if not, start what will make it so."""
-        short = n - group.pages.num_free - group.clean_pages()
+        short = n - group.pages.num_free - group.leaving.clean_pages()
         if short <= 0:
             return True
         short -= int((group.pages.state == PageState.WRITING_BACK).sum())
@@ -302,14 +302,16 @@ class Core:
             self.make_host_room(group, short)
             if not group.moves:
                 group.drop_unreferenced_dirty(short)
-        return n - group.pages.num_free - group.clean_pages() <= 0
+        return n - group.pages.num_free - group.leaving.clean_pages() <= 0
 
     def make_host_room(self, group: BlockGroup, n: int, asker: int | None = None) -> bool:
         """Whether n host slots can be taken now for that namespace; if not, start writes to nvme that will make it so.
 
         Where a block may take several slots, room for one such block is made in any case.
         """
-        short = max(n, min(group.forms.most_slots, len(group.host)) if n > 0 else 0) - group.host_room(asker=asker)
+        short = max(n, min(group.forms.most_slots, len(group.host)) if n > 0 else 0) - group.leaving.host_room(
+            asker=asker
+        )
         if short <= 0:
             return True
         d = group.directory

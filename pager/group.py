@@ -26,6 +26,7 @@ from .directory import Directory
 from .host_forms import HostForms
 from .inspection.events import KIND, OF_MOVE, TIER, EventRing
 from .known_runs import KnownRuns
+from .leaving import Leaving
 from .node_links import NodeLinks
 from .policies.base import Policy
 from .quota import Quotas
@@ -43,10 +44,9 @@ from .states import (
     SlotState,
 )
 from .thrift import Thrift
+from .working_set import WorkingSet
 
 MoveKind = Literal["host_to_device", "device_to_host", "nvme_to_host", "host_to_nvme", "nvme_to_nvme"]
-# Victims are the coldest 3 % of what is looked at, so choosing costs the same in any pool.
-WINDOW_PAGES, PAGES_PER_VICTIM = 4096, 32
 MAX_MOVE_BYTES = 32 << 20  # completions come one per move: smaller moves let copies and their followers overlap
 
 
@@ -109,8 +109,9 @@ class BlockGroup:
         self.awaited: list[
             IntArray
         ] = []  # what leases wait for: read from nvme on its way up, it makes room for nobody
+        self.working = WorkingSet(layout, index)
+        self.leaving = Leaving(self)
         self.epoch = 0
-        self._hand = 0  # page at which the next search for victims begins
         self._finish: dict[MoveKind, Callable[[Move, bool], None]] = {
             "host_to_device": self._finish_promote,
             "device_to_host": self._finish_demote,
@@ -232,32 +233,11 @@ class BlockGroup:
         """n FREE pages, evicting clean blocks where needed; None when fewer could be had (nothing is evicted then)."""
         short = n - self.pages.num_free
         if short > 0:
-            victims = self._clean_victims(short)
+            victims = self.leaving.first_pages(short)
             if len(victims) < short:
                 return None
             self.evict(victims, "pressure")
         return self.pages.take_free(n)
-
-    def clean_pages(self) -> int:
-        """Pages that could be freed without any copy: their blocks lie below too, and no pin keeps them."""
-        return len(self.unpinned_by_ttl(self.pages.block[self._evictable()]))
-
-    def _evictable(self) -> npt.NDArray[np.bool_]:
-        if not self.rules.holds(Rule.NO_EVICTION_OF_PINNED_OR_DIRTY):
-            return (self.pages.state != PageState.FREE) & (self.pages.state != PageState.FILLING)
-        return (self.pages.state == PageState.RESIDENT) & self.pages.idle()  # rule 6
-
-    def _clean_victims(self, n: int) -> IntArray:
-        """The first to leave of all clean pages; in a large pool of those in a part that moves on, at least WINDOW_PAGES."""
-        total, evictable = len(self.pages), self._evictable()
-        candidates, looked = self.pages.block[:0], 0
-        while looked < total and len(candidates) < n:
-            size = min(max(WINDOW_PAGES, PAGES_PER_VICTIM * n), total - looked)
-            pages = (self._hand + np.arange(size)) % total
-            found = self.unpinned_by_ttl(self.pages.block[pages[evictable[pages]]])
-            candidates = np.concatenate([candidates, found])
-            self._hand, looked = (self._hand + size) % total, looked + size
-        return hints.first_of(self, n, candidates, self.directory.is_demoted[candidates])
 
     def unpinned_by_ttl(self, blocks: IntArray) -> IntArray:
         return blocks[self.directory.pinned_until[blocks] <= self.clock()]
@@ -340,7 +320,7 @@ class BlockGroup:
 
     def _drop_victims(self, n: int, keep_clean: bool, asker: int | None, of: int | None = None) -> bool:
         """Drop n host copies; False, and none dropped, where there are fewer that may go."""
-        victims = self._host_victims(n, keep_clean, asker, of) if n > 0 else np.empty(0, np.int64)
+        victims = self.leaving.first_host_copies(n, keep_clean, asker, of) if n > 0 else np.empty(0, np.int64)
         victims, freed = self.forms.giving(victims, n)
         if freed < n:
             return False
@@ -348,51 +328,8 @@ class BlockGroup:
             self.drop_host_copies(victims, "pressure")
         return True
 
-    def host_room(self, *, keep_clean: bool = False, asker: int | None = None) -> int:
-        """Host slots that could be taken without any copy, for that namespace."""
-        held = self.forms.slots_held
-        most = self.host.num_free + held(self._host_victims(len(self.host), keep_clean, asker))
-        room = self.quotas.room(self, "host", asker)
-        if room is None:
-            return most
-        return max(0, min(most, room + held(self._host_victims(len(self.host), keep_clean, asker, asker))))
-
-    def _host_victims(self, n: int, keep_clean: bool, asker: int | None, of: int | None = None) -> IntArray:
-        """Host copies that may go, first to leave first; `of`: that namespace's alone."""
-        d = self.directory
-        held = self.host.holds > 0
-        if not self.rules.holds(Rule.HOST_SLOT_HELD_WHILE_READ):
-            held = np.zeros(len(held), bool)
-        blocks = self.unpinned_by_ttl(self.host.block[(self.host.state == SlotState.VALID) & ~held])
-        if self.awaited:
-            blocks = blocks[~np.isin(blocks, np.concatenate(self.awaited)) | d.in_device(blocks)]
-        if of is not None:
-            blocks = blocks[d.owner[blocks] == of]
-        blocks = self.quotas.spare(self, "host", blocks, asker)
-        below, above = d.nvme_valid[blocks], d.in_device(blocks) & (d.page[blocks] >= 0)
-        busy = above & (self.pages.state[np.maximum(d.page[blocks], 0)] == PageState.WRITING_BACK)
-        cache_only = ~below & ~above & (d.refs[blocks] == 0)
-        first = hints.given_up(self, blocks) & ~busy & (below | ~above)
-        chosen = self.policy.victims(n, blocks[first]) if first.any() else blocks[:0]
-        if len(chosen) < n:
-            chosen = np.concatenate([chosen, self.policy.victims(n - len(chosen), blocks[below & ~busy & ~first])])
-        cache_only &= ~first
-        if len(chosen) < n and self.cold is not None and self._nvme_takes_more():
-            cache_only &= ~(self.cold.may_sink(blocks) & self.admission.may_write(self, blocks))
-        if len(chosen) < n:
-            chosen = np.concatenate([chosen, self.policy.victims(n - len(chosen), blocks[cache_only])])
-        if len(chosen) < n:
-            doubles = above & ~below & ~busy
-            if keep_clean:
-                doubles &= ~self._evictable()[np.maximum(d.page[blocks], 0)]
-            chosen = np.concatenate([chosen, self.policy.victims(n - len(chosen), blocks[doubles])])
-        return chosen
-
-    def _nvme_takes_more(self) -> bool:
-        return self.can_write_nvme and self.nvme_room() > 0
-
     def drop_host_copies(self, blocks: IntArray, reason: str) -> None:
-        """Evict: these copies may go, as `_host_victims` finds."""
+        """Evict: these copies may go, as `Leaving` finds."""
         d = self.directory
         slots = d.host_slot[blocks]
         if self.rules.holds(Rule.HOST_SLOT_HELD_WHILE_READ):

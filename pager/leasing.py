@@ -275,7 +275,7 @@ class LeaseFiller:
             core.make_room(group, len(from_host) + len(from_nvme))
             from_host = from_host[d.in_host(from_host)]  # unless a lease awaits them, room may be made with them
         if len(from_host):
-            fit = min(len(from_host), group.pages.num_free + group.clean_pages())
+            fit = min(len(from_host), group.pages.num_free + group.leaving.clean_pages())
             for batch in group.batches(from_host[:fit]):
                 pages = group.take_pages(len(batch))
                 if pages is None:
@@ -291,14 +291,19 @@ class LeaseFiller:
         """Start reads of these blocks, of one namespace where there are quotas, as far as there are host slots."""
         core, asker, started = self._core, int(group.directory.owner[blocks[0]]), 0
         core.make_host_room(group, group.forms.slots_of(blocks, below=True), asker)
-        room, ready = group.host_room(keep_clean=True, asker=asker), group.pages.num_free + group.clean_pages()
+        room, ready = (
+            group.leaving.host_room(keep_clean=True, asker=asker),
+            group.pages.num_free + group.leaving.clean_pages(),
+        )
         must_sink = max(0, num_waiting - ready - int((group.pages.state == PageState.WRITING_BACK).sum()))
         count = max(min(ready, room), room - must_sink, 0)
         fit, _ = group.forms.fitting(blocks, count, below=True)
         is_stuck = not len(fit) and is_first and not core.in_flight()
         if is_stuck:  # one page of two may get dirty again, and a block comes up in the other
             least = group.forms.slots_of(blocks[:1], below=True)
-            fit, _ = group.forms.fitting(blocks, min(group.host_room(asker=asker), max(least, ready // 2)), below=True)
+            fit, _ = group.forms.fitting(
+                blocks, min(group.leaving.host_room(asker=asker), max(least, ready // 2)), below=True
+            )
         assert group.cold is not None
         for batch in group.batches(fit):
             wanted = group.forms.slots_of(batch, below=True)

@@ -554,6 +554,17 @@ class Pager:
         with self._core.locked():
             return self._prefetcher.start(self._core.sequence(seq))
 
+    def take_turns(self, seqs: Sequence[int]) -> None:
+        """These sequences run in turns from now on, and those of the last call no longer, unless they are among these.
+
+        What they read next leaves the device tier last, and of the host tier what has yet to come up. For sequences whose
+        pages fit the device tier together: see pages_needed.
+        """
+        with self._core.lock:
+            found = tuple([self._core.sequence(seq) for seq in seqs])
+            for group in self._core.groups:
+                group.working.sequences = found
+
     def bring_up(self, seq: int) -> int:
         """Start the copies that the next tokens of this sequence wait for, evicting for them as a lease would.
 

@@ -265,7 +265,7 @@ def bring_back_s(core: Core, seq: Sequence) -> float:
         blocks = table.ids[table.ids >= 0]
         d = group.directory
         not_hosted = int((~d.in_host(blocks)).sum())
-        from_nvme = max(0, not_hosted - group.host_room(asker=seq.chain.owner)) * group.tier_bytes("nvme")
+        from_nvme = max(0, not_hosted - group.leaving.host_room(asker=seq.chain.owner)) * group.tier_bytes("nvme")
         total_s += core.costs.load_s(len(blocks) * group.tier_bytes("host"), "host_to_device")
         total_s += core.costs.load_s(from_nvme, "nvme_to_host")
     return total_s

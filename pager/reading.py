@@ -87,7 +87,7 @@ class BlockReader:
             return
         asker = seq.chain.owner
         self._core.make_host_room(group, group.forms.slots_of(cold, below=True), asker)
-        cold, _ = group.forms.fitting(cold, group.host_room(asker=asker), below=True)
+        cold, _ = group.forms.fitting(cold, group.leaving.host_room(asker=asker), below=True)
         for batch in group.batches(cold):
             slots = group.take_host_slots(group.forms.slots_of(batch, below=True), asker=asker)
             if slots is None:

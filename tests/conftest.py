@@ -19,8 +19,12 @@ sys.path[:] = [
     entry for entry in sys.path if Path(entry or ".").resolve() != Path(_ROOT)
 ]  # `import kernels` is not ours
 
-hypothesis.settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
-hypothesis.settings.register_profile("new each time", deadline=None)
+_NO_CLOCK = {
+    "deadline": None,
+    "suppress_health_check": [hypothesis.HealthCheck.too_slow],
+}  # a busy machine is no finding
+hypothesis.settings.register_profile("repeatable", derandomize=True, database=None, **_NO_CLOCK)
+hypothesis.settings.register_profile("new each time", **_NO_CLOCK)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -92,7 +92,7 @@ class LeaseRequest:
         for own in self._core.quotas.by_owner(group, cold):
             asker = int(d.owner[own[0]])
             self._core.make_host_room(group, len(own), asker)
-            for batch in group.batches(own[: group.host_room(asker=asker)]):
+            for batch in group.batches(own[: group.leaving.host_room(asker=asker)]):
                 slots = group.take_host_slots(len(batch), asker=asker)
                 if slots is None:
                     break

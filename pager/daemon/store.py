@@ -204,9 +204,14 @@ class SharedStore:
             group, holdings = self.core.groups[index], client.holdings[index]
             asker, pins = client.tenant.tag, self.core.quotas.pins_left(client.tenant.tag)
             count = min(count, holdings.room())
-            room = min(count, group.host_room(asker=asker), count if pins is None else pins)
-            slots = group.take_host_slots(room, asker=asker) if room else None
-            if room < count:
+            most = count if pins is None else min(count, pins)
+            # at a ceiling, taking what is too much would give up blocks of its own for nothing
+            has_ceiling = group.quotas.room(group, "host", asker) is not None
+            slots = group.take_host_slots(most, asker=asker) if most and not has_ceiling else None
+            if most and slots is None:  # counted only now: that takes as long as to take them
+                most = min(most, group.leaving.host_room(asker=asker))
+                slots = group.take_host_slots(most, asker=asker) if most else None
+            if most < count:
                 self.core.make_host_room(group, count, asker)
             if slots is None:
                 if holdings.room() and pins != 0:  # for want of room in the tier, not of a limit of its own

@@ -97,7 +97,7 @@ def starved_writeback(core: Core) -> Iterator[Finding]:
         ready = group.pages.num_free + len(group.unpinned_by_ttl(clean))
         if dirty < 0.5 * total or ready >= max(1, int(total * core.config.low_watermark)):
             continue
-        room, still_s = group.host_room(), quiet_s(core, group, "demoted")
+        room, still_s = group.leaving.host_room(), quiet_s(core, group, "demoted")
         if room and still_s < 1.0:
             continue
         yield Finding(

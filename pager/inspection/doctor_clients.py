@@ -31,7 +31,7 @@ def starved_clients(core: Core) -> Iterator[Finding]:
         times = [time_s for time_s, index in core.observer.turned_away if index == group.index and time_s >= since_s]
         if len(times) < FEW_REFUSALS or times[-1] - times[0] < STARVED_S:
             continue
-        if group.host_room() >= max(1, int(len(group.host) * core.config.low_watermark)):
+        if group.leaving.host_room() >= max(1, int(len(group.host) * core.config.low_watermark)):
             continue
         yield Finding(
             "write-back starved",

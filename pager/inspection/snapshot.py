@@ -79,7 +79,7 @@ class SnapshotPage:
 
 
 def read_snapshot(path: Path, *, watch: bool = False) -> dict[str, Any]:
-    """The last snapshot and its age. `watch`: ask for fresh ones from now on, for a while.
+    """The last snapshot, when it was taken (time of day) and its age. `watch`: ask for fresh ones from now on, for a while.
 
     Raises: TierUnavailableError when there is no page or it was never whole.
     """
@@ -121,7 +121,7 @@ def _read(page: mmap.mmap, path: Path) -> dict[str, Any]:
         after = struct.unpack_from("<Q", page, len(MAGIC))[0]
         if before == after and before % 2 == 0 and length and zlib.crc32(body) == crc:
             found: dict[str, Any] = msgpack.unpackb(body, raw=False)
-            return found | {"snapshot_age_s": max(0.0, time.time() - time_s)}
+            return found | {"taken_s": time_s, "snapshot_age_s": max(0.0, time.time() - time_s)}
         time.sleep(0.002)
     raise TierUnavailableError(
         f"snapshot page {path} holds no whole snapshot: its writer stopped in the middle, or never began"

@@ -85,7 +85,12 @@ def _kinds(kind: type) -> dict[str, type]:
 
 
 def _required(kind: type) -> set[str]:
-    return {name for name, f in _fields(kind).items() if f.default is MISSING and f.default_factory is MISSING}
+    found = _REQUIRED.get(kind)
+    if found is None:
+        found = _REQUIRED[kind] = {
+            name for name, f in _fields(kind).items() if f.default is MISSING and f.default_factory is MISSING
+        }
+    return found
 
 
 def _fields(kind: type) -> dict[str, Field[object]]:
@@ -94,3 +99,4 @@ def _fields(kind: type) -> dict[str, Field[object]]:
 
 
 _KINDS: dict[type, dict[str, type]] = {}
+_REQUIRED: dict[type, set[str]] = {}

@@ -4,7 +4,7 @@ die_in_copy(n)                      in an engine: between its device pool and th
 die_in_order(n)                     in an engine whose daemon copies: when it has asked for the n-th copy
 dying.py N ARGUMENTS OF PAGERD      a real pagerd, run as a program: between slab and disk, in the journal, while a block
                                     comes in over a socket, or in a copy that a client ordered; never for N = 0.
-                                    Its ordered copies are slow, so that they can be died in
+                                    Its ordered copies are slow, so that they can be died in; it says what it dies in
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ class _Countdown:
     def __init__(self, n: int) -> None:
         self.left = n
 
-    def copy(self, half: Callable[[], object]) -> None:
+    def copy(self, what: str, half: Callable[[], object]) -> None:
         self.left -= 1
         if self.left == 0:
             half()
+            os.write(2, f"event=dies in={what}\n".encode())
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -46,7 +47,7 @@ def die_in_order(n: int) -> None:
     count, order = _Countdown(n), CopyOrders.copy
 
     def copy(self: CopyOrders, *what: Any, **how: Any) -> None:
-        count.copy(lambda: order(self, *what, **how))
+        count.copy("order", lambda: order(self, *what, **how))
         order(self, *what, **how)
 
     CopyOrders.copy = copy  # type: ignore[method-assign]
@@ -62,7 +63,7 @@ def _die_in_rows(count: _Countdown) -> None:
             size = target.shape[1] // 2
             target[target_rows[rows], :size] = source[source_rows[rows], :size]
 
-        count.copy(half)
+        count.copy("rows", half)
         whole(target, target_rows, source, source_rows)
 
     cpu.copy_rows_now = copy
@@ -74,7 +75,7 @@ def die_in_daemon(n: int) -> None:
 
     def dying(call: Callable[..., int], cut: Callable[[Any], Any]) -> Callable[..., int]:
         def made(self: SystemCalls, fd: int, what: Any, *rest: int) -> int:
-            count.copy(lambda: call(self, fd, cut(what), *rest))
+            count.copy(call.__name__, lambda: call(self, fd, cut(what), *rest))
             return call(self, fd, what, *rest)
 
         return made
@@ -87,7 +88,7 @@ def die_in_daemon(n: int) -> None:
     def take_raw(self: Connection, header: Any, start: int) -> int:
         taken = arrived(self, header, start)
         if taken:
-            count.copy(lambda: None)  # the start of its payload is in the slot
+            count.copy("socket", lambda: None)  # the start of its payload is in the slot
         return taken
 
     Connection._take_raw = take_raw  # type: ignore[method-assign]

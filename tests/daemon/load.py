@@ -8,6 +8,7 @@ should be. Runs until it is killed, or its standard input ends; then it prints "
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import random
 import sys
@@ -21,10 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from daemon.dying import die_in_copy, die_in_order
 from pager.harness import Rig
 
+from kvtier.pager.client.orders import CopyOrders
 from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.errors import BlockMissError, Busy, ConfigError, TierUnavailableError
 
 PAGES, STAGING, SESSIONS = 24, 2, 6
+MOST_TOKENS = 160  # of a session; who has as many makes place for a new one
 KINDS: dict[str, dict[str, Any]] = {"private": {"private_host": 16}, "ipc": {"transfer": "ipc"}}
 REFUSALS = (Busy, TierUnavailableError, BlockMissError)
 
@@ -46,10 +49,16 @@ class Load:
         self.rig = Rig(daemon=address, backend=backend, pages=PAGES, staging=STAGING, **options)
         assert options.get("transfer") is None or self.rig.pager._core.nvme.status()["copies"] == "daemon"
         self.prefix = f"s{seed}"
-        self.done = {"steps": 0, "parks": 0, "resumes": 0, "refused": 0}
+        self.newest = {
+            (family, place): place for family in range(3) for place in range(SESSIONS)
+        }  # number of a session
+        self.done = {"steps": 0, "parks": 0, "resumes": 0, "refused": 0, "in_doubt": 0}
+        if options.get("transfer") is not None:
+            self._count_doubts()
 
     def step(self) -> None:
-        name = f"{self.prefix}-{self.choose.randrange(3)}-{self.choose.randrange(SESSIONS)}"
+        where = self.choose.randrange(3), self.choose.randrange(SESSIONS)
+        name = f"{self.prefix}-{where[0]}-{self.newest[where]}"
         try:
             seq = self._take(name)
         except REFUSALS:
@@ -58,7 +67,11 @@ class Load:
             return
         try:
             known = len(self.rig.pager.token_ids(seq))
-            tokens = prompt_of(name, min(160, known + self.choose.randrange(1, 24)))
+            if known == MOST_TOKENS:  # a load that no longer computes copies nothing
+                self.newest[where] += SESSIONS
+                self.rig.pager.release(seq)
+                return
+            tokens = prompt_of(name, min(MOST_TOKENS, known + self.choose.randrange(1, 24)))
             self.rig.say(seq, tokens[known:], timeout_s=5.0)
             self.done["steps"] += 1
             if self.choose.random() < 0.5:
@@ -74,6 +87,16 @@ class Load:
         if seq in self.rig.pager._core.sequences:
             self.rig.pager.release(seq)
 
+    def _count_doubts(self) -> None:
+        """Copies that were ordered, and of which the daemon's death left open how they ended."""
+        doubt = CopyOrders._doubt
+
+        def counted(orders: CopyOrders, order: Any) -> None:
+            self.done["in_doubt"] += 1
+            doubt(orders, order)
+
+        CopyOrders._doubt = counted  # type: ignore[method-assign]
+
     def _take(self, name: str) -> int:
         try:
             seq, _ = self.rig.pager.resume(name)
@@ -84,6 +107,7 @@ class Load:
 
 
 def main() -> None:
+    faulthandler.enable()  # SIGABRT says where its threads are
     address, seed = sys.argv[1], int(sys.argv[2])
     for option in sys.argv[3:]:
         if option.startswith("dies="):
@@ -95,7 +119,8 @@ def main() -> None:
     while not ended.is_set():
         load.step()
     load.rig.pager.check_integrity()
-    print("end", json.dumps(load.done), flush=True)
+    copies = load.rig.pager._core.nvme.status().get("copies", "client")
+    print("end", json.dumps(load.done | {"copies": copies}), flush=True)
     load.rig.close()
 
 

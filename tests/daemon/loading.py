@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from kvtier.tiers.cpu import CpuBackend
 
@@ -18,10 +20,11 @@ PROGRAM = Path(__file__).with_name("load.py")
 
 
 class LoadClient:
-    """One load.py; `lines` as they come."""
+    """One load.py; `lines` as they come. `kind`: the options beside when it dies."""
 
     def __init__(self, daemon: Pagerd, seed: int, *options: str) -> None:
         self.lines: list[str] = []
+        self.kind = tuple(option for option in options if not option.startswith("dies="))
         self.process = subprocess.Popen(
             [sys.executable, str(PROGRAM), daemon.address, str(seed), *options],
             stdin=subprocess.PIPE,
@@ -43,25 +46,36 @@ class LoadClient:
         assert self.process.poll() is None, self.errors()
 
     def wait_killed(self, timeout_s: float = 120.0) -> None:
-        """By its own hand, in the middle of a copy."""
-        assert self.process.wait(timeout_s) == -signal.SIGKILL, self.errors()
-        self._reader.join(5)
+        """By its own hand, in the middle of a copy. Fails with where its threads are when it does not get there."""
+        try:
+            ended = self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.process.send_signal(signal.SIGABRT)
+            ended = self.process.wait(60)
+        assert ended == -signal.SIGKILL, (self.lines[-5:], self.errors())
+        self._reader.join(60)
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.wait(10)
-        self._reader.join(5)
+        self.process.wait(60)
+        self._reader.join(60)
 
     def end(self) -> None:
         """Let it finish what it does. Fails when it ended badly."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         assert self.process.wait(180) == 0, self.errors()
-        self._reader.join(5)
+        self._reader.join(60)
 
     def errors(self) -> str:
         assert self.process.stderr is not None
         return self.process.stderr.read()
+
+    @property
+    def done(self) -> dict[str, Any]:
+        """How much it did, once it has ended."""
+        found: dict[str, Any] = json.loads(self.lines[-1].removeprefix("end "))
+        return found
 
     @property
     def wrong(self) -> list[str]:

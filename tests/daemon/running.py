@@ -13,15 +13,24 @@ from typing import Any
 from kvtier.pager.client.connection import DaemonConnection
 from kvtier.pager.protocol import fetch_status
 
-START_S = 60.0  # a bound on hanging, not an aim
+START_S = 60.0  # of a start and of an answer: a bound on hanging, not an aim
 DYING = Path(__file__).with_name("dying.py")
 
 
 class Pagerd:
-    """`start` returns once it answers."""
+    """`start` returns once it answers. With `slow_copies`, copies that clients order take long enough to be died in."""
 
-    def __init__(self, folder: Path, *, host_bytes: int, nvme_bytes: int | None = None, options: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        host_bytes: int,
+        nvme_bytes: int | None = None,
+        options: tuple[str, ...] = (),
+        slow_copies: bool = False,
+    ):
         self.folder, self.socket = folder, folder / "pagerd.sock"
+        self._slow_copies = slow_copies
         self.address = f"unix://{self.socket}"
         self._arguments = ["--socket", str(self.socket), "--host-bytes", str(host_bytes), *options]
         if nvme_bytes is not None:
@@ -30,6 +39,8 @@ class Pagerd:
 
     def start(self, *, dies_at: int | None = None) -> Pagerd:
         """`dies_at`: it is killed in the middle of that copy; 0: never, and the copies that clients order are slow."""
+        if dies_at is None and self._slow_copies:
+            dies_at = 0
         program = ["-m", "kvtier.tools.pagerd"] if dies_at is None else [str(DYING), str(dies_at)]
         log = open(self.folder / "pagerd.log", "ab")  # noqa: SIM115
         self.process = subprocess.Popen([sys.executable, *program, *self._arguments], stdout=log, stderr=log)
@@ -59,7 +70,7 @@ class Pagerd:
         return self.process.wait(60)
 
     def status(self) -> dict[str, Any]:
-        return fetch_status(self.address)
+        return fetch_status(self.address, START_S)
 
     @property
     def log(self) -> str:

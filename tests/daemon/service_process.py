@@ -105,7 +105,8 @@ class Pagerd:
         return self.process.wait(WAIT_S)
 
     def connect(self, token: str = "") -> RawClient:
-        return RawClient(DaemonConnection.open(f"unix://{self.socket}", Greeting("test", token)))
+        address, greeting = f"unix://{self.socket}", Greeting("test", token)
+        return RawClient(DaemonConnection.open(address, greeting, timeout_s=WAIT_S))
 
 
 class RawClient:

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from kvtier.tiers.cpu import CpuBackend
+from kvtier.tiers.errors import KvTierError
 
 from ..pager.harness import Rig, values
 from .inside import InsideDaemon
@@ -45,6 +46,10 @@ HELLO, OPEN, LOOKUP, RESERVE, COMMIT, LEASE, RELEASE, READ, WRITE, PUT_SESSION, 
 RAW, FAILURE = 1, 255
 
 
+class Refused(Exception):
+    """Code, message, milliseconds to wait."""
+
+
 class Client:
     """Blocking, one request at a time."""
 
@@ -64,13 +69,13 @@ class Client:
         for fd in fds:
             os.close(fd)
 
-    def ask(self, kind: int, payload: bytes = b"", **fields: object) -> dict:
+    def ask(self, kind: int, payload: bytes = b"", /, **fields: object) -> dict:
         return self.ask_for_fds(kind, payload, **fields)[0]
 
-    def of_store(self, kind: int, payload: bytes = b"", **fields: object) -> dict:
+    def of_store(self, kind: int, payload: bytes = b"", /, **fields: object) -> dict:
         return self.ask(kind, payload, epoch=self.welcome["epoch"], store=self.opened["store"], **fields)
 
-    def ask_for_fds(self, kind: int, payload: bytes = b"", **fields: object) -> tuple[dict, list[int]]:
+    def ask_for_fds(self, kind: int, payload: bytes = b"", /, **fields: object) -> tuple[dict, list[int]]:
         self.last += 1
         body = msgpack.packb(fields)
         if kind == WRITE:
@@ -85,6 +90,8 @@ class Client:
             found = msgpack.unpackb(body[4 : 4 + length]) | {"payload": body[4 + length :]}
         else:
             found = msgpack.unpackb(body)
+        if answer == FAILURE:
+            raise Refused(found["code"], found["message"], found["retry_ms"])
         assert answer == kind + 128, (answer, found)
         return found, list(fds)
 
@@ -202,3 +209,13 @@ def test_what_a_pager_computed_is_found_and_read_under_the_names_of_the_document
         assert keys_of_layer_0.tolist() == values(tokens)[: len(keys_of_layer_0)].tolist()
         client.ask(GOODBYE, epoch=client.welcome["epoch"])
         rig.close()
+
+
+def test_every_code_that_a_failure_can_have_stands_in_the_document():
+    own = {"unsupported_model", "unpackable", "invariant"}  # of engines and pagers; never said by a daemon
+    codes, kinds = set(), [KvTierError]
+    for kind in kinds:
+        kinds += kind.__subclasses__()
+        codes.add(kind.code)
+    assert len(codes) > 10
+    assert not {code for code in codes - own if f"`{code}`" not in DOCUMENT.read_text().split("## Failures")[1]}

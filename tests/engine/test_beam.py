@@ -130,7 +130,7 @@ def test_a_beam_that_has_offered_comes_back_when_it_has_something_to_do():
         early, *_, late = scheduler.active
         scheduler.active.remove(late)
         engine.step()  # all but one offer
-        scheduler._preempt(early)
+        scheduler._preempt_cheapest([early])
         engine.step()
         assert early in scheduler.waiting
         scheduler.active.append(late)

@@ -36,7 +36,7 @@ class Heard:
             self._done.set()
 
     def wait(self) -> Heard:
-        assert self._done.wait(60)
+        assert self._done.wait(120)
         return self
 
 
@@ -106,7 +106,9 @@ def test_refusals_come_back_to_who_asked(llama):
     with open_engine(llama) as engine:
         loop = EngineLoop(engine, max_waiting=0)
         with pytest.raises(Busy, match="wait already"):
-            loop.submit([1, 2], SamplingParams(), Heard())
+            loop.submit_request(lambda e: pytest.fail("made, and nobody waits for it"), Heard())
+        loop.close()
+        loop = EngineLoop(engine, max_waiting=1)
         with pytest.raises(ConfigError, match="longer than all tiers"):
             loop.submit([1] * 100_000, SamplingParams(), Heard())
         with pytest.raises(ConfigError, match="at least one token"):

@@ -193,8 +193,10 @@ def test_what_a_sequence_refers_to_is_written_and_what_is_refused_may_be_dropped
     held, fresh = (rig.pager._core.sequences[seq].tables[0].ids.copy() for seq in (kept, passing))
     rig.pager.finish(passing)
     assert not group.directory.nvme_valid[fresh].any()
-    assert not set(group._host_victims(4, False, None).tolist()) & set(fresh.tolist())  # it waits to be written
+    assert not set(group.leaving.first_host_copies(4, False, None).tolist()) & set(
+        fresh.tolist()
+    )  # it waits to be written
     group.admission.wrote(200 * DISK_BLOCK)
-    assert set(fresh.tolist()) <= set(group._host_victims(4, False, None).tolist())
+    assert set(fresh.tolist()) <= set(group.leaving.first_host_copies(4, False, None).tolist())
     assert group.admission.choose(group, held, "writeback").tolist() == held.tolist()
     closed(rig)

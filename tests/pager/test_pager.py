@@ -171,9 +171,9 @@ def test_pinned_pages_are_no_room_though_they_are_clean(rig):
     with core.locked():
         core.write_back(group, 4, "pressure")
     rig.settle()
-    assert group.clean_pages() == 4
+    assert group.leaving.clean_pages() == 4
     rig.pager.pin(seq, ttl_s=3600)
-    assert group.clean_pages() == 0 and group.take_pages(len(group.pages)) is None
+    assert group.leaving.clean_pages() == 0 and group.take_pages(len(group.pages)) is None
     rig.pager.release(seq)
 
 

@@ -40,8 +40,8 @@ def talk(rig, seed: int) -> None:
 @pytest.mark.parametrize("name", LIVE_NAMES)
 @pytest.mark.parametrize("window_pages", [2, 4096])
 def test_chats_stay_exact_under_every_policy(name, window_pages, monkeypatch):
-    monkeypatch.setattr("kvtier.pager.group.WINDOW_PAGES", window_pages)
-    monkeypatch.setattr("kvtier.pager.group.PAGES_PER_VICTIM", 1)
+    monkeypatch.setattr("kvtier.pager.leaving.WINDOW_PAGES", window_pages)
+    monkeypatch.setattr("kvtier.pager.leaving.PAGES_PER_VICTIM", 1)
     for seed in (1, 2):
         talk(Rig(seed, pages=10, host=60, policy=name, window=8), seed)
 
@@ -62,8 +62,8 @@ def test_a_policy_that_a_pager_cannot_feed_is_refused_by_name():
 
 
 def test_victims_of_a_large_pool_come_from_a_part_that_moves_on(monkeypatch):
-    monkeypatch.setattr("kvtier.pager.group.WINDOW_PAGES", 2)
-    monkeypatch.setattr("kvtier.pager.group.PAGES_PER_VICTIM", 1)
+    monkeypatch.setattr("kvtier.pager.leaving.WINDOW_PAGES", 2)
+    monkeypatch.setattr("kvtier.pager.leaving.PAGES_PER_VICTIM", 1)
     rig = Rig(0, pages=16, host=60)
     for start in (0, 100):
         rig.prefill(rig.start(list(range(start, start + 28))))
@@ -72,9 +72,9 @@ def test_victims_of_a_large_pool_come_from_a_part_that_moves_on(monkeypatch):
     asked: list[int] = []
     victims = group.policy.victims
     monkeypatch.setattr(group.policy, "victims", lambda n, c: asked.append(len(c)) or victims(n, c))
-    clean = np.flatnonzero(group._evictable())
+    clean = np.flatnonzero(group.leaving.evictable())
     seen: set[int] = set()
     for _ in range(8):
-        seen |= set(group._clean_victims(1).tolist())
+        seen |= set(group.leaving.first_pages(1).tolist())
     assert max(asked) <= 2 < len(clean) and len(seen) > 1
-    assert len(group._clean_victims(len(clean))) == len(clean)  # as many as there are, when so many are asked for
+    assert len(group.leaving.first_pages(len(clean))) == len(clean)  # as many as there are, when so many are asked for

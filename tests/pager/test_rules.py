@@ -160,7 +160,7 @@ def test_a_pinned_page_is_never_a_victim():
     rig.pager.append(seq, [1])
     with rig.pager.lease([Span(seq, 20, 21)]):
         group = rig.pager._core.groups[0]
-        assert group.take_pages(3) is None and group.clean_pages() == 0
+        assert group.take_pages(3) is None and group.leaving.clean_pages() == 0
         with pytest.raises(InvariantError, match="1 pins"):
             group.evict(group.pages.block[group.pages.pins > 0][:1], "test")
 

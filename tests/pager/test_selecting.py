@@ -208,7 +208,7 @@ def test_copies_below_stay_while_a_step_may_pick_them(tmp_path):
         hosted = below[d.in_host(below)]
         slots = d.host_slot[hosted].copy()
         assert len(hosted) > 2 and len(below) > len(hosted)
-        taken = group.take_host_slots(group.host_room())  # all that others could have
+        taken = group.take_host_slots(group.leaving.host_room())  # all that others could have
         group.host.stage(taken, d.create(np.zeros(len(taken), np.int64), 0))
         group.slab.rows[taken] = 0
         assert np.array_equal(d.host_slot[hosted], slots) and not np.isin(taken, slots).any()

@@ -63,12 +63,12 @@ def test_a_slot_that_is_read_in_place_is_not_given_to_another_block(tmp_path, is
         staged = next(chunk for chunk in lease.stream(0, 0) if chunk.slots is not None)
         with core.locked():
             core.make_host_room(group, 12)  # all of them have a copy on disk soon
-        rig.pager.drain(5.0)
+        rig.pager.drain(60.0)
         with core.locked():
-            others = group.take_host_slots(max(1, group.host_room()))
+            others = group.take_host_slots(max(1, group.leaving.host_room()))
         assert (others is not None and bool(np.isin(staged.slots, others).any())) == (not is_guarded)
     if is_guarded:
         with core.locked():
-            assert group.take_host_slots(group.host_room()) is not None
+            assert group.take_host_slots(group.leaving.host_room()) is not None
             assert not group.directory.in_host(staged.blocks).any(), "read: now others may have them"
     rig.pager.close()

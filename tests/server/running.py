@@ -29,6 +29,7 @@ from kvtier.engine.server.settings import ServerSettings
 from ..tools.test_chat import make_tokenizer, small_model
 
 BLOCK = 16
+WAIT_S = 240.0  # for an answer: a bound on hanging, not an aim
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
 
 
@@ -54,12 +55,12 @@ class Running:
 
     def __init__(self, url: str, service: Service | None = None, model=None) -> None:
         self.url, self.service, self.model = url, service, model
-        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=60)
-        self.http = httpx.Client(base_url=url, timeout=60)
+        self.client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=WAIT_S)
+        self.http = httpx.Client(base_url=url, timeout=WAIT_S)
 
     def with_key(self, key: str) -> tuple[openai.OpenAI, httpx.Client]:
-        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
-        return client, httpx.Client(base_url=self.url, timeout=60, headers={"Authorization": f"Bearer {key}"})
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=WAIT_S)
+        return client, httpx.Client(base_url=self.url, timeout=WAIT_S, headers={"Authorization": f"Bearer {key}"})
 
     @property
     def tokenizer(self):
@@ -76,7 +77,7 @@ class Running:
 
     def check_end(self) -> None:
         """Nobody is at work, nothing leaked, the books agree: what is held, sessions and pins hold."""
-        engine, deadline_s = self.service.engine, time.monotonic() + 60
+        engine, deadline_s = self.service.engine, time.monotonic() + WAIT_S
         while (self.service.gate.num_inside or any(engine.scheduler.requests())) and time.monotonic() < deadline_s:
             time.sleep(0.02)
         assert self.service.gate.num_inside == 0 and not any(engine.scheduler.requests())
@@ -149,7 +150,7 @@ def serve_process(*arguments, expect_rc: int | None = 0):
         running.http.close()
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
-        rc = process.wait(60)
+        rc = process.wait(WAIT_S)
         assert expect_rc is None or rc == expect_rc, process.stderr.read()
     finally:
         if process.poll() is None:

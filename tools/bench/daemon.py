@@ -1,8 +1,7 @@
 """`kvtier bench daemon`: what it costs to ask a daemon instead of a pager of one's own.
 
 Look-ups of a prompt's keys by clients in processes of their own, against the same look-up called in this process; blocks put
-into and read from the daemon's slab, against a plain memcpy of as many bytes from and to the same memory, in the same rounds;
-the same where the daemon does the copies (daemon_ordered.py).
+into and read from the daemon's slab, copied by the client or by the daemon, against a plain memcpy (daemon_copies.py).
 A local Valkey or Redis and LMCache's own server do the same work in those rounds (daemon_peers.py). Every reply is checked.
 """
 
@@ -15,8 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -25,24 +24,21 @@ import numpy as np
 from kvtier import KVLayout
 
 from ...pager.client.attachment import Attachment
-from ...pager.client.connection import Greeting, Reply
+from ...pager.client.connection import Greeting
 from ...pager.config import PagerConfig
 from ...pager.daemon.store import SharedStore
 from ...pager.daemon.tenants import OwnerOnly, Tenant
 from ...pager.keys import owner_tag
-from ...pager.wire.messages import TAKEN, Slots
-from ...tiers.errors import Busy, ConfigError, TierUnavailableError
-from ...tiers.nvme.manifest import STAMP
+from ...tiers.errors import ConfigError, TierUnavailableError
 from . import daemon_start
 from .daemon_client import LOOKUP_LAYOUT, MODEL, keys_of
-from .daemon_ordered import ordered_rows
+from .daemon_copies import SLAB_BATCHES, SLICES, ByClient, ByDaemon, measure, rows_of, slices, stamps_of
 from .daemon_peers import Peers
 from .daemon_process import DaemonProcess
 from .harness import Row, interleave, medians
 
 BLOCKS = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, block_size=32, dtype="bfloat16")  # 2 MiB
 CLIENTS = (1, 8)
-SLAB_BATCHES = 9  # one client may have a quarter of the slots, and has up to two batches
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,10 +66,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         with Peers(folder, blocks=arguments.blocks, keys=arguments.keys, lmcache=arguments.lmcache) as peers:
             lookups, ours_s = _lookups(folder, arguments, peers)
             copies, copied_s = _copies(folder, arguments, peers)
-            ours_s |= copied_s
-            batch = min(arguments.batch, arguments.blocks)
-            ordered = ordered_rows(folder, BLOCKS, arguments.blocks, batch, arguments.rounds)
-            return [*starts, *lookups, *copies, *ordered, *peers.rows(ours_s)]
+            return [*starts, *lookups, *copies, *peers.rows(ours_s | copied_s)]
 
 
 # ---------------------------------------------------------------------- look-ups
@@ -132,7 +125,7 @@ def fill(address: str, count: int, layout: KVLayout = LOOKUP_LAYOUT) -> None:
     while done < count:
         rows, _ = client.reserve(0, min(4096, count - done), 10.0)
         part = keys[done : done + len(rows)]
-        client.commit(0, rows, _stamps(part, layout.block_size), [b""] * len(part))
+        client.commit(0, rows, stamps_of(part, layout), [b""] * len(part))
         client.release(0, rows)
         done += len(rows)
     client.goodbye()
@@ -161,146 +154,39 @@ def _ask(address: str, clients: int, count: int, seconds: float) -> list[float]:
 
 
 # ---------------------------------------------------------------------- blocks
-@dataclass(slots=True)
-class _Copies:
-    """Blocks of this process, into and out of the daemon's slab."""
-
-    client: Attachment
-    blocks: int
-    batch: int
-    source: np.ndarray
-    target: np.ndarray
-    round: int = 0
-
-    def put(self, *, copies: bool = True) -> None:
-        """While one batch is copied, room for the next is on its way and the one before is named."""
-        self.round += 1
-        said, done, ahead = self.client, [], self.client.begin_reserve(0, self._counts()[0])
-        for names, following in zip(self._batches(), [*self._counts()[1:], 0], strict=True):
-            rows = self._reserved(ahead, len(names))
-            if following:
-                ahead = said.begin_reserve(0, following)
-            if copies:
-                for row, source in zip(rows.tolist(), self._rows_of(names, self.source), strict=True):
-                    np.copyto(said.rows[0][row], source)
-            done.append(said.begin_commit(0, rows, _stamps(names, BLOCKS.block_size), [b""] * len(names)))
-            said.begin_release(0, rows)  # served behind the commit
-        for reply in done:
-            assert set(reply.result().results) == {TAKEN}
-
-    def get(self, *, copies: bool = True) -> None:
-        """While one batch is copied, the next is leased."""
-        said, batches = self.client, self._batches()
-        ahead = said.begin_lease(0, b"".join(batches[0]), 10.0)
-        for names, following in zip(batches, [*batches[1:], []], strict=True):
-            leased = ahead.result()
-            rows, generations = np.frombuffer(leased.slots, "<i4"), np.frombuffer(leased.generations, np.uint64)
-            assert (rows >= 0).all(), "the slab is too small for this benchmark"
-            if following:
-                ahead = said.begin_lease(0, b"".join(following), 10.0)
-            if copies:
-                for row, target in zip(rows.tolist(), self._rows_of(names, self.target), strict=True):
-                    np.copyto(target, said.rows[0][row])
-            assert (said.generations[0][rows] == generations).all()
-            said.begin_release(0, rows)
-
-    def _reserved(self, reply: Reply[Slots], count: int) -> np.ndarray:
-        """Rows to write to; asked for again where the daemon was busy."""
-        try:
-            rows = np.frombuffer(reply.result().slots, "<i4")
-        except Busy:
-            rows, _ = self.client.reserve(0, count, 10.0)
-        assert len(rows) == count, "the slab is too small for this benchmark"
-        return rows
-
-    def _batches(self) -> list[list[bytes]]:
-        names = [_name(self.round, i) for i in range(self.blocks)]
-        return [names[first : first + self.batch] for first in range(0, self.blocks, self.batch)]
-
-    def _counts(self) -> list[int]:
-        return [len(names) for names in self._batches()]
-
-    def _rows_of(self, names: list[bytes], memory: np.ndarray) -> np.ndarray:
-        first = int.from_bytes(names[0][16:], "little")
-        return memory[first : first + len(names)]
-
-    def into_slab(self) -> None:
-        """The copies of `put` alone."""
-        for i in range(self.blocks):
-            np.copyto(self.client.rows[0][i], self.source[i])
-
-    def out_of_slab(self) -> None:
-        for i in range(self.blocks):
-            np.copyto(self.target[i], self.client.rows[0][i])
-
-
 def _copies(folder: Path, arguments: argparse.Namespace, peers: Peers) -> tuple[list[Row], dict[str, float]]:
-    """Rows, and seconds of put and get. The peers take their turns in the same rounds."""
-    size = BLOCKS.block_bytes
-    blocks, batch = arguments.blocks, min(arguments.batch, arguments.blocks)
-    with _daemon(folder, host_bytes=max(2 * blocks, SLAB_BATCHES * batch) * size) as daemon:
-        client = Attachment.open(daemon.address, [BLOCKS], MODEL, {}, Greeting("bench"))
-        source = np.random.default_rng(0).integers(0, 256, (blocks, size), np.uint8)
-        copies = _Copies(client, blocks, batch, source, np.ones((blocks, size), np.uint8))
-        ours = {"put": copies.put, "get": copies.get}
-        order: dict[str, Callable[[], object]] = {
-            "put limit": copies.into_slab,
-            **ours,
-            "get limit": copies.out_of_slab,
-            "put messages": partial(copies.put, copies=False),
-            "get messages": partial(copies.get, copies=False),
-            "peers": partial(peers.run_round, ("put", "get")),
-        }
-        if (populating := client.populate()) is not None:
-            populating.wait(60.0)
-        seconds = medians(interleave(order, arguments.rounds, warmup=3))  # every row was touched once
-        copies.put()
-        copies.get()
-        assert (copies.target == source).all()
-        client.goodbye()
-    moved, case = blocks * size * 1e-9, f"{blocks} blocks of 2 MiB, {batch} a message"
-    rows = [
-        Row(
-            case,
-            name,
-            moved / seconds[name],
-            "GB/s",
-            "limit: memcpy to or from the same memory",
-            moved / seconds[f"{name} limit"],
-            seconds[f"{name} limit"] / seconds[name],
-            arguments.rounds,
-        )
-        for name in ours
+    """Rows, and seconds of put and get by the client. The peers take their turns in the same rounds as those."""
+    blocks, batch, rounds = arguments.blocks, min(arguments.batch, arguments.blocks), arguments.rounds
+    host_bytes = max(3 * blocks, SLAB_BATCHES * batch) * BLOCKS.block_bytes
+    moved_gb, case = blocks * BLOCKS.block_bytes * 1e-9, f"{blocks} blocks of 2 MiB, {batch} a message"
+    rows: list[Row] = []
+    ours_s: dict[str, float] = {}
+    kinds: list[tuple[type[ByClient | ByDaemon], str, dict[str, Callable[[], object]]]] = [
+        (ByClient, "", {"peers": partial(peers.run_round, ("put", "get"))}),
+        (ByDaemon, ", copied by the daemon", {}),
     ]
-    rows += [_messages(case, name, seconds, arguments.rounds) for name in ours]
-    return rows, {name: seconds[name] for name in ours}
-
-
-def _messages(case: str, name: str, seconds: Mapping[str, float], rounds: int) -> Row:
-    """What asking takes where nothing is copied; with copies, most of it is under them."""
-    asked_s, whole_s = seconds[f"{name} messages"], seconds[name]
-    said = f"the whole {name}, same rounds"
-    return Row(case, f"{name}_messages", asked_s * 1e3, "ms", said, whole_s * 1e3, whole_s / asked_s, rounds)
+    for kind, said, others in kinds:
+        with _daemon(folder, host_bytes=host_bytes, options=("--allow-ipc",)) as daemon:
+            copies = kind(daemon.address, BLOCKS, blocks, batch)
+            seconds = measure(copies, rounds, others)
+            copies.close()
+        rows += rows_of(seconds, case + said, moved_gb, rounds)
+        ours_s = ours_s or {name: seconds[name] for name in ("put", "get")}
+    one_layer, count = replace(BLOCKS, num_layers=1), max(SLICES)
+    with _daemon(folder, host_bytes=SLAB_BATCHES * count * one_layer.block_bytes, options=("--allow-ipc",)) as daemon:
+        ordering = ByDaemon(daemon.address, one_layer, count, count)
+        rows += slices(ordering, np.ones((count, BLOCKS.block_bytes), np.uint8), rounds)
+        ordering.close()
+    return rows, ours_s
 
 
 # ---------------------------------------------------------------------- parts
-def _daemon(folder: Path, *, host_bytes: int) -> DaemonProcess:
+def _daemon(folder: Path, *, host_bytes: int, options: Sequence[str] = ()) -> DaemonProcess:
     """A pagerd of its own, on memory only."""
-    return DaemonProcess(folder / f"{time.monotonic_ns()}.sock", ["--host-bytes", str(host_bytes)])
+    return DaemonProcess(folder / f"{time.monotonic_ns()}.sock", ["--host-bytes", str(host_bytes), *options])
 
 
 def _owner() -> Tenant:
     found = OwnerOnly().find(os.getuid(), "")
     assert found is not None
     return found
-
-
-def _stamps(keys: list[bytes], tokens: int) -> np.ndarray:
-    found = np.zeros(len(keys), STAMP)
-    found["key"] = np.frombuffer(b"".join(keys), "V32")
-    found["tokens"], found["owner"] = tokens, owner_tag("default")
-    return found
-
-
-def _name(number: int, index: int) -> bytes:
-    return number.to_bytes(16, "little") + index.to_bytes(16, "little")

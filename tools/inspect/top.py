@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .verbs import Context
 
 SORTS = ("device", "host", "nvme", "tokens", "idle", "name")
-STALE_S = 12.0  # two publications missed: the pager hangs, or is stopped
+_NEXT_S, _GRACE_S = 5.0, 2.0  # two publications missed and this much more: the pager hangs, or is stopped
 _POLL_S = 0.15  # the writer notices that it is watched within this
 _SECOND_LOOK_S = 3.0  # rates need two snapshots; a pager that publishes seldom, to stay cheap, gets this long
 
@@ -40,10 +40,9 @@ class View:
     last: dict[str, Any] = field(default_factory=dict)
     before: dict[str, Any] = field(default_factory=dict)
 
-    def take(self, found: dict[str, Any], now_s: float) -> None:
+    def take(self, found: dict[str, Any]) -> None:
         """A new snapshot; the older one is kept for rates."""
-        found["taken_s"] = now_s - found["snapshot_age_s"]
-        if not self.last or found["taken_s"] - self.last["taken_s"] > 0.05:
+        if not self.last or found["taken_s"] != self.last["taken_s"]:
             self.before, self.last = self.last, found
         else:
             self.last["snapshot_age_s"] = found["snapshot_age_s"]
@@ -71,7 +70,7 @@ class View:
         told = self.last["status"]
         yield from screens.header(told | self._verdict(), style)
         age_s = self.last["snapshot_age_s"]
-        if age_s > STALE_S:
+        if age_s > 2 * self.last.get("next_s", _NEXT_S) + _GRACE_S:
             yield style.severity(f"  ! CRIT nothing published for {age_s:.0f} s: the pager hangs or is stopped", "crit")
         yield ""
         yield from screens.tiers(self._with_rates(), style)
@@ -130,12 +129,12 @@ def run(context: Context) -> int:
     """Returns the exit code."""
     target, given = context.target(), context.arguments
     view = View(given.sort, given.filter)
-    view.take(target.snapshot(watch=not given.offline), time.time())
+    view.take(target.snapshot(watch=not given.offline))
     if given.once or context.as_json or not sys.stdout.isatty():
         deadline_s = time.monotonic() + _SECOND_LOOK_S
         while not given.offline and not view.before and time.monotonic() < deadline_s:
             time.sleep(_POLL_S)
-            view.take(target.snapshot(watch=True), time.time())
+            view.take(target.snapshot(watch=True))
         if context.as_json:
             print(json.dumps(view.last))
             return 0
@@ -161,7 +160,7 @@ def _live(context: Context, target: Any, view: View) -> int:
             if key and not view.key(key):
                 return 0
             if not view.is_paused:
-                view.take(target.snapshot(watch=not context.arguments.offline), time.time())
+                view.take(target.snapshot(watch=not context.arguments.offline))
             live.update(drawn(), refresh=True)
 
 

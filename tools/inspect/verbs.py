@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,15 +172,24 @@ def _record(context: Context) -> int:
 def _follow_requests(target: Target, seconds: float | None, out: Any) -> tuple[int, dict[str, Any]]:
     until_s = time.monotonic() + seconds if seconds else float("inf")
     rows = 0
-    try:
-        while (left_s := until_s - time.monotonic()) > 0:
+    with _interrupted() as is_over:
+        while not is_over.is_set() and (left_s := until_s - time.monotonic()) > 0:
             rows += _write_rows(target.ask("record"), out)
-            time.sleep(min(left_s, 0.5))
-    except KeyboardInterrupt:
-        pass
+            is_over.wait(min(left_s, 0.5))
     while (told := target.ask("record", is_last=True))["rows"]:
         rows += _write_rows(told, out)
     return rows, told
+
+
+@contextmanager
+def _interrupted() -> Iterator[threading.Event]:
+    """Set by Ctrl-C, which ends nothing by itself: rows that the pager has handed out are not lost on their way."""
+    event = threading.Event()
+    before = signal.signal(signal.SIGINT, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _write_rows(told: dict[str, Any], out: Any) -> int:
