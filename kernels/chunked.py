@@ -107,5 +107,5 @@ class ChunkedAttention:
 
     def _merged(self) -> tuple[Tensor, Tensor]:
         """The collected parts as one, out [1, Hkv, rows, Dv] in float32."""
-        out, lse = torch.cat([out for out, _ in self._parts]).float(), torch.cat([lse for _, lse in self._parts])
-        return merge_pages(out, lse) if len(out) > 1 else (out, lse)
+        out, lse = torch.cat([out for out, _ in self._parts]), torch.cat([lse for _, lse in self._parts])
+        return merge_pages(out, lse) if len(out) > 1 else (out.float(), lse)

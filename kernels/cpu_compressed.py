@@ -19,7 +19,7 @@ from torch import Tensor
 from .cpu_hack import hack_scores, hack_values
 from .cpu_layer import Partial, Scratch, scratch
 from .cpu_quant import FP8_UNIT, PartViews, decode, dequantize_values, part_views
-from .cpu_tile import attend_tile
+from .cpu_tile import attend_tile, exp_
 from .formats import PageFormat
 from .plan import PagesPlan
 
@@ -74,11 +74,12 @@ def _visible_blocks(plan: PagesPlan, s: int, position: int, window: int | None, 
 def _pieces(
     plan: PagesPlan, s: int, position: int, window: int | None, sinks: int, step: int
 ) -> Iterator[tuple[int, Tensor, np.ndarray]]:
-    """Yield turn, pages and first positions of a few visible blocks that share a turn."""
+    """Yield turn, pages and first positions of a few visible blocks that share a turn; pages in their order in memory."""
     chosen = _visible_blocks(plan, s, position, window, sinks)
     turns = np.zeros(len(chosen), np.int64) if plan.turn_ids is None else plan.turn_ids[s, chosen]
     for turn in np.unique(turns).tolist():
         mine = chosen[turns == turn]
+        mine = mine[np.argsort(plan.table[s, mine], kind="stable")]
         for a in range(0, len(mine), step):
             part = mine[a : a + step]
             yield turn, torch.from_numpy(plan.table[s, part].astype(np.int64)), part * plan.block_size
@@ -107,7 +108,7 @@ class Running:
         top = torch.maximum(self.top, scores.amax((0, 3)))
         base = torch.where(torch.isneginf(top), 0.0, top)
         decay = torch.exp(self.top - base)
-        weights = scores.sub_(base[None, :, :, None]).exp_()
+        weights = exp_(scores.sub_(base[None, :, :, None]))
         self.total.mul_(decay).add_(weights.sum((0, 3)))
         self.acc.mul_(decay[..., None])
         self.top = top
@@ -165,8 +166,9 @@ class PagesReader:
     def _decode(self, views: PartViews, ids: Tensor, numbers: Tensor) -> Tensor:
         """Decode pages ids to numbers [n, H, block, dim] by way of kept memory; fresh memory costs page faults."""
         shape = (len(ids), *views.codes.shape[1:])
-        if len(ids) == 1:
-            codes = views.codes.narrow(0, int(ids[0]), 1)
+        first = int(ids[0])
+        if int(ids[-1]) - first == len(ids) - 1:  # neighbours, since they come in order
+            codes = views.codes.narrow(0, first, len(ids))
         else:
             codes = self._gathered.flatten()[: prod(shape)].view(shape)
             torch.index_select(views.codes, 0, ids, out=codes)

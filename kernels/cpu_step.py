@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from .cpu import plan_singles
-from .cpu_inplace import Reading, attend_in_place
+from .cpu_inplace import Reading, attend_in_place, weigh
 from .cpu_layer import PagedLayer
-from .cpu_tile import flash_kernel
+from .cpu_tile import flash_kernel, is_slow_with_one_row
 from .grad import without_grad
 from .plan import SlotPlan, StepPlan
 
@@ -116,7 +116,7 @@ class OneRow(DecodeStep):
 
     @without_grad
     def layer(self, index: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """As any step's. Source: attend_in_place and merge_pages, without their cases; calls cost more than they do."""
+        """As any step's. Source: attend_in_place, attend_pages, merge_pages, without their cases: calls cost more than they."""
         if key.shape != self._row_shape or value.shape != self._row_shape:
             self._check(key, value)
         (k, v), held, flash = self._slices[index][0], self._held[0], flash_kernel()
@@ -126,6 +126,9 @@ class OneRow(DecodeStep):
         q = query.reshape(self._q_shape)
         if q.dtype != self._dtype:
             q = q.to(self._dtype)
+        is_twice = q.shape[2] == 1 and is_slow_with_one_row(q.dtype)
+        if is_twice:
+            q = q.expand(-1, -1, 2, -1)
         out, lse = flash(q, k.narrow(2, 0, held), v.narrow(2, 0, held), 0.0, False, scale=scale)
         if len(self._slices[index]) > 1:
             outs, lses = [out], [lse]
@@ -133,8 +136,10 @@ class OneRow(DecodeStep):
                 out, lse = flash(q.expand(k.shape[0], -1, -1, -1), k, v, 0.0, False, scale=scale)
                 outs.append(out)
                 lses.append(lse)
-            weights = torch.cat(lses).permute(1, 2, 0).softmax(-1).permute(2, 0, 1)
-            out = torch.cat(outs)
-            out = (out if out.dtype == torch.float32 else out.float()).mul_(weights.unsqueeze(3)).sum(0)
+            out, lse = torch.cat(outs), torch.cat(lses)
+        if is_twice:
+            out, lse = out.narrow(2, 0, 1), lse.narrow(2, 0, 1)
+        if len(out) > 1:
+            out = weigh(out, lse.permute(1, 2, 0).softmax(-1))
         out = out.reshape(1, 1, query.shape[1], query.shape[3])
         return out if out.dtype == query.dtype else out.to(query.dtype)

@@ -223,3 +223,32 @@ def test_write_kv_matches_the_reference_byte_for_byte(make_case):
             same = (torch.nan_to_num(x.float()) for x in (case.k, expected_k, case.v, expected_v))
             k, expected_k, v, expected_v = same
             assert torch.equal(k, expected_k) and torch.equal(v, expected_v)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_single_row_given_twice_is_the_same_row(make_case, assert_close, monkeypatch, dtype):
+    for is_slow in (True, False):
+        monkeypatch.setattr(cpu_tile, "is_slow_with_one_row", lambda dtype, is_slow=is_slow: is_slow)
+        case = make_case([(1, 300), (1, 77), (1, 16)], dtype=dtype, group=1, block=16, order="runs")
+        out, lse = case.run(paged_attention)
+        assert out.shape == case.q.shape
+        assert_close((out, lse), case.expected(), *TOLERANCE[dtype])
+
+
+def test_a_row_is_given_twice_where_the_processor_has_no_bfloat16(monkeypatch):
+    def known(**facts):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: facts)
+        cpu_tile.is_slow_with_one_row.cache_clear()
+        return [dtype for dtype in cpu_tile.FLASH_DTYPES if cpu_tile.is_slow_with_one_row(dtype)]
+
+    assert known(architecture="x86_64", avx512_bf16=False) == [torch.bfloat16]
+    assert known(architecture="x86_64", avx512_bf16=True) == known(architecture="aarch64") == known() == []
+    cpu_tile.is_slow_with_one_row.cache_clear()
+
+
+def test_what_underflows_weighs_nothing_and_nothing_else_changes():
+    x = torch.tensor([0.0, -1.0, -63.9, -64.1, -95.0, -3e4, float("-inf"), float("nan")])
+    found = cpu_tile.exp_(x.clone())
+    torch.testing.assert_close(found[:3], x[:3].exp(), rtol=1e-5, atol=0.0)
+    assert found[3:7].tolist() == [0.0] * 4, "a denormal number makes every product with it slow"
+    assert found[7].isnan()

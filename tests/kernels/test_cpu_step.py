@@ -11,7 +11,7 @@ import torch
 
 from kvtier.kernels import DecodeStep, plan_decode, plan_slots, plan_step
 
-from kvtier.kernels import cpu_inplace  # isort: skip
+from kvtier.kernels import cpu_inplace, cpu_step  # isort: skip
 
 RULES = [{}, dict(window=1), dict(window=40, sinks=3), dict(window=100, sinks=300)]
 SPANS = {1: [(1, 300)], 3: [(1, 70), (1, 1), (1, 128)]}
@@ -52,6 +52,20 @@ def test_it_gives_what_the_reference_gives_and_writes_one_slot_each(make_case, m
         tolerance = 2e-6 if dtype == torch.float32 else 8e-3
         torch.testing.assert_close(out[0].double(), expected, atol=tolerance, rtol=tolerance)
         assert all(torch.equal(pool.nan_to_num(), old.nan_to_num()) for pool, old in zip(case.stack, before))
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+@pytest.mark.parametrize("length", [300, 9])
+def test_a_single_row_given_twice_is_the_same_row(make_case, monkeypatch, length, is_slow):
+    monkeypatch.setattr(cpu_step, "is_slow_with_one_row", lambda dtype: is_slow)
+    case = make_case([(1, length)], dtype=torch.bfloat16, group=1, block=16, order="runs")
+    expected, slots = case.expected()[0], last_slots(case)
+    key, value = take_out(case, slots)
+    step = bound(case, slots)
+    assert isinstance(step, cpu_step.OneRow)
+    out = step.layer(1, case.q.transpose(0, 1)[None], key, value, case.scale)
+    assert out[0].shape == expected.shape
+    torch.testing.assert_close(out[0].double(), expected, atol=8e-3, rtol=8e-3)
 
 
 def test_pages_in_short_runs_are_gathered(make_case, monkeypatch):
