@@ -74,10 +74,13 @@ def kill_clients(tmp_path: Path, kills: int, seed: int, copies: str) -> None:
         for number in range(kills):
             client = LoadClient(daemon, 1000 * (seed + 1) + number % 3, *KINDS[copies])
             client.wait_ready()
+            if number % 2:  # however slow it is, one that was promised something
+                wait_for(lambda client=client: client.acknowledged)
             time.sleep(choose.uniform(0.0, 0.4))
             client.kill()
             assert not client.wrong
             acknowledged |= client.acknowledged
+        assert acknowledged
         wait_for(lambda: daemon.status()["daemon"]["attached_processes"] == 1)
         told = end_all([witness], copies)
         print(f"seed {seed}: {kills} kills, {len(acknowledged)} sessions, {witness.done}")
