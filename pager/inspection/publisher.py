@@ -20,6 +20,7 @@ from .snapshot import SnapshotPage, page_path
 
 WATCHED_STEP_S, IDLE_STEP_S = 0.25, 5.0
 MAX_SHARE = 0.0025  # of one core, for publishing: a daemon at work may use a third of a core, and shall not slow by 1 %
+CLOSE_S = 2.0  # for the thread, whose last look may wait for the pager's lock
 _LOG = logging.getLogger("kvtier.status")
 
 
@@ -46,12 +47,19 @@ class Publisher:
             return None
 
     def close(self) -> None:
+        """Returns also while the thread is held up: what it writes to is closed by itself."""
         self._stop.set()
-        self._thread.join(2.0)
-        self._page.close()
-        self._history.close()
+        self._thread.join(CLOSE_S)
+        self._page.remove()
 
     def _run(self) -> None:
+        try:
+            self._publish_until_stopped()
+        finally:
+            self._page.unmap()
+            self._history.close()
+
+    def _publish_until_stopped(self) -> None:
         due_s = float("-inf")
         while True:
             now_s = time.monotonic()

@@ -74,7 +74,15 @@ class SnapshotPage:
         return now_s < until_s <= now_s + 2 * WATCH_S
 
     def close(self) -> None:
+        self.unmap()
+        self.remove()
+
+    def unmap(self) -> None:
+        """By who writes, and writes no more."""
         self._map.close()
+
+    def remove(self) -> None:
+        """Readers find nothing here any more; it can still be written to."""
         self._path.unlink(missing_ok=True)
 
 

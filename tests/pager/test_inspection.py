@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kvtier.pager.directory import Directory
-from kvtier.pager.inspection import history, service, snapshot
+from kvtier.pager.inspection import history, publisher, service, snapshot
 from kvtier.pager.inspection.doctor import findings
 from kvtier.pager.inspection.events import KIND, NUM_BLOCKS, EventRing, tag_of, tags_of
 from kvtier.pager.inspection.inspector import Inspector
@@ -271,6 +271,26 @@ def test_a_writer_that_stopped_in_the_middle_is_seen(tmp_path):
     with pytest.raises(ProtocolError, match="the page holds"):
         page.write({"a": bytes(snapshot.PAGE_BYTES)}, time.time())
     page.close()
+
+
+def test_a_publisher_that_is_held_up_at_the_end_writes_to_nothing_that_is_closed(tmp_path, monkeypatch):
+    begun, go, raised = threading.Event(), threading.Event(), []
+    monkeypatch.setattr(publisher, "CLOSE_S", 0.05)
+    monkeypatch.setattr(publisher, "row_of", lambda status, now_s: {"time_s": now_s})
+    monkeypatch.setattr(threading, "excepthook", raised.append)
+
+    def tell() -> dict:
+        begun.set()
+        go.wait(60)
+        return {"status": {}}
+
+    one = publisher.Publisher(tmp_path / "s", tell)
+    assert begun.wait(60)
+    one.close()
+    assert not snapshot.page_path(tmp_path / "s").exists()
+    go.set()
+    one._thread.join(60)
+    assert not one._thread.is_alive() and not raised, raised
 
 
 def test_a_page_knows_whether_it_is_watched(tmp_path):
