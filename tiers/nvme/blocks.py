@@ -26,7 +26,8 @@ from .segment_io import SegmentIo
 from .slots import Run
 
 MAX_TRAILERS = 4096  # remembered
-NUM_HASHING = len(os.sched_getaffinity(0))  # more threads that hash at once only fight over the interpreter's lock
+# Threads that hash at once: cores that read the same memory together each take longer over a byte, two by half.
+NUM_HASHING = max(1, len(os.sched_getaffinity(0)) // 2)
 Stamps = npt.NDArray[Any]
 
 
@@ -148,8 +149,7 @@ class BlockIo:
         buffers = [part.data, tail.data] if len(tail) else [part.data]
         if not self._io.read((group, segment), buffers, offset + first, len(part) + len(tail)):
             return None
-        with self._hashing:
-            return slice_sum(part), tail.tobytes()
+        return slice_sum(part), tail.tobytes()  # beside another part's: somebody waits for this block
 
     def proves(self, group: int, tail: bytes, crc: int, stamp: Any) -> bool:
         """Whether bytes of this crc before this tail are the block that the stamp names.
