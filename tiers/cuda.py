@@ -21,10 +21,11 @@ import torch
 from .completions import Completions, Pending, PolledEvent, unavailable
 from .copy_paths import PROBE_ROW_BYTES, PROBE_ROWS, copy_by_calls, copy_by_tensors, copy_on_host, is_exact
 from .copy_plan import CopyPlan, plan_copy, row_space
-from .cpu import IO_DEPTH, Workers
+from .cpu import IO_DEPTH
 from .errors import ConfigError, TierUnavailableError
 from .machine import Machine
 from .memcpy_batch import LEGACY_STREAMS, MemcpyBatch, dotted, driver_too_old_for, driver_version
+from .staged import StagedWorkers
 from .streams import Event, IntArray, Progress, Rows
 
 CopyPath = Literal["batch", "runs", "torch"]
@@ -254,8 +255,8 @@ class CudaBackend:
         self.compute = ComputeStream(self.device, self._engine)
         self.promote = CopyStream("promote", self.device, self._engine, self._completions)
         self.demote = CopyStream("demote", self.device, self._engine, self._completions)
-        self.read_io = Workers("read", io_depth, notify)
-        self.write_io = Workers("write", io_depth, notify)
+        self.read_io = StagedWorkers("read", io_depth, notify)
+        self.write_io = StagedWorkers("write", io_depth, notify)
 
     @property
     def copy_path(self) -> CopyPath:

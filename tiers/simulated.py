@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .memory import aligned_rows
-from .streams import POISON, AllDone, Event, IntArray, Rows, copy_rows_now
+from .streams import POISON, AllDone, Event, IntArray, Rows, Steps, copy_rows_now
 
 Step = Callable[[], bool]  # runs once more; True when the operation is over
 
@@ -117,12 +117,14 @@ class SimulatedIo:
     def __init__(self, name: str, backend: SimulatedBackend) -> None:
         self.name = name
         self._backend = backend
-        self.calls: list[tuple[Callable[[], None], SimulatedEvent]] = []
+        self.calls: list[tuple[list[Callable[[], None]], SimulatedEvent]] = []  # what is left of each
 
     def submit(self, fn: Callable[[], None]) -> SimulatedEvent:
-        event = SimulatedEvent(self._backend)
-        self.calls.append((fn, event))
-        return event
+        return self._queue(fn)
+
+    def submit_steps(self, steps: Steps) -> SimulatedEvent:
+        """Other operations may run between two of them."""
+        return self._queue(*steps)
 
     def has_backlog(self) -> bool:
         return bool(self.calls)
@@ -131,16 +133,24 @@ class SimulatedIo:
         return AllDone([self.submit(job) for job in jobs])
 
     def run(self, index: int) -> None:
-        fn, event = self.calls.pop(index)
+        (step, *left), event = self.calls.pop(index)
         try:
             failure = self._backend.take_failure(self.name)
             if failure is not None:
                 raise failure
-            fn()
+            step()
         except Exception as error:
             event.finish(error)
+            return
+        if left:
+            self.calls.append((left, event))
         else:
             event.finish()
+
+    def _queue(self, *steps: Callable[[], None]) -> SimulatedEvent:
+        event = SimulatedEvent(self._backend)
+        self.calls.append((list(steps), event))
+        return event
 
 
 class SimulatedBackend:

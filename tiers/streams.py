@@ -18,6 +18,7 @@ import numpy.typing as npt
 from .memory import aligned_rows as aligned_rows
 from .runs import IntArray, plan_runs
 
+Steps = tuple[Callable[[], None], Callable[[], None], Callable[[], None]]  # before a disk call, the call, after it
 Rows = Any  # uint8 [rows, row_bytes]: numpy (host, CPU device) or a torch CUDA tensor (device)
 
 
@@ -64,6 +65,9 @@ class IoQueue(Protocol):
 
     def submit_shared(self, jobs: list[Callable[[], None]]) -> Event:
         """Jobs, at least one, that belong together; who waits for them may be made to do some of them."""
+
+    def submit_steps(self, steps: Steps) -> Event:
+        """A call with computing before and after it, in turn, perhaps by several threads; what one raises ends them."""
 
 
 class Backend(Protocol):

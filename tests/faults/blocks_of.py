@@ -12,6 +12,7 @@ from kvtier.tiers.layout import KVLayout
 from kvtier.tiers.nvme.files import SystemCalls
 from kvtier.tiers.nvme.frames import PagesCodec
 from kvtier.tiers.nvme.store import STAMP, NvmeTier, StoreIdentity
+from kvtier.tiers.streams import aligned_rows
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=32, block_size=16, dtype="float32")  # 8 KiB blocks
 IDENTITY = StoreIdentity("faults", (LAYOUT,))
@@ -56,9 +57,16 @@ def open_tier(path, backend: CpuBackend, slots: int = 256, codec: str | None = N
     return NvmeTier.open(path, IDENTITY, num_slots=[slots], backend=backend, codecs=codecs, **options)
 
 
+def memory(count: int, nbytes: int) -> np.ndarray:
+    """Rows that the kernel takes as they lie, and for odd counts rows that it does not, so that both ways meet the faults."""
+    shift = count % 2 * 8
+    flat = aligned_rows(1, count * nbytes + shift)[0]
+    return flat[shift:].reshape(count, nbytes)
+
+
 def put(tier: NvmeTier, slots: np.ndarray, numbers: list[int]) -> np.ndarray:
     """Write blocks by number; says which are good."""
-    stamps, rows = np.zeros(len(slots), STAMP), np.empty((len(slots), LAYOUT.block_bytes), np.uint8)
+    stamps, rows = np.zeros(len(slots), STAMP), memory(len(slots), LAYOUT.block_bytes)
     for i, number in enumerate(numbers):
         stamps[i]["key"], stamps[i]["tokens"] = key_of(number), LAYOUT.block_size
         rows[i] = written_to(tier, key_of(number))
@@ -72,10 +80,10 @@ def wrong_blocks(tier: NvmeTier) -> tuple[int, set[bytes]]:
     slots, stamps = tier.recovered()[0]
     if not len(slots):
         return 0, set()
-    rows = np.empty((len(slots), LAYOUT.block_bytes), np.uint8)
+    rows = memory(len(slots), LAYOUT.block_bytes)
     ticket = tier.read(0, slots, rows, np.arange(len(slots)), stamps)
     assert ticket.event.wait(60) and ticket.event.error is None
-    layer = np.empty((len(slots), LAYOUT.layer_bytes), np.uint8)
+    layer = memory(len(slots), LAYOUT.layer_bytes)
     slices = tier.read_layer(0, slots, 1, layer, np.arange(len(slots)), stamps)
     assert slices.event.wait(60) and slices.event.error is None
     wrong, right = 0, set()

@@ -14,12 +14,16 @@ from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.errors import ConfigError, StoreLockedError, StoreMismatchError, TierFullError
 from kvtier.tiers.layout import KVLayout
 from kvtier.tiers.nvme.files import SystemCalls
+from kvtier.tiers.nvme.layout import Geometry
+from kvtier.tiers.nvme.slots import MANY_RUNS, RUN_SLOTS, plan_runs
 from kvtier.tiers.nvme.status import read_store_status
 from kvtier.tiers.nvme.store import STAMP, NvmeTier, StoreIdentity
+from kvtier.tiers.simulated import SimulatedBackend
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=8, block_size=16, dtype="float32")
 BF16 = KVLayout(num_layers=2, num_kv_heads=1, head_dim=8, block_size=16, dtype="bfloat16", window=32, name="window")
 MLA = KVLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_size=4, dtype="float16", value_dim=8, name="mla")
+PAGED = KVLayout(num_layers=2, num_kv_heads=1, head_dim=32, block_size=16, dtype="float32")  # two pages
 IDENTITY = StoreIdentity("model", (LAYOUT, BF16, MLA))
 NUM_SLOTS = [70, 20, 10]
 
@@ -72,6 +76,58 @@ def test_reads_back_exactly_what_was_written(tmp_path, backend, group):
     ticket = tier.read_layer(group, slots, 1, slices, np.arange(10), tier.stamps(group, slots))
     assert ticket.event.wait(60) and ticket.ok.all() and np.array_equal(slices, rows[:, size : 2 * size])
     tier.close()
+
+
+def paged(path, backend, durability="batch") -> tuple[NvmeTier, np.ndarray]:
+    """A store of 200 blocks of whole pages, and rows of as many that go to the disk as they lie."""
+    tier = open_tier(path, backend, StoreIdentity("model", (PAGED,)), [200], durability)
+    rows = backend.alloc_host(200, PAGED.block_bytes)
+    assert tier._movers.plain.goes_straight(0, rows, np.arange(200))
+    return tier, rows
+
+
+@pytest.mark.parametrize("durability", ["none", "always"])
+def test_many_blocks_in_rows_that_go_straight_to_the_disk(tmp_path, backend, durability):
+    tier, rows = paged(tmp_path / "s", backend, durability)
+    slots, everything = tier.allocate(0, 200), np.arange(200)
+    for seed in range(3):
+        rows[:] = blocks(PAGED, 200, seed)
+        written = tier.write(0, slots, rows, everything, stamps(200, seed))
+        assert written.event.wait(60) and written.event.error is None and written.ok.all()
+        target = backend.alloc_host(200, PAGED.block_bytes)
+        for n in (1, 200):
+            parts = [everything[i : i + n] for i in range(0, 200, n)]
+            tickets = [tier.read(0, slots[part], target, part, tier.stamps(0, slots[part])) for part in parts]
+            assert all(ticket.event.wait(60) and ticket.ok.all() for ticket in tickets)
+            assert np.array_equal(target, rows)
+            target[:] = 0
+    others = tier.read(0, slots, target, everything, tier.stamps(0, np.roll(slots, 1)))
+    assert others.event.wait(60) and not others.ok.any()  # whole blocks, of other keys
+    tier.close()
+
+
+@pytest.mark.parametrize("order", range(4))
+def test_blocks_are_whole_however_the_steps_of_their_calls_fall(tmp_path, order):
+    backend = SimulatedBackend(order)
+    tier, rows = paged(tmp_path / "s", backend)
+    rows[:] = blocks(PAGED, 200)
+    slots = np.random.default_rng(order).permutation(tier.allocate(0, 200))  # hardly a run: as many calls as can be
+    written = tier.write(0, slots, rows, np.arange(200), stamps(200))
+    assert written.event.wait(60) and written.ok.all()
+    target = backend.alloc_host(200, PAGED.block_bytes)
+    ticket = tier.read(0, slots, target, np.arange(200), tier.stamps(0, slots))
+    assert ticket.event.wait(60) and ticket.ok.all() and np.array_equal(target, rows)
+    tier.close()
+
+
+def test_a_long_call_is_few_requests_and_a_short_one_enough_for_all_workers():
+    geometry = Geometry.of(KVLayout(16, 8, 128, 32, "bfloat16"), 64)  # 2 MiB blocks
+    for count, longest in ((1, 1), (24, 1), (47, 1), (48, 2), (72, 3), (96, 4), (1000, 4)):
+        runs = list(plan_runs(geometry, np.arange(count)))
+        assert max(run.count for run in runs) == longest and len(runs) >= min(count, MANY_RUNS)
+        assert [slot for run in runs for slot in range(run.part.start, run.part.stop)] == list(range(count))
+    small = Geometry.of(KVLayout(2, 1, 8, 16, "bfloat16"), 4096)
+    assert max(run.count for run in plan_runs(small, np.arange(4096))) == RUN_SLOTS
 
 
 def test_a_reopened_store_lists_what_was_written_and_nothing_that_was_freed(tmp_path, backend):

@@ -71,6 +71,26 @@ class BackendContract:
         assert good.wait(60) and good.error is None and seen == [1]
         backend.close(5)
 
+    def test_steps_run_in_turn_and_one_that_fails_ends_its_own_work_only(self):
+        backend, seen = self.make(), [[] for _ in range(100)]
+
+        def steps(i: int):
+            def step(number: int) -> None:
+                seen[i].append(number)
+                if i % 10 == 5 and number == i // 10 % 3:
+                    raise OSError(f"step {number}")
+
+            return lambda: step(0), lambda: step(1), lambda: step(2)
+
+        events = [backend.write_io.submit_steps(steps(i)) for i in range(100)]
+        assert all(event.wait(60) for event in events)
+        for i, event in enumerate(events):
+            failing = i // 10 % 3 if i % 10 == 5 else None
+            assert seen[i] == list(range(3 if failing is None else failing + 1)), i
+            assert event.error is None if failing is None else str(event.error) == f"step {failing}"
+        assert not backend.write_io.has_backlog()
+        backend.close(5)
+
     def test_memory_is_exact_and_page_aligned(self):
         backend = self.make()
         rows = backend.alloc_host(3, 100)

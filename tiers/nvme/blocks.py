@@ -11,6 +11,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,14 +20,27 @@ import numpy.typing as npt
 from ..checksum import block_sum, layer_sums_and_crc, slice_sum
 from ..layout import KVLayout
 from ..streams import IntArray, Rows
-from .files import Scratch, is_aligned
+from .files import Scratch, Segment, Tails, are_aligned, is_aligned
 from .layout import PAGE_BYTES, Geometry, Trailer
 from .segment_io import SegmentIo
 from .slots import Run
 
 MAX_TRAILERS = 4096  # remembered
-NUM_HASHING = len(os.sched_getaffinity(0))  # more threads that hash at once only fight over the interpreter's lock
+# Threads that hash at once: cores that read the same memory together each take longer over a byte, two by half.
+NUM_HASHING = max(1, len(os.sched_getaffinity(0)) // 2)
 Stamps = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCall:
+    """One call to the kernel: a run of blocks, each with its tail behind it."""
+
+    segment: Segment
+    offset: int
+    wanted: int
+    buffers: list[Any]
+    rows: list[npt.NDArray[np.uint8]]
+    tails: npt.NDArray[np.uint8]
 
 
 class BlockIo:
@@ -42,7 +56,7 @@ class BlockIo:
     ) -> None:
         self._io, self._layouts, self._geometries = io, layouts, geometries
         self._with_checksums = with_checksums
-        self._scratch = Scratch()
+        self._scratch, self._tails = Scratch(), Tails()
         self._lock = threading.Lock()
         self._hashing = threading.Semaphore(NUM_HASHING)
         self._trailers: OrderedDict[tuple[int, int, int], npt.NDArray[np.uint64]] = OrderedDict()
@@ -52,38 +66,75 @@ class BlockIo:
 
         `is_empty`: nothing is listed in this segment (see SegmentFiles.use).
         """
+        if self.goes_straight(group, source, rows):
+            call = self.before_write(group, run, source, rows, stamps)
+            is_written = self.call_write(call, is_empty=is_empty)
+            self.after_write(call)
+            return is_written
         geometry = self._geometries[group]
-        tails_at, direct = self._buffers(geometry, run, source, rows)
-        buffers: list[Any] = []
+        staged = self._scratch.take(run.count * geometry.stride).reshape(run.count, geometry.stride)
         stamps["stored_bytes"] = geometry.most_stored_bytes
         for i in range(run.count):
-            row, tail = source[rows[i]], tails_at[i]
-            tail[:] = np.frombuffer(self._tail(group, row, stamps[i : i + 1]), np.uint8)
-            if direct:
-                buffers += [row.data, tail.data]
-        if not direct:
-            buffers = [self._staged(geometry, run, source, rows).data]
-        wanted = run.count * geometry.stride
-        return self._io.write((group, run.segment), buffers, run.offset, wanted, is_empty=is_empty)
+            row = staged[i, : geometry.block_bytes]
+            row[:] = source[rows[i]]
+            staged[i, geometry.block_bytes :] = np.frombuffer(self._tail(group, row, stamps[i : i + 1]), np.uint8)
+        return self._io.write((group, run.segment), [staged.data], run.offset, staged.nbytes, is_empty=is_empty)
 
     def read(self, group: int, run: Run, target: Rows, rows: IntArray, stamps: Stamps) -> npt.NDArray[np.bool_]:
         """Read the run's blocks into target rows; False for each that is not the block that its stamp names."""
+        if self.goes_straight(group, target, rows):
+            call = self.before_read(group, run, target, rows)
+            return self.after_read(call, stamps, is_read=self.call_read(call))
         geometry, ok = self._geometries[group], np.zeros(run.count, bool)
-        tails_at, direct = self._buffers(geometry, run, target, rows)
-        if direct:
-            buffers = [b for i in range(run.count) for b in (target[rows[i]].data, tails_at[i].data)]
-        else:
-            staged = self._scratch.take(run.count * geometry.stride)
-            buffers = [staged.data]
-        if not self._io.read((group, run.segment), buffers, run.offset, run.count * geometry.stride):
+        staged = self._scratch.take(run.count * geometry.stride).reshape(run.count, geometry.stride)
+        if not self._io.read((group, run.segment), [staged.data], run.offset, staged.nbytes):
             return ok
         for i in range(run.count):
             row = target[rows[i]]
-            if not direct:
-                row[:] = staged.reshape(run.count, geometry.stride)[i, : geometry.block_bytes]
-            ok[i] = self.proves(group, tails_at[i].tobytes(), self._sum(row), stamps[i])
+            row[:] = staged[i, : geometry.block_bytes]
+            ok[i] = self.proves(group, staged[i, geometry.block_bytes :].tobytes(), self._sum(row), stamps[i])
         return ok
 
+    # ------------------------------------------------------------------ the same in steps, for rows that go straight
+    def goes_straight(self, group: int, memory: Rows, rows: IntArray) -> bool:
+        """Whether the kernel can be handed these rows as they lie."""
+        return self._geometries[group].block_bytes % PAGE_BYTES == 0 and are_aligned(memory, rows)
+
+    def before_write(self, group: int, run: Run, source: Rows, rows: IntArray, stamps: Stamps) -> BlockCall:
+        """Everything of `write` but the call itself; then `call_write`, then `after_write`."""
+        call = self.before_read(group, run, source, rows)
+        stamps["stored_bytes"] = self._geometries[group].most_stored_bytes
+        for i, (row, tail) in enumerate(zip(call.rows, call.tails)):
+            tail[:] = np.frombuffer(self._tail(group, row, stamps[i : i + 1]), np.uint8)
+        return call
+
+    def call_write(self, call: BlockCall, *, is_empty: bool) -> bool:
+        return self._io.write(call.segment, call.buffers, call.offset, call.wanted, is_empty=is_empty)
+
+    def after_write(self, call: BlockCall) -> None:
+        self._tails.give_back(call.tails)
+
+    def before_read(self, group: int, run: Run, target: Rows, rows: IntArray) -> BlockCall:
+        """What `call_read` asks the kernel for; then `after_read`."""
+        geometry = self._geometries[group]
+        memory = [target[row] for row in rows.tolist()]
+        tails = self._tails.lend(run.count, geometry.tail_bytes)
+        buffers = [each.data for pair in zip(memory, tails) for each in pair]
+        return BlockCall((group, run.segment), run.offset, run.count * geometry.stride, buffers, memory, tails)
+
+    def call_read(self, call: BlockCall) -> bool:
+        return self._io.read(call.segment, call.buffers, call.offset, call.wanted)
+
+    def after_read(self, call: BlockCall, stamps: Stamps, *, is_read: bool) -> npt.NDArray[np.bool_]:
+        """False for each row that does not hold the block which its stamp names."""
+        ok = np.zeros(len(call.rows), bool)
+        if is_read:
+            for i, (row, tail) in enumerate(zip(call.rows, call.tails)):
+                ok[i] = self.proves(call.segment[0], tail.tobytes(), self._sum(row), stamps[i])
+        self._tails.give_back(call.tails)
+        return ok
+
+    # ------------------------------------------------------------------ parts and slices
     def reads_parts(self, group: int, row: npt.NDArray[np.uint8]) -> bool:
         """Whether `read_part` can put this group's bytes straight into such a row."""
         return self._with_checksums and self._geometries[group].block_bytes % PAGE_BYTES == 0 and is_aligned(row)
@@ -98,8 +149,7 @@ class BlockIo:
         buffers = [part.data, tail.data] if len(tail) else [part.data]
         if not self._io.read((group, segment), buffers, offset + first, len(part) + len(tail)):
             return None
-        with self._hashing:
-            return slice_sum(part), tail.tobytes()
+        return slice_sum(part), tail.tobytes()  # beside another part's: somebody waits for this block
 
     def proves(self, group: int, tail: bytes, crc: int, stamp: Any) -> bool:
         """Whether bytes of this crc before this tail are the block that the stamp names.
@@ -138,23 +188,6 @@ class BlockIo:
                     del self._trailers[known]
 
     # ------------------------------------------------------------------ inside
-    def _buffers(
-        self, geometry: Geometry, run: Run, memory: Rows, rows: IntArray
-    ) -> tuple[npt.NDArray[np.uint8], bool]:
-        """Where the tails of a run go, and whether the rows themselves can be handed to the kernel."""
-        direct = geometry.block_bytes % PAGE_BYTES == 0 and all(is_aligned(memory[row]) for row in rows.tolist())
-        if direct:
-            size = geometry.tail_bytes
-            return self._scratch.take(run.count * size).reshape(run.count, size), True
-        whole = self._scratch.take(run.count * geometry.stride).reshape(run.count, geometry.stride)
-        return whole[:, geometry.block_bytes :], False
-
-    def _staged(self, geometry: Geometry, run: Run, source: Rows, rows: IntArray) -> npt.NDArray[np.uint8]:
-        """Blocks copied next to the tails that are in the scratch buffer already."""
-        whole = self._scratch.take(run.count * geometry.stride)
-        whole.reshape(run.count, geometry.stride)[:, : geometry.block_bytes] = source[rows]
-        return whole
-
     def _tail(self, group: int, row: npt.NDArray[np.uint8], stamp: Stamps) -> bytes:
         """Everything behind a block; its checksum goes into the stamp."""
         layout = self._layouts[group]

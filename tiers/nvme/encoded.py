@@ -7,6 +7,7 @@ them, and then proves what came out by the layer sums that the seal covers. One 
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
@@ -18,13 +19,14 @@ import xxhash
 from ..checksum import block_sum, layer_sums
 from ..layout import KVLayout
 from ..streams import IntArray, Rows
-from .blocks import NUM_HASHING, Stamps, names_it
+from .blocks import Stamps, names_it
 from .codecs import BlockCodec
 from .files import Scratch, SegmentFiles
 from .layout import CRC_BYTES, Geometry, Trailer
 from .segment_io import SegmentIo
 from .slots import Run
 
+NUM_ENCODING = len(os.sched_getaffinity(0))
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -36,7 +38,7 @@ class EncodedIo:
     ) -> None:
         self._io, self._files, self._layout, self._geometry, self._codec = io, files, layout, geometry, codec
         self._images, self._blocks = Scratch(), Scratch()
-        self._working = threading.Semaphore(NUM_HASHING)  # more that encode at once than cores leave none for the disk
+        self._working = threading.Semaphore(NUM_ENCODING)  # more that encode at once than cores leave none for the disk
 
     def write(self, group: int, run: Run, source: Rows, rows: IntArray, stamps: Stamps, *, is_empty: bool) -> bool:
         """Write the run's blocks and fill in their checksums and sizes. False when not all bytes went down."""

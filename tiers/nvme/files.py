@@ -11,7 +11,7 @@ import ctypes
 import errno
 import os
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..layout import KVLayout
-from ..streams import aligned_rows
+from ..streams import IntArray, Rows, aligned_rows
 from .identity import NEW_SEGMENT_FILE, PROBE_FILE, segment_path
 from .layout import PAGE_BYTES, Geometry
 
@@ -261,6 +261,30 @@ class Scratch(threading.local):
         if len(self._memory) < nbytes:
             self._memory = aligned_rows(1, -(-nbytes // PAGE_BYTES) * PAGE_BYTES)[0]
         return self._memory[:nbytes]
+
+
+class Tails:
+    """Aligned memory of calls under way, lent and taken back: as much is kept as was ever lent at once."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, ...], deque[npt.NDArray[np.uint8]]] = {}
+
+    def lend(self, count: int, nbytes: int) -> npt.NDArray[np.uint8]:
+        """uint8 [count, nbytes]; what is in it means nothing."""
+        try:
+            return self._free[count, nbytes].popleft()
+        except (KeyError, IndexError):
+            return aligned_rows(1, count * nbytes)[0].reshape(count, nbytes)
+
+    def give_back(self, tails: npt.NDArray[np.uint8]) -> None:
+        self._free.setdefault(tails.shape, deque()).append(tails)
+
+
+def are_aligned(memory: Rows, rows: IntArray) -> bool:
+    """`is_aligned` of many rows; of one array it takes one look."""
+    if isinstance(memory, np.ndarray):
+        return memory.strides[0] % PAGE_BYTES == 0 and is_aligned(memory[0])
+    return all(is_aligned(memory[row]) for row in rows.tolist())
 
 
 def is_aligned(row: npt.NDArray[np.uint8]) -> bool:

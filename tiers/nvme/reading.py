@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from ..layout import KVLayout
 from ..streams import AllDone, Event, IntArray, IoQueue, Rows
+from .blocks import BlockCall
 from .movers import Movers
 from .parts import PartedRead, num_parts
 from .slots import Run, SlotBook, plan_runs
@@ -46,10 +47,14 @@ class Reader:
             ticket.event = self._queue.submit_shared(jobs)
             return ticket
 
+        runs = plan_runs(self._books[group].geometry, slots)
+        if mover is self._movers.plain and self._movers.plain.goes_straight(group, target, rows):
+            ticket.event = AllDone([self._in_steps(group, run, target, rows, stamps, ticket) for run in runs])
+            return ticket
+
         def job(run: Run) -> None:
             ticket.ok[run.part] = mover.read(group, run, target, rows[run.part], stamps[run.part])
 
-        runs = plan_runs(self._books[group].geometry, slots)
         ticket.event = AllDone([self._queue.submit(bound(job, run)) for run in runs])
         return ticket
 
@@ -67,6 +72,25 @@ class Reader:
         firsts = range(0, len(slots), step)
         ticket.event = AllDone([self._queue.submit(bound(job, first)) for first in firsts])
         return ticket
+
+    def _in_steps(self, group: int, run: Run, target: Rows, rows: IntArray, stamps: Stamps, ticket: IoTicket) -> Event:
+        """Queue the read of one run."""
+        mover, part = self._movers.plain, run.part
+        prepared: BlockCall
+        is_read = False
+
+        def before() -> None:
+            nonlocal prepared
+            prepared = mover.before_read(group, run, target, rows[part])
+
+        def call() -> None:
+            nonlocal is_read
+            is_read = mover.call_read(prepared)
+
+        def after() -> None:
+            ticket.ok[part] = mover.after_read(prepared, stamps[part], is_read=is_read)
+
+        return self._queue.submit_steps((before, call, after))
 
     def _in_parts(
         self, group: int, slots: IntArray, target: Rows, rows: IntArray, stamps: Stamps, ticket: IoTicket, parts: int

@@ -18,8 +18,10 @@ from ..streams import IntArray
 from .layout import Geometry
 from .manifest import GroupListing
 
-RUN_BYTES = 2 << 20  # of one call to the kernel
-RUN_SLOTS = 256  # likewise; two buffers each, and a call takes 1,024
+RUN_BYTES = 2 << 20  # of blocks, of one call to the kernel
+LONG_RUN_BYTES = 8 << 20  # likewise, where all workers have something to do all the same: fewer calls cost less
+MANY_RUNS = 24  # calls that keep all workers busy, each with a next one in hand
+RUN_SLOTS = 256  # of one call; two buffers each, and the kernel takes 1,024
 NONE_OPEN = -1
 
 
@@ -197,7 +199,8 @@ class Run:
 
 def plan_runs(geometry: Geometry, slots: IntArray) -> Iterator[Run]:
     """Cut a call's slots into runs, none larger than one call to the kernel should be."""
-    limit = max(1, min(RUN_SLOTS, RUN_BYTES // geometry.stride))
+    nbytes = min(max(RUN_BYTES, len(slots) // MANY_RUNS * geometry.block_bytes), LONG_RUN_BYTES)
+    limit = max(1, min(RUN_SLOTS, nbytes // geometry.block_bytes))
     per_segment = geometry.slots_per_segment
     at, end = 0, len(slots)
     numbers: list[int] = slots.tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import numpy.typing as npt
 
 from ..errors import ConfigError, TierUnavailableError
 from ..formats import BlockFormat
-from ..streams import AllDone, Backend, IntArray, Rows
+from ..streams import AllDone, Backend, Event, IntArray, Rows
 from . import SEGMENT_BYTES
+from .blocks import BlockCall
 from .codecs import NONE, check_codecs, warn_of_others
 from .commit import Committer, Durability, check_durability
 from .durable import DurableListing
@@ -213,8 +214,8 @@ class NvmeTier:
         runs = list(plan_runs(self._books[group].geometry, slots))
         left = [len(runs)]
 
-        def job(run: Run) -> None:
-            ticket.ok[run.part] = self._write_run(group, run, source, source_rows, stamps)
+        def wrote(run: Run, is_whole: bool) -> None:
+            ticket.ok[run.part] = is_whole
             with self._lock:
                 left[0] -= 1
                 is_last = left[0] == 0
@@ -222,7 +223,16 @@ class NvmeTier:
                 ticket.checksums[:] = stamps["checksum"]
                 self._publish(group, slots, stamps, ticket)
 
-        ticket.event = AllDone([self._backend.write_io.submit(bound(job, run)) for run in runs])
+        def job(run: Run) -> None:
+            wrote(run, self._write_run(group, run, source, source_rows, stamps))
+
+        plain, queue = self._movers.plain, self._backend.write_io
+        waits_for_syncs = self._durability == "always"  # a thread that computes for others should not
+        if self._movers.of(group) is plain and not waits_for_syncs and plain.goes_straight(group, source, source_rows):
+            events = [self._in_steps(group, run, source, source_rows, stamps, wrote) for run in runs]
+        else:
+            events = [queue.submit(bound(job, run)) for run in runs]
+        ticket.event = AllDone(events)
         return ticket
 
     def read(
@@ -387,11 +397,42 @@ class NvmeTier:
             self._generation += len(stamps)
 
     def _write_run(self, group: int, run: Run, source: Rows, source_rows: IntArray, stamps: npt.NDArray[Any]) -> bool:
+        part, is_empty = run.part, self._is_empty(group, run.segment)
+        return self._movers.of(group).write(group, run, source, source_rows[part], stamps[part], is_empty=is_empty)
+
+    def _in_steps(
+        self,
+        group: int,
+        run: Run,
+        source: Rows,
+        source_rows: IntArray,
+        stamps: npt.NDArray[Any],
+        wrote: Callable[[Run, bool], None],
+    ) -> Event:
+        """Queue the write of one run."""
+        mover, part = self._movers.plain, run.part
+        prepared: BlockCall
+        is_whole = False
+
+        def before() -> None:
+            nonlocal prepared
+            prepared = mover.before_write(group, run, source, source_rows[part], stamps[part])
+
+        def call() -> None:
+            nonlocal is_whole
+            is_whole = mover.call_write(prepared, is_empty=self._is_empty(group, run.segment))
+
+        def after() -> None:
+            mover.after_write(prepared)
+            wrote(run, is_whole)
+
+        return self._backend.write_io.submit_steps((before, call, after))
+
+    def _is_empty(self, group: int, segment: int) -> bool:
+        """Whether nothing is listed in the segment."""
         book = self._books[group]
         with self._lock:
-            is_empty = not book.listing.in_segment(run.segment, book.geometry.slots_per_segment).any()
-        part = run.part
-        return self._movers.of(group).write(group, run, source, source_rows[part], stamps[part], is_empty=is_empty)
+            return not book.listing.in_segment(segment, book.geometry.slots_per_segment).any()
 
     def _publish(self, group: int, slots: IntArray, stamps: npt.NDArray[Any], ticket: IoTicket) -> None:
         """List what was written whole; under `always`, make it durable before the call counts as done."""
