@@ -216,6 +216,7 @@ def test_every_code_that_a_failure_can_have_stands_in_the_document():
     codes, kinds = set(), [KvTierError]
     for kind in kinds:
         kinds += kind.__subclasses__()
-        codes.add(kind.code)
+        if kind.__module__ == KvTierError.__module__:  # who asks an inspector has others, which no daemon says
+            codes.add(kind.code)
     assert len(codes) > 10
     assert not {code for code in codes - own if f"`{code}`" not in DOCUMENT.read_text().split("## Failures")[1]}
