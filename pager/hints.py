@@ -74,11 +74,3 @@ def dirty_and_given_up(group: BlockGroup) -> IntArray:
     pages = group.pages
     blocks = pages.block[(pages.state == PageState.DIRTY) & pages.idle()]
     return blocks[given_up(group, blocks)]
-
-
-def first_of(group: BlockGroup, n: int, blocks: IntArray, is_first: npt.NDArray[np.bool_]) -> IntArray:
-    """n victims among these, of those marked as first before all others."""
-    chosen = group.policy.victims(n, blocks[is_first])
-    if len(chosen) < n:
-        chosen = np.concatenate([chosen, group.policy.victims(n - len(chosen), blocks[~is_first])])
-    return chosen

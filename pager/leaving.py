@@ -6,7 +6,7 @@ among the rest the policy ranks. Nothing here changes anything: the group evicts
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,21 +55,26 @@ class Leaving:
             candidates = np.concatenate([candidates, found[~is_working]])
             working = np.concatenate([working, found[is_working]])
             self._hand, looked = (self._hand + size) % total, looked + size
-        chosen = hints.first_of(group, n, candidates, group.directory.is_demoted[candidates])
-        return self._and_then(chosen, n, working)
+        return self._ranked(n, (*self._by_demotion(candidates), working))
 
     def first_to_go_down(self, n: int, dirty: IntArray) -> IntArray:
         """n of these dirty blocks: those that are not used soon, then as the policy ranks them, the working set last."""
-        group = self._group
-        is_working = group.working.holds(dirty)
-        idle = dirty[~is_working]
-        return self._and_then(hints.first_of(group, n, idle, group.directory.is_demoted[idle]), n, dirty[is_working])
+        is_working = self._group.working.holds(dirty)
+        return self._ranked(n, (*self._by_demotion(dirty[~is_working]), dirty[is_working]))
 
-    def _and_then(self, chosen: IntArray, n: int, others: IntArray) -> IntArray:
-        """Up to n: these, and of the others what is missing."""
-        if len(chosen) >= n or not len(others):
-            return chosen
-        return np.concatenate([chosen, self._group.policy.victims(n - len(chosen), others)])
+    def _by_demotion(self, blocks: IntArray) -> tuple[IntArray, IntArray]:
+        """Those that somebody said are not used soon, and the others."""
+        is_demoted = self._group.directory.is_demoted[blocks]
+        return blocks[is_demoted], blocks[~is_demoted]
+
+    def _ranked(self, n: int, classes: Iterable[IntArray]) -> IntArray:
+        """Up to n blocks: class after class, within each as the policy ranks them."""
+        chosen = np.empty(0, np.int64)
+        for blocks in classes:
+            chosen = np.concatenate([chosen, self._group.policy.victims(n - len(chosen), blocks)])
+            if len(chosen) >= n:
+                break
+        return chosen
 
     # ------------------------------------------------------------------ host slots
     def host_room(self, *, keep_clean: bool = False, asker: int | None = None) -> int:
@@ -87,13 +92,7 @@ class Leaving:
 
     def first_host_copies(self, n: int, keep_clean: bool, asker: int | None, of: int | None = None) -> IntArray:
         """Up to n host copies that may go, first to leave first."""
-        group = self._group
-        chosen = group.host.block[:0]
-        for blocks in self._may_leave(keep_clean, asker, of):
-            chosen = np.concatenate([chosen, group.policy.victims(n - len(chosen), blocks)])
-            if len(chosen) >= n:
-                break
-        return chosen
+        return self._ranked(n, self._may_leave(keep_clean, asker, of))
 
     def _may_leave(self, keep_clean: bool, asker: int | None, of: int | None) -> Iterator[IntArray]:
         """Host copies that may go, by class: those that cost least come first. `of`: that namespace's alone."""

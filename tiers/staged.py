@@ -12,7 +12,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from .errors import QueueFullError, TierUnavailableError
@@ -71,7 +71,7 @@ class StagedWorkers(Workers):
         self._computing.close(max(0.0, deadline_s - time.monotonic()))
 
     # ------------------------------------------------------------------ inside
-    def _do_all(self, steps: Steps, event: HostEvent) -> None:
+    def _do_all(self, steps: Sequence[Callable[[], None]], event: HostEvent) -> None:
         error: BaseException | None = None
         try:
             for step in steps:
@@ -91,17 +91,9 @@ class StagedWorkers(Workers):
         """Nothing but the call: this thread's next one is waiting."""
         try:
             steps[1]()
-            self._computing.submit_silently(partial(self._finish, steps, event))
+            self._computing.submit_silently(partial(self._do_all, steps[2:], event))
         except BaseException as error:
             self._end(event, error)
-
-    def _finish(self, steps: Steps, event: HostEvent) -> None:
-        error: BaseException | None = None
-        try:
-            steps[2]()
-        except BaseException as raised:
-            error = raised
-        self._end(event, error)
 
     def _end(self, event: HostEvent, error: BaseException | None) -> None:
         event.finish(error)
