@@ -43,6 +43,7 @@ class Request:
     priority: int = 0
     deadline_s: float | None = None
     waiting_since_s: float = 0.0
+    waited_s: float = 0.0  # before that, in earlier waits
     keeps_sequence: bool = False
     is_last: bool = False  # of its conversation: nobody goes on from here
     drafter: Drafter | None = None
@@ -58,7 +59,7 @@ class Request:
     num_misses: int = 0
     num_preempted: int = 0
     admitted_s: float | None = None  # when it last became active; None while it waits
-    admitted_level: int = 0  # its priority then, with what waiting had added: it holds for the quantum
+    admitted_level: int = 0  # its priority then, with what waiting had added: it holds for the turn
     has_run: bool = False  # a step since it was let in
     tokens_before_turn: int = 0  # of its answer, when it was let in
     is_large: bool = False  # its context alone is more than the device tier holds

@@ -4,9 +4,11 @@ A step has one token budget: decodes first, then prompt chunks. Requests are act
 the device tier together; a request larger than that runs alone, streamed. What waits on copies is left out of the step
 and joins when its pages are there. Two requests with one prefix compute it once: the second waits for the first's blocks.
 
-Who is next: priority, then the namespace that has been served least, then age. Waiting raises priority, and who has run
-for a quantum while others wait makes room, so every wait is bounded. Room is made by parking the request that is cheapest
-to bring back, or by forgetting what it computed where computing it again is cheaper by measured rates.
+Who is next: priority, then who ran before, then the namespace that has been served least, then age. All the time that a
+request has waited raises its priority in steps; who waits takes the room of those that ran for a quantum and were let in at
+a lower level. So every wait is bounded, and of equals the first to come is the first to end: taking turns sooner would make
+all of them late. Room is made by parking the requests that are cheapest to bring back, or by forgetting what they computed
+where computing it again is cheaper by measured rates.
 Sources: iteration-level batching (Orca, 2022), chunked prefill (Sarathi, 2023), virtual token counters (Sheng, 2024).
 """
 
@@ -19,11 +21,12 @@ from dataclasses import dataclass
 
 from ..pager.pager import Pager
 from ..tiers.errors import ConfigError
+from ..tiers.owners import unsalted
 from .request import Request
 
 Work = list[tuple[Request, int]]
 LOOK_AHEAD, LOOK_EVERY_S = 4, 0.02  # requests next in the queue whose blocks come up meanwhile
-_MAX_SERVED = 4096  # namespaces remembered; clients choose salts, and each is a namespace
+_MAX_SERVED = 4096  # namespaces remembered
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,7 @@ class SchedulerLimits:
 
     max_active: int = 64  # requests in turns on the device tier
     quantum_s: float = 1.0  # a request may run so long before it makes room for one that waits
-    aging_s: float = 30.0  # a wait of this length counts as one step of priority
+    aging_s: float = 10.0  # waits of this length together count as one step of priority
     draft_tokens: int = 8  # of speculation per step and request
 
     def __post_init__(self) -> None:
@@ -65,15 +68,14 @@ class Scheduler:
         self._pager = pager
         self._served: defaultdict[str, float] = defaultdict(float)  # tokens by namespace
         self._looked_s = float("-inf")
-        self._is_short = False  # no tier had room for those that are active; until one ends nobody else is let in
+        self._short_until_s = float("-inf")  # no tier had room for those that are active: nobody else is let in
 
     # ------------------------------------------------------------------ coming and going
     def add(self, request: Request) -> None:
         request.waiting_since_s = self.clock()
-        present = {r.namespace for r in self.requests()}
-        if present and request.namespace not in present:  # who was away has saved nothing up
-            least = min(self._served[name] for name in present)
-            self._served[request.namespace] = max(self._served[request.namespace], least)
+        name, present = unsalted(request.namespace), {unsalted(r.namespace) for r in self.requests()}
+        if present and name not in present:  # who was away has saved nothing up
+            self._served[name] = max(self._served[name], min(self._served[one] for one in present))
         if len(self._served) > _MAX_SERVED:
             self._served = defaultdict(float, {name: self._served[name] for name in present})
         self.waiting.append(request)
@@ -81,6 +83,7 @@ class Scheduler:
     def add_twin(self, first: Request, twin: Request) -> None:
         """A fork of an active request shares its blocks and runs beside it."""
         twin.is_matched = True
+        twin.waiting_since_s, twin.waited_s = self.clock(), first.waited_s
         self._begin_turn(twin, first.admitted_level)
 
     def requests(self) -> Iterator[Request]:
@@ -99,7 +102,7 @@ class Scheduler:
                 request.end("deadline")
         ended = [r for r in self.requests() if r.is_done]
         if ended:
-            self._is_short = False
+            self._short_until_s = float("-inf")
             self.active = [r for r in self.active if not r.is_done]
             self.waiting = [r for r in self.waiting if not r.is_done]
             self._take_turns()
@@ -152,7 +155,7 @@ class Scheduler:
         """These spans were computed in so many seconds."""
         tokens = sum(count for _, count in work)
         for request, count in work:
-            self._served[request.namespace] += count
+            self._served[unsalted(request.namespace)] += count  # a salt, which a client chooses, makes nobody new
             request.has_run = True
         if tokens > 2 * len(work):
             self._pager.note_computing(tokens, seconds)
@@ -163,7 +166,9 @@ class Scheduler:
         if not others:
             return False
         victim = max(others, key=lambda r: (r.admitted_s is None, -self._importance(r)))
-        self._is_short = True  # else they would forget each other's blocks in turns for ever
+        again_s = self._pager.num_computed(victim.seq) * self.prefill_s_per_token
+        turn_s = max(self.limits.aging_s, 10 * again_s)  # else they would forget each other's blocks in turns for ever
+        self._short_until_s = self.clock() + turn_s
         self._discard(victim)
         if victim in self.active:
             self._back_to_waiting(victim)
@@ -171,21 +176,22 @@ class Scheduler:
 
     # ------------------------------------------------------------------ order
     def _importance(self, request: Request) -> float:
-        """Priority, raised by waiting."""
-        waited_s = 0.0 if request.admitted_s is not None else self.clock() - request.waiting_since_s
-        return request.priority + waited_s / self.limits.aging_s
+        """Priority, raised by all its waits."""
+        now_s = 0.0 if request.admitted_s is not None else self.clock() - request.waiting_since_s
+        return request.priority + (request.waited_s + now_s) / self.limits.aging_s
 
     def _turn(self, request: Request) -> tuple[bool, float, float]:
         """Order within a step: decodes, then the least served namespace's prompts."""
         is_prefill = self._remaining(request) > 1
-        return is_prefill, -request.priority, self._served[request.namespace] if is_prefill else 0.0
+        return is_prefill, -request.priority, self._served[unsalted(request.namespace)] if is_prefill else 0.0
 
     def _queue(self) -> list[Request]:
         """Who is let in next: who ran before, then by importance, service and age."""
 
         def rank(request: Request) -> tuple[int, bool, float, float]:
             level = -int(self._importance(request))
-            return level, request.num_preempted == 0, self._served[request.namespace], request.waiting_since_s
+            served = self._served[unsalted(request.namespace)]
+            return level, request.num_preempted == 0, served, request.waiting_since_s - request.waited_s
 
         return sorted((r for r in self.waiting if not _waits_for_others(r)), key=rank)
 
@@ -230,11 +236,11 @@ class Scheduler:
 
     # ------------------------------------------------------------------ letting in, making room
     def _admit(self) -> None:
-        if self._is_short and not all(_waits_for_others(r) for r in self.active):
+        if self.clock() < self._short_until_s and not all(_waits_for_others(r) for r in self.active):
             return
         for request in self._queue():
-            if len(self.active) >= self.limits.max_active or not self._fits(request):
-                if self._make_room(request) and self._fits(request):
+            if not self._fits(request, self.active):
+                if self._make_room(request):
                     self._activate(request)
                 return  # nobody passes who waits for room
             self._activate(request)
@@ -243,7 +249,8 @@ class Scheduler:
         """Answers grow: who no longer fits beside the others waits."""
         while len(self.active) > 1 and not self._hold([(r.seq, 1) for r in self.active]):
             least = min(r.priority for r in self.active)
-            self._preempt_cheapest([r for r in self.active if r.priority == least])
+            among = [r for r in self.active if r.priority == least]
+            self._preempt(*min(zip(among, self._costs_s(among), strict=True), key=lambda one: min(one[1])))
 
     def _activate(self, request: Request) -> None:
         self.waiting.remove(request)
@@ -256,14 +263,17 @@ class Scheduler:
 
     def _begin_turn(self, request: Request, level: int) -> None:
         request.admitted_level, request.admitted_s = level, self.clock()
+        request.waited_s += request.admitted_s - request.waiting_since_s
         request.has_run, request.tokens_before_turn = False, len(request.output.token_ids)
         self.active.append(request)
 
-    def _fits(self, request: Request) -> bool:
+    def _fits(self, request: Request, others: list[Request]) -> bool:
         request.is_large = not self._hold([(request.seq, self._growth(request))])
-        if request.is_large or any(r.is_large for r in self.active):
-            return not self.active
-        return self._hold([(r.seq, self._growth(r)) for r in (*self.active, request)])
+        if request.is_large or any(r.is_large for r in others):
+            return not others
+        if len(others) >= self.limits.max_active:
+            return False
+        return self._hold([(r.seq, self._growth(r)) for r in (*others, request)])
 
     def _hold(self, work: list[tuple[int, int]]) -> bool:
         """Whether the device tier holds all that these sequences read and so many new tokens each."""
@@ -274,42 +284,45 @@ class Scheduler:
         return max(1, self._remaining(request)) + (request.drafter is not None) * self.limits.draft_tokens
 
     def _make_room(self, request: Request) -> bool:
-        """Send somebody back to wait who had its quantum and is no more important. False when nobody is."""
-        now_s, importance = self.clock(), self._importance(request)
-        had_enough = [r for r in self.active if r.priority <= importance and self._had_turn(r, now_s)]
-        victims = had_enough or [r for r in self.active if r.admitted_level < request.priority]
-        if not victims:
-            return False
-        self._preempt_cheapest(victims)
-        return True
+        """Send those back to wait who had their turn, the cheapest first. False when that is not room enough: all stay."""
+        level = int(self._importance(request))
+        victims = [r for r in self.active if r.admitted_level < level or (_waits_for_others(r) and r.priority <= level)]
+        costs = zip(victims, self._costs_s(victims), strict=True)
+        ranked = sorted((one for one in costs if self._may_end_turn(request, *one)), key=lambda one: min(one[1]))
+        left = list(self.active)
+        for i, (victim, _) in enumerate(ranked):
+            left.remove(victim)
+            if self._fits(request, left):
+                for one in ranked[: i + 1]:
+                    if self._fits(request, [*left, one[0]]):
+                        left.append(one[0])  # the room of the others is enough
+                    else:
+                        self._preempt(*one)
+                return True
+        return False
 
-    def _had_turn(self, request: Request, now_s: float) -> bool:
-        """Whether it ran for a quantum and ten times what bringing it back costs, and keeps something of what it gained.
+    def _may_end_turn(self, waiting: Request, request: Request, costs_s: tuple[float, float]) -> bool:
+        """Whether it is less important, or ran for a quantum and ten times what bringing it back costs, and keeps a gain.
 
         Who is parked keeps all of it. Who is to be computed again keeps its tokens alone: without one, requests that each
         forget what they computed would take turns for ever, whatever the rates say.
         """
-        if request.admitted_s is None:
-            return False
-        if _waits_for_others(request):
-            return True  # and one of the others may wait for its pages
-        ran_s = now_s - request.admitted_s
-        if ran_s <= self.limits.quantum_s:
-            return False
-        park_s, compute_s = self._costs_s(request)
-        is_parked = park_s <= compute_s
-        has_gained = request.has_run if is_parked else len(request.output.token_ids) > request.tokens_before_turn
-        return has_gained and ran_s > 10 * min(park_s, compute_s)
+        if request.admitted_s is None or request.admitted_level < waiting.priority or _waits_for_others(request):
+            return True  # of a beam that waits for others, one of these may wait for its pages
+        park_s, compute_s = costs_s
+        ran_s = self.clock() - request.admitted_s
+        num_tokens = len(request.output.token_ids)
+        has_gained = request.has_run if park_s <= compute_s else num_tokens > request.tokens_before_turn
+        return has_gained and ran_s > max(self.limits.quantum_s, 10 * min(costs_s))
 
-    def _preempt_cheapest(self, requests: list[Request]) -> None:
-        """The one of these that is back soonest goes to wait: parked, or forgotten where computing it again is cheaper."""
-        costs = [self._costs_s(r) for r in requests]
-        request, (park_s, compute_s) = min(zip(requests, costs), key=lambda one: min(one[1]))
+    def _preempt(self, request: Request, costs_s: tuple[float, float]) -> None:
+        """It goes to wait: parked, or forgotten where computing it again is cheaper."""
+        park_s, compute_s = costs_s
+        self._back_to_waiting(request)
         if compute_s < park_s:
             self._discard(request)
         else:
             self._pager.demote(request.seq)
-        self._back_to_waiting(request)
 
     def _discard(self, request: Request) -> None:
         self._pager.discard(request.seq)
@@ -321,12 +334,14 @@ class Scheduler:
         request.num_preempted += 1
         request.admitted_s, request.waiting_since_s = None, self.clock()
         self.num_preempted += 1
+        self._take_turns()  # what it shares with those who go on stays, and nothing else of it
 
-    def _costs_s(self, request: Request) -> tuple[float, float]:
-        """Seconds to bring the request back from where it would be parked, and to compute it again."""
-        tokens = self._pager.num_computed(request.seq)
-        computing = tokens * self.prefill_s_per_token or float("inf")  # nothing was measured yet
-        return self._pager.seconds_to_bring_back(request.seq), computing
+    def _costs_s(self, requests: list[Request]) -> list[tuple[float, float]]:
+        """Seconds to bring each back from where it would be parked, and to compute it again."""
+        parked_s = self._pager.seconds_to_bring_back([r.seq for r in requests])
+        tokens = (self._pager.num_computed(r.seq) for r in requests)
+        computing_s = (count * self.prefill_s_per_token or float("inf") for count in tokens)  # inf: not measured yet
+        return list(zip(parked_s, computing_s, strict=True))
 
 
 def _waits_for_others(request: Request) -> bool:

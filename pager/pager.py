@@ -573,13 +573,13 @@ class Pager:
         with self._core.locked():
             return self._filler.bring_up(self._core.sequence(seq))
 
-    def seconds_to_bring_back(self, seq: int) -> float:
-        """What it would take to make this sequence's blocks resident again if its pages were given up now.
+    def seconds_to_bring_back(self, seqs: Sequence[int]) -> list[float]:
+        """What it would take to make each of these sequences' blocks resident again if its pages were given up now.
 
         From the rates that copies have had in this pager (the usual ones before there were any).
         """
         with self._core.lock:
-            return bring_back_s(self._core, self._core.sequence(seq))
+            return bring_back_s(self._core, [self._core.sequence(seq) for seq in seqs])
 
     def note_computing(self, tokens: int, seconds: float) -> None:
         """Tell that the K/V of so many tokens of prompts took so long: what loading is weighed against."""
@@ -597,10 +597,14 @@ class Pager:
             self._core.drop_tables(self._core.idle_sequence(seq, "discarding"), released=True)
 
     def demote(self, seq: int) -> None:
-        """This sequence will not run soon: give its pages back, writing down what is dirty."""
+        """This sequence will not run soon: give its pages back, writing down what is dirty.
+
+        Blocks that those read who run in turns (take_turns) stay: a shared prefix is still in use.
+        """
         with self._core.locked():
             for group, table in zip(self._core.groups, self._core.idle_sequence(seq, "demoting").tables, strict=True):
                 blocks = table.ids[table.ids >= 0]
+                blocks = blocks[~group.working.holds(blocks)]
                 pages = group.directory.page[blocks]
                 state = group.pages.state[np.maximum(pages, 0)]
                 idle = (pages >= 0) & group.pages.idle()[np.maximum(pages, 0)]

@@ -258,17 +258,27 @@ def residency(core: Core, seq: Sequence) -> Match:
     return Match(seq.num_computed, device, host, nvme)
 
 
-def bring_back_s(core: Core, seq: Sequence) -> float:
-    """Seconds to bring a sequence's blocks up from the host tier as far as it has room for them, else from nvme."""
-    total_s = 0.0
-    for group, table in zip(core.groups, seq.tables, strict=True):
-        blocks = table.ids[table.ids >= 0]
-        d = group.directory
-        not_hosted = int((~d.in_host(blocks)).sum())
-        from_nvme = max(0, not_hosted - group.leaving.host_room(asker=seq.chain.owner)) * group.tier_bytes("nvme")
-        total_s += core.costs.load_s(len(blocks) * group.tier_bytes("host"), "host_to_device")
-        total_s += core.costs.load_s(from_nvme, "nvme_to_host")
-    return total_s
+def bring_back_s(core: Core, seqs: list[Sequence]) -> list[float]:
+    """Seconds to bring each sequence's blocks up from the host tier as far as it has room for them, else from nvme.
+
+    Infinite where no tier below has room for what it would have to write down.
+    """
+    up_s, read_s = (core.costs.load_s(1.0, way) for way in ("host_to_device", "nvme_to_host"))  # per byte
+    each_s = [0.0] * len(seqs)
+    for i, group in enumerate(core.groups):
+        d, host_room = group.directory, dict[int, int]()  # by owner; counting it looks at the whole tier
+        for number, seq in enumerate(seqs):
+            owner, ids = seq.chain.owner, seq.tables[i].ids
+            if owner not in host_room:
+                host_room[owner] = group.leaving.host_room(asker=owner)
+            blocks = ids[ids >= 0]
+            others = blocks[~d.in_host(blocks)]
+            from_nvme = max(0, len(others) - host_room[owner])
+            each_s[number] += len(blocks) * group.tier_bytes("host") * up_s
+            each_s[number] += from_nvme * group.tier_bytes("nvme") * read_s
+            if not group.can_write_nvme and int((~d.nvme_valid[others]).sum()) > host_room[owner]:
+                each_s[number] = float("inf")
+    return each_s
 
 
 def _blocks_by_tier(core: Core, found: list[IntArray]) -> tuple[int, int, int]:

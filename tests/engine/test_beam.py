@@ -67,7 +67,7 @@ def test_beams_beside_others_on_few_pages():
     model = tiny("llama")
     plain, searched = [prompt_of(50 + i, i) for i in range(4)], [prompt_of(40 + i, 10 + i) for i in range(2)]
     wanted = [stock(model, prompt, 10) for prompt in plain], [stock_beams(model, p, 3, 1, 10)[0] for p in searched]
-    with open_engine(model, 18, limits=SchedulerLimits(quantum_s=0.0)) as engine:
+    with open_engine(model, 18, limits=SchedulerLimits(quantum_s=0.0, aging_s=1e-9)) as engine:
         requests = [engine.request(prompt, SamplingParams(max_tokens=10)) for prompt in plain]
         beams = [engine.request(prompt, SamplingParams(max_tokens=10, num_beams=3)) for prompt in searched]
         engine.run([*requests, *beams])
@@ -130,7 +130,7 @@ def test_a_beam_that_has_offered_comes_back_when_it_has_something_to_do():
         early, *_, late = scheduler.active
         scheduler.active.remove(late)
         engine.step()  # all but one offer
-        scheduler._preempt_cheapest([early])
+        scheduler._preempt(early, (0.0, 1.0))
         engine.step()
         assert early in scheduler.waiting
         scheduler.active.append(late)

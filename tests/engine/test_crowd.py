@@ -31,7 +31,7 @@ def crowd(tmp_path, seconds: float, seed: int, turns: int = 0, clients: int = CL
     Says how many turns there were, how many met what, p99 of waiting in the queue and for the first token, and memory at
     both ends.
     """
-    limits = SchedulerLimits(quantum_s=0.1)
+    limits = SchedulerLimits(quantum_s=0.1, aging_s=1.0)
     engine = open_engine(tiny("llama"), 30, limits=limits, nvme_path=tmp_path / "s", nvme_bytes="128MiB")
     loop = EngineLoop(engine, **options)
     chats = Conversations(loop, idle_s=0.5)

@@ -21,7 +21,7 @@ def llama():
 def test_parked_or_computed_again_whichever_was_measured_to_be_cheaper(llama, monkeypatch, compute_s, is_parked):
     monkeypatch.setattr(Scheduler, "prefill_s_per_token", property(lambda self: compute_s))
     wanted = [stock(llama, prompt_of(100, i), 20) for i in range(3)]
-    with open_engine(llama, 12, limits=SchedulerLimits(quantum_s=0.75)) as engine:
+    with open_engine(llama, 12, limits=SchedulerLimits(quantum_s=0.75, aging_s=0.1)) as engine:
         requests = [submit(engine, 100, i, 20) for i in range(3)]
         run_with_clock(engine, requests)
         assert [request.output.token_ids for request in requests] == wanted
@@ -45,19 +45,19 @@ def test_the_rates_are_those_of_steps_and_copies(llama):
         engine.run([request])
         session = engine.session("a")
         session.send(prompt_of(100, 2), SamplingParams(max_tokens=1))
-        unmeasured = pager.seconds_to_bring_back(session.seq)
+        (unmeasured,) = pager.seconds_to_bring_back([session.seq])
         pager.counters.add("moved_bytes", 8e3, direction="host_to_device", reason="demand")
         pager.counters.add("move_seconds", 2.0, direction="host_to_device", reason="demand")
-        assert pager.seconds_to_bring_back(session.seq) == pytest.approx(7 * pager.layouts[0].block_bytes / 4e3)
+        assert pager.seconds_to_bring_back([session.seq]) == [pytest.approx(7 * pager.layouts[0].block_bytes / 4e3)]
         assert unmeasured < 1e-3
         session.close()
         check_end(engine)
 
 
 def test_the_cheapest_to_bring_back_makes_room(llama):
-    with open_engine(llama, 12, limits=SchedulerLimits(quantum_s=0.15)) as engine:
+    with open_engine(llama, 11, limits=SchedulerLimits(quantum_s=0.15, aging_s=0.1)) as engine:
         clock = engine.scheduler.clock = Clock()
-        large, small, late = (submit(engine, n, n, 30) for n in (91, 30, 90))
+        large, small, late = (submit(engine, n, n, 30) for n in (91, 30, 60))
         for request in (large, small):
             engine.scheduler.add(request)
         while small not in engine.scheduler.active:
@@ -73,32 +73,110 @@ def test_the_cheapest_to_bring_back_makes_room(llama):
         drop_all(engine, [large, small, late])
 
 
-def test_who_ran_before_comes_back_before_anyone_new(llama):
-    with open_engine(llama, 16, limits=SchedulerLimits(quantum_s=0.25)) as engine:
+def test_who_need_not_make_room_does_not_however_cheap(llama):
+    with open_engine(llama, 12, limits=SchedulerLimits(quantum_s=0.15, aging_s=0.1)) as engine:
         clock = engine.scheduler.clock = Clock()
-        running = [submit(engine, 90, i, 60) for i in range(2)]
-        new = [submit(engine, 90, 10 + i, 60) for i in range(2)]
-        for request in (*running, *new):
+        large, small, late = (submit(engine, n, n, 30) for n in (91, 30, 100))
+        for request in (large, small, late):
             engine.scheduler.add(request)
-        while new[0].admitted_s is None:  # one of the two has made room for it; new[1] has waited longer than that one
+        while late.admitted_s is None:
             engine.step()
             clock.now_s += 0.1
-        (back,) = [request for request in running if request.num_preempted]
-        while back.admitted_s is None and new[1].admitted_s is None:
-            engine.step()
-            clock.now_s += 0.1
-        assert back.admitted_s is not None and new[1].admitted_s is None
-        for request in (*running, *new):
+        assert (large.num_preempted, small.num_preempted) == (1, 0)
+        for request in (large, small, late):
             request.is_cancelled = True
         engine.step()
-        drop_all(engine, [*running, *new])
+        drop_all(engine, [large, small, late])
+
+
+def test_who_ran_before_comes_back_before_anyone_new(llama):
+    with open_engine(llama, 16) as engine:
+        engine.scheduler.clock = Clock()
+        running = [submit(engine, 90, i, 60) for i in range(2)]
+        important, new = submit(engine, 90, 10, 3, priority=1), submit(engine, 90, 11, 60)
+        for request in (*running, new):
+            engine.scheduler.add(request)
+        while not all(request.has_run for request in running):
+            engine.step()
+        engine.scheduler.add(important)
+        while not important.is_done:
+            engine.step()
+        (back,) = [request for request in running if request.num_preempted]
+        engine.step()
+        assert back.admitted_s is not None and new.admitted_s is None  # which has waited longer
+        for request in (*running, new):
+            request.is_cancelled = True
+        engine.step()
+        drop_all(engine, [*running, new, important])
+
+
+def test_of_equals_the_first_to_come_is_the_first_to_end(llama):
+    with open_engine(llama, 16, limits=SchedulerLimits(quantum_s=0.25)) as engine:
+        requests = [submit(engine, 90, i, 20) for i in range(5)]  # two at a time
+        assert [requests.index(request) for request in run_with_clock(engine, requests)] == [0, 1, 2, 3, 4]
+        assert engine.scheduler.num_preempted == 0
+        drop_all(engine, requests)
+
+
+def test_turns_are_as_long_as_the_waits_that_end_them_and_share_these_out(llama):
+    """Three where two have room: they change places as often as one of them has waited for a step of priority, no more."""
+    limits = SchedulerLimits(quantum_s=0.25, aging_s=1.0)
+    with open_engine(llama, 16, limits=limits) as engine:
+        clock = engine.scheduler.clock = Clock()
+        requests = [submit(engine, 60, i, 60) for i in range(3)]
+        for request in requests:
+            engine.scheduler.add(request)
+        while not any(request.is_done for request in requests):
+            engine.step()
+            clock.now_s += 0.1
+        assert 3 <= engine.scheduler.num_preempted <= clock.now_s / limits.aging_s
+        waits = [r.waited_s + (clock.now_s - r.waiting_since_s) * (r.admitted_s is None) for r in requests]
+        assert max(waits) - min(waits) < 2.5 * limits.aging_s
+        for request in requests:
+            request.is_cancelled = True
+        engine.step()
+        drop_all(engine, requests)
+
+
+def test_who_needs_the_room_of_two_gets_it_in_one_step_or_leaves_both(llama):
+    with open_engine(llama, 12, limits=SchedulerLimits(quantum_s=0.25, aging_s=1.0)) as engine:
+        clock = engine.scheduler.clock = Clock()
+        small, large = [submit(engine, 60, i, 25) for i in range(2)], submit(engine, 150, 9, 4)
+        for request in (*small, large):
+            engine.scheduler.add(request)
+        while large.admitted_s is None:
+            engine.step()
+            clock.now_s += 0.1
+            assert engine.scheduler.num_preempted in (0, 2)
+        assert not any(request.is_done for request in small)
+        ended = run_with_clock(engine, [], until=3)
+        assert ended[0] is large
+        drop_all(engine, [*small, large])
+
+
+def test_who_was_forgotten_for_want_of_room_comes_back_while_the_others_still_run(llama):
+    limits = SchedulerLimits(aging_s=1.0)
+    with open_engine(llama, 16, limits=limits) as engine:
+        clock = engine.scheduler.clock = Clock()
+        needy, forgotten = submit(engine, 60, 1, 60), submit(engine, 60, 2, 60)
+        for request in (needy, forgotten):
+            engine.scheduler.add(request)
+        while not forgotten.has_run:
+            engine.step()
+        assert engine.scheduler.relieve(needy) and forgotten in engine.scheduler.waiting
+        while forgotten.admitted_s is None:
+            engine.step()
+            clock.now_s += 0.1
+        assert clock.now_s >= limits.aging_s and not needy.is_done
+        ended = run_with_clock(engine, [], until=2)
+        drop_all(engine, ended)
 
 
 @pytest.mark.parametrize("compute_s", [1e-300, 1e-15])
 def test_turns_of_no_length_and_free_computing_still_get_everybody_to_the_end(llama, monkeypatch, compute_s):
     """A request that would be discarded before it gained anything would take turns with the other one for ever."""
     monkeypatch.setattr(Scheduler, "prefill_s_per_token", property(lambda self: compute_s))
-    with open_engine(llama, 12, limits=SchedulerLimits(quantum_s=0.0)) as engine:
+    with open_engine(llama, 12, limits=SchedulerLimits(quantum_s=0.0, aging_s=0.1)) as engine:
         requests = [submit(engine, 100, i, 4) for i in range(3)]  # prompts of three steps each
         run_with_clock(engine, requests)
         assert all(len(request.output.token_ids) == 4 for request in requests)
@@ -110,7 +188,7 @@ def test_turns_of_no_length_and_free_computing_still_get_everybody_to_the_end(ll
 def test_where_nothing_can_be_parked_requests_do_not_forget_each_others_blocks_for_ever(llama, namespaces):
     """Prompts of three steps each, and turns of one step: who made room has lost everything when its turn comes."""
     wanted = [stock(llama, prompt_of(100, i), 4) for i in range(3)]
-    with open_engine(llama, 12, host=0, limits=SchedulerLimits(quantum_s=0.05)) as engine:
+    with open_engine(llama, 12, host=0, limits=SchedulerLimits(quantum_s=0.05, aging_s=0.1)) as engine:
         requests = [submit(engine, 100, i, 4, namespace=name) for i, name in enumerate(namespaces)]
         run_with_clock(engine, requests)
         assert [request.output.token_ids for request in requests] == wanted

@@ -10,10 +10,12 @@ from kvtier.engine.hf import discover
 from kvtier.engine.request import Request
 from kvtier.engine.scheduler import SchedulerLimits
 from kvtier.tiers.errors import ConfigError, TierFullError
+from kvtier.tiers.owners import SALT_MARK
 
 from .test_families import stock, tiny
 
 BLOCK = 16
+TURNS = SchedulerLimits(quantum_s=0.0, aging_s=1e-9)  # who has waited at all takes the room of who has run at all
 
 
 def config_of(model, blocks: int, host: int = 200, **settings) -> PagerConfig:
@@ -56,7 +58,7 @@ def test_64_requests_say_what_each_says_alone(family):
     model = tiny(family)
     prompts = [prompt_of(10 + 3 * (i % 17), i) for i in range(64)]
     wanted = [stock(model, prompt, 6) for prompt in prompts]
-    with open_engine(model, 40, limits=SchedulerLimits(quantum_s=0.0)) as engine:
+    with open_engine(model, 40, limits=TURNS) as engine:
         outputs = engine.generate(prompts, SamplingParams(max_tokens=6))
         assert [out.token_ids for out in outputs] == wanted
         assert engine.scheduler.num_preempted > 0
@@ -66,7 +68,7 @@ def test_64_requests_say_what_each_says_alone(family):
 def test_who_makes_room_goes_on_where_it_stopped(llama):
     prompts = [prompt_of(100, i) for i in range(4)]
     wanted = [stock(llama, prompt, 40) for prompt in prompts]
-    with open_engine(llama, 16, limits=SchedulerLimits(quantum_s=0.0)) as engine:
+    with open_engine(llama, 16, limits=TURNS) as engine:
         outputs = engine.generate(prompts, SamplingParams(max_tokens=40))
         assert [out.token_ids for out in outputs] == wanted
         assert engine.scheduler.num_preempted > 4
@@ -166,9 +168,10 @@ def test_nobody_starves_behind_a_stream_of_more_important_requests(llama):
         drop_all(engine, [poor, *alive])
 
 
-def test_a_namespace_with_many_requests_does_not_delay_one_with_few(llama):
+@pytest.mark.parametrize("salt", ["", SALT_MARK + "{}"])  # a salt for each request makes none of them somebody new
+def test_a_namespace_with_many_requests_does_not_delay_one_with_few(llama, salt):
     with open_engine(llama, 14) as engine:
-        many = [submit(engine, 90, i, namespace="many") for i in range(8)]
+        many = [submit(engine, 90, i, namespace="many" + salt.format(i)) for i in range(8)]
         few = submit(engine, 90, 50, namespace="few")
         ended = run_with_clock(engine, [*many, few])
         assert ended.index(few) <= 2

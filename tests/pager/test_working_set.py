@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import WINDOWED, Rig
+from harness import LAYOUT, WINDOWED, Rig
 
 
 def filled(tmp_path, *, host: int, pages: int = 8, **options) -> tuple[Rig, int, int, int]:
@@ -110,4 +111,33 @@ def test_the_working_set_is_what_the_next_tokens_read():
     assert sorted(group.directory.depth[held].tolist()) == [3, 4, 5]  # a window of ten tokens before the twenty-fifth
     rig.pager.finish(seq)
     assert not group.working.holds(group.pages.block).any()  # who has ended reads nothing
+    rig.close()
+
+
+@pytest.mark.parametrize("in_turns", [True, False])
+def test_who_is_sent_to_wait_leaves_a_shared_prefix_to_those_who_go_on(tmp_path, in_turns):
+    second_layout = dataclasses.replace(LAYOUT, name="other")
+    rig = Rig(
+        1,
+        pages=8,
+        host=16,
+        layouts=[LAYOUT, second_layout],
+        path=str(tmp_path / "store"),
+        nvme_bytes="1MiB",
+        policy="lru",
+    )
+    first = rig.start(list(range(12)))
+    rig.prefill(first)
+    second = rig.start([*range(12), *range(100, 108)])
+    rig.prefill(second)
+    rig.pager.persist([first, second])
+    rig.settle()
+    rig.pager.take_turns([first] if in_turns else [])
+    rig.pager.demote(second)
+    rig.settle()
+    for index, group in enumerate(rig.pager._core.groups):
+        shared, whole = (rig.pager._core.sequence(seq).tables[index].ids for seq in (first, second))
+        assert group.directory.in_device(shared).all() == in_turns
+        assert not group.directory.in_device(whole[len(shared) :]).any() and len(whole) == 5
+        assert group.directory.is_demoted[shared].any() != in_turns
     rig.close()

@@ -180,7 +180,7 @@ class Workload:
             left = len(self.world.tokens[seq]) - pager.num_computed(seq)
             assert pager.plan_prefill(seq, BLOCK) <= max(left, 0)
             pager.pages_needed([(seq, 1)])
-            pager.seconds_to_bring_back(seq)
+            pager.seconds_to_bring_back([seq])
         elif what == "adopt":
             if not self.world.tokens[seq] or pager.num_computed(seq):
                 return
