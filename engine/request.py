@@ -57,6 +57,7 @@ class Request:
     beams: BeamGroup | None = None  # it is one of these
     draft: list[int] = field(default_factory=list)  # appended to the sequence, not yet proven
     num_misses: int = 0
+    num_stalls: int = 0  # leases in vain since its last step
     num_preempted: int = 0
     admitted_s: float | None = None  # when it last became active; None while it waits
     admitted_level: int = 0  # its priority then, with what waiting had added: it holds for the turn

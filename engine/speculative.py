@@ -8,14 +8,17 @@ comparing with the target's own draw.
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Protocol
 
-from ..tiers.errors import ConfigError
+from ..tiers.errors import ConfigError, KvTierError
 
 if TYPE_CHECKING:
     from ..pager.pager import Pager
     from .engine import Engine
     from .sampling import SamplingParams
+
+_LOG = logging.getLogger("kvtier.engine")
 
 
 class Drafter(Protocol):
@@ -63,13 +66,19 @@ class NgramDrafter:
 
 
 class ModelDrafter:
-    """A smaller model with the same vocabulary, over an engine of its own; of one request."""
+    """A smaller model with the same vocabulary, over an engine of its own; of one request.
+
+    Where that engine has no room for the context, or fails, it proposes nothing any more: the request goes on without drafts.
+    """
 
     def __init__(self, target: Pager, engine: Engine, namespace: str = "default") -> None:
         self._target, self._engine = target, engine
         self._seq = engine.pager.begin(namespace)
+        self._has_failed = False
 
     def propose(self, seq: int, limit: int) -> list[int]:
+        if self._has_failed:
+            return []
         pager = self._engine.pager
         wanted, known = self._target.token_ids(seq), pager.token_ids(self._seq)
         same = next(
@@ -78,7 +87,13 @@ class ModelDrafter:
         same = min(same, len(wanted) - 1)
         pager.truncate(self._seq, same)
         pager.append(self._seq, wanted[same:])
-        return self._engine.extend(self._seq, limit)
+        try:
+            return self._engine.extend(self._seq, limit)
+        except KvTierError as error:
+            self._has_failed = True
+            _LOG.warning("event=drafter_failed tokens=%d reason=%r", len(wanted), str(error))
+            pager.truncate(self._seq, 0)  # its blocks are room for the drafts of others
+            return []
 
     def close(self) -> None:
         self._engine.pager.finish(self._seq)

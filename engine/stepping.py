@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..pager.lease import Span
 from ..pager.pager import Pager
-from ..tiers.errors import BlockMissError, TierFullError, TierUnavailableError, UnpackableError
+from ..tiers.errors import BlockMissError, Busy, TierFullError, TierUnavailableError, UnpackableError
 from .attending import Attention
 from .modes import Modes
 from .request import Request, phase
@@ -24,6 +24,7 @@ from .runner import ModelRunner
 from .scheduler import Scheduler, Work
 from .speculative import Drafters
 
+MAX_STALLS = 4  # leases in a row that a request waits for in vain
 SPARE_MISSES = 16  # lost blocks per request beyond two for each of its blocks, before the disk is given up on
 
 
@@ -59,11 +60,14 @@ class Stepper:
                 if len(work) == 1:
                     work[0][0].end("error", error)
                 return
-            except TierFullError as error:
+            except Busy as error:
                 if any(request.draft for request, _ in work):
                     work = self._undraft(work)
                 elif len(work) > 1:
                     work = work[: len(work) // 2]
+                elif not isinstance(error, TierFullError):
+                    self._count_stall(work[0][0], error)
+                    return  # copies were too slow; the next plan asks for them again
                 elif work[0][1] > 1:
                     work = [(work[0][0], work[0][1] // 2)]
                 elif not self.scheduler.relieve(work[0][0]):
@@ -76,6 +80,12 @@ class Stepper:
         for request, _ in work:
             self.scheduler.undraft(request)
         return left
+
+    def _count_stall(self, request: Request, error: Busy) -> None:
+        """The others go on whatever becomes of it."""
+        request.num_stalls += 1
+        if request.num_stalls >= MAX_STALLS:
+            request.end("error", error)
 
     def _count_miss(self, request: Request, error: BlockMissError) -> None:
         request.num_misses += 1
@@ -108,6 +118,7 @@ class Stepper:
         with phase(requests, "sample"):
             for request, span in zip(requests, spans, strict=True):
                 request.computed(span.start, span.end)
+                request.num_stalls = 0
             row, rows = 0, logits.unbind(0) if reads else ()
             for index, count in reads:
                 self._take_tokens(requests[index], rows[row : row + count])

@@ -9,7 +9,7 @@ from kvtier import Engine, PagerConfig, SamplingParams
 from kvtier.engine.hf import discover
 from kvtier.engine.request import Request
 from kvtier.engine.scheduler import SchedulerLimits
-from kvtier.tiers.errors import ConfigError, TierFullError
+from kvtier.tiers.errors import Busy, ConfigError, TierFullError
 from kvtier.tiers.owners import SALT_MARK
 
 from .test_families import stock, tiny
@@ -98,6 +98,26 @@ def test_one_that_finds_no_room_ends_with_an_error_and_the_others_go_on(llama):
         session.close()
         assert len(engine.generate([prompt_of(60, 60)], SamplingParams(max_tokens=4))[0].token_ids) == 4
         check_end(engine)
+
+
+def test_who_waits_for_a_disk_in_vain_ends_alone(llama, monkeypatch):
+    """Its lease is given up a few times; meanwhile and afterwards the others take their steps."""
+    wanted = [stock(llama, prompt_of(20, i), 6) for i in range(3)]
+    with open_engine(llama) as engine:
+        stuck, *others = (submit(engine, 20, i, 6) for i in (9, 0, 1, 2))
+        lease = engine.pager.lease
+
+        def leased(spans, **options):
+            if any(span.seq == stuck.seq for span in spans):
+                raise Busy("lease: still waiting", retry_after_s=0.1)
+            return lease(spans, **options)
+
+        monkeypatch.setattr(engine.pager, "lease", leased)
+        with pytest.raises(Busy, match="still waiting"):
+            engine.run([stuck, *others])
+        assert stuck.output.finish_reason == "error"
+        assert [request.output.token_ids for request in others] == wanted
+        drop_all(engine, [stuck, *others])
 
 
 # ---------------------------------------------------------------------- prefixes
@@ -250,6 +270,20 @@ def test_ngram_speculation_changes_speed_and_no_token(family, temperature):
             assert [entry.token for entry in a.logprobs] == b.token_ids
             assert [e.logprob for e in a.logprobs] == pytest.approx([e.logprob for e in b.logprobs], abs=1e-3)
         check_end(engine)
+
+
+def test_a_draft_model_without_room_for_the_context_drafts_nothing(llama):
+    wanted = [stock(llama, prompt_of(n, n), 12) for n in (200, 30)]
+    with open_engine(llama, 8, host=0) as draft, open_engine(llama, 40, draft=draft) as engine:
+        requests = [
+            engine.request(prompt_of(200, 200), SamplingParams(max_tokens=12, speculation="model")),
+            engine.request(prompt_of(30, 30), SamplingParams(max_tokens=12)),
+        ]
+        engine.run(requests)
+        assert [request.output.token_ids for request in requests] == wanted
+        assert requests[0].usage.drafted_tokens == 0
+        drop_all(engine, requests)
+        check_end(draft)
 
 
 def test_a_draft_model_proposes_and_the_target_decides(llama):
