@@ -100,6 +100,7 @@ class BlockGroup:
         self.host.on_drop = self.forms.let_go
         self.host.links = self._links(slab)
         self.directory = Directory(self.pages, self.host)
+        self.last_pin_s = 0.0  # when the last of all pins for a time ends
         self.runs = KnownRuns(self.directory)
         self.policy, self.counters, self.ghosts, self.rules, self.clock = policy, counters, ghosts, rules, clock
         self.admission = admission

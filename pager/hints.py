@@ -56,6 +56,7 @@ def pin(group: BlockGroup, blocks: IntArray, until_s: float) -> None:
     d = group.directory
     group.note("pinned", "device", blocks, "client")
     d.pinned_until[blocks] = np.maximum(d.pinned_until[blocks], until_s)
+    group.last_pin_s = max(group.last_pin_s, until_s)
 
 
 def used(d: Directory, blocks: IntArray) -> None:

@@ -88,7 +88,7 @@ class LeaseFiller:
         return missing
 
     def pages_needed(self, work: list[tuple[Sequence, int]]) -> list[tuple[int, int]]:
-        """Per group: pages that these sequences need to be resident together with so many new tokens, and pages there are."""
+        """Per group: pages that these sequences need, resident together, with so many new tokens; and pages they can have."""
         found, size = [], self._core.block_size
         for group in self._core.groups:
             context, new = [np.empty(0, np.int64)], 0
@@ -98,7 +98,8 @@ class LeaseFiller:
                 num_existing = num_blocks_of(seq.num_computed, size)
                 blocks = num_blocks_of(seq.num_computed + num_new, size) - num_existing + (seq.num_computed % size > 0)
                 new += min(blocks, TAIL_BLOCKS) if group.layout.is_tail else blocks
-            found.append((len(np.unique(np.concatenate(context))) + new, len(group.pages)))
+            blocks_read = np.unique(np.concatenate(context))
+            found.append((len(blocks_read) + new, len(group.pages) - group.leaving.pages_kept_from(blocks_read)))
         return found
 
     def _check_spans(self, spans: list[Span]) -> None:

@@ -42,6 +42,15 @@ class Leaving:
             return (group.pages.state != PageState.FREE) & (group.pages.state != PageState.FILLING)
         return (group.pages.state == PageState.RESIDENT) & group.pages.idle()  # rule 6
 
+    def pages_kept_from(self, readers: IntArray) -> int:
+        """Pages that a pin for a time keeps for blocks other than these."""
+        group = self._group
+        if group.last_pin_s <= group.clock():
+            return 0
+        blocks = group.pages.block[group.pages.state != PageState.FREE]
+        pinned = blocks[group.directory.pinned_until[blocks] > group.clock()]
+        return int((~np.isin(pinned, readers)).sum())
+
     def first_pages(self, n: int) -> IntArray:
         """The first to leave of all clean pages; in a large pool of those in a part that moves on, at least WINDOW_PAGES."""
         group = self._group

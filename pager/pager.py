@@ -388,7 +388,8 @@ class Pager:
     def pages_needed(self, work: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         """What it takes to run these (sequence, new tokens) in turns without moving blocks between them.
 
-        Per layer group: pages of all their visible context, shared ones once, and of the new tokens; and pages there are.
+        Per layer group: pages of all their visible context, shared ones once, and of the new tokens; and the pages that they
+        can have, which are all but those of blocks that are pinned for a time and that none of them reads.
         """
         with self._core.lock:
             return self._filler.pages_needed([(self._core.sequence(seq), count) for seq, count in work])

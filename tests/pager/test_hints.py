@@ -178,3 +178,18 @@ def test_own_end_of_a_chain():
     d.note_child(int(chain[2]), b"\2" * 32)
     assert not len(hints.own_end(d, chain))
     closed(rig)
+
+
+def test_pages_that_a_pin_keeps_are_not_counted_as_room_for_others():
+    now = [100.0]
+    rig = Rig(3, pages=12, host=16, clock=lambda: now[0])
+    kept, other = computed(rig, tokens(0)), computed(rig, tokens(100))
+    assert rig.pager.pages_needed([(other, 1)]) == [(5, 12)]
+    rig.pager.pin(kept, ttl_s=60)
+    assert rig.pager.pages_needed([(other, 1)]) == [(5, 8)]
+    assert rig.pager.pages_needed([(other, 1), (kept, 1)]) == [(10, 12)]  # who reads them has them
+    rig.pager.finish(kept)
+    assert rig.pager.pages_needed([(other, 1)]) == [(5, 8)]
+    now[0] += 61
+    assert rig.pager.pages_needed([(other, 1)]) == [(5, 12)]
+    closed(rig)
