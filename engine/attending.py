@@ -11,6 +11,7 @@ not ask for it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -75,6 +76,10 @@ class Attention:
             fields[name] = _number(text, value, _NUMBERS[name])
         if kind == "full" and len(fields) > 1:
             raise ConfigError(f"attention={text!r}: full attention takes no numbers")
+        if kind == "window" and "recall" in fields:
+            raise ConfigError(f"attention={text!r}: a window proves no recall; take it out, or choose select:PAGES")
+        if kind == "select" and "sinks" in fields:
+            raise ConfigError(f"attention={text!r}: the first block is always selected; take sinks out")
         return cls(**fields)
 
 
@@ -128,8 +133,9 @@ class SelectionReport:
         self.bytes_fetched += counts.fetched * slice_bytes
 
     def note_bound(self, worst: float, mean: float) -> None:
-        self.left_out_bound = max(self.left_out_bound, worst)
-        self._left_out_sum += mean
+        """NaN, of keys that are none, bounds nothing: all may have been left out."""
+        self.left_out_bound = max(self.left_out_bound, 1.0 if math.isnan(worst) else worst)
+        self._left_out_sum += 1.0 if math.isnan(mean) else mean
         self._num_bounds += 1
 
     def to_dict(self) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Merging partial results on a GPU: exact softmax arithmetic over disjoint key sets, by their LSE.
 
 One program per row of one head; parts are taken in order, so the same parts give the same bits however the batch looks.
-Guards: a part with LSE -inf is not loaded, whatever lies in it.
+Guards: a part with LSE -inf is not loaded, whatever lies in it. NaN is never an empty row: a part that met it makes the
+result NaN, and what is merged with that later is NaN too.
 """
 
 # mypy: allow-untyped-defs
@@ -44,7 +45,7 @@ def merge_rows(
         acc = acc * decay + tl.sum(values * weights[:, None], 0)
         total = total * decay + tl.sum(weights, 0)
         top = new_top
-    has_keys = total > 0
+    has_keys = total != 0
     safe = tl.where(has_keys, total, 1.0)
     tl.store(out + t * out_t + h * out_h + in_d, narrow(acc / safe, out.dtype.element_ty, ROUND), mask=in_d < D)
     tl.store(lse + t * lse_t + h * lse_h, tl.where(has_keys, top + tl.log(safe), float("-inf")))
@@ -86,14 +87,15 @@ def merge_two(
     base = tl.where(top == float("-inf"), 0.0, top)
     weight_a, weight_b = tl.exp(x - base), tl.exp(y - base)
     total = weight_a + weight_b
-    safe = tl.where(total > 0, total, 1.0)
+    has_keys = total != 0
+    safe = tl.where(has_keys, total, 1.0)
     at = r[:, None] * D + in_d[None, :]
     in_row = in_d[None, :] < D
     a = tl.load(out_a + at, mask=(x > float("-inf"))[:, None] & in_row, other=0.0).to(tl.float32)
     b = tl.load(out_b + at, mask=(y > float("-inf"))[:, None] & in_row, other=0.0).to(tl.float32)
     merged = a * (weight_a / safe)[:, None] + b * (weight_b / safe)[:, None]
     tl.store(out + at, narrow(merged, out.dtype.element_ty, ROUND), mask=ok[:, None] & in_row)
-    tl.store(lse + r, tl.where(total > 0, top + tl.log(safe), float("-inf")), mask=ok)
+    tl.store(lse + r, tl.where(has_keys, top + tl.log(safe), float("-inf")), mask=ok)
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,9 +26,10 @@ from ..tiers.errors import ConfigError
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("tiers", "kernels", "pager", "daemon", "engine")
 NEEDED = ("crc32c", "msgpack", "xxhash", "triton", "transformers", "pytest", "pytest_timeout", "hypothesis")
-SHORT = "byte_equal or streamed_blocks or quantised_bytes or pages_are_scored or ({} and (int4 or hack2))"
+SHORT = "byte_equal or streamed_blocks or quantised_bytes or pages_are_scored or (plain and (int4 or hack2))"
 WORKERS = 8  # most of the time is the compiler's
 _MARK = "mark.gpu"
+_REFUSALS = (3, 4, 5)  # of pytest: a fault of its own, arguments that it does not understand, no test found
 _SUMMARY = re.compile(r"ERROR SUMMARY: (\d+) error")
 _MESSAGE_CHARACTERS, _TOLD_LINES = 300, 60
 
@@ -95,6 +96,9 @@ def sanitize(folder: Path, *, limit_s: float = 600.0) -> dict[str, Any]:
 def _judge(code: int | None, told: str, counts: dict[str, Any]) -> dict[str, Any]:
     """What a run under the sanitizer says. Clean: it ended by itself, counted no error, and the tests passed."""
     summary, lines = _SUMMARY.search(told), told.strip().splitlines()
+    if code in _REFUSALS and summary is not None:
+        message = f"pytest ended with code {code} and ran no test"
+        return {"tool": "memcheck", **counts, "failed": 1, "failures": [message], "told": lines[-_TOLD_LINES:]}
     if code is None or summary is None or not counts["passed"]:
         why = "out of time" if code is None else f"ended with code {code}, {counts['passed']} tests passed"
         return {"not_run": f"compute-sanitizer: {why}", "told": lines[-_TOLD_LINES:]}

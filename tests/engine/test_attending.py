@@ -31,6 +31,8 @@ def test_text_says_how(text, wanted):
     [
         ("some", "choose full"),
         ("full:3", "takes no numbers"),
+        ("select:32,sinks=64", "take sinks out"),
+        ("window:128,recall=0.9", "proves no recall"),
         ("window", "window >= 1"),
         ("window:0", "window >= 1"),
         ("window:9,sinks=-1", "sinks=-1"),
@@ -71,4 +73,6 @@ def test_a_report_adds_up():
     report.note_bound(0.5, 0.25)
     report.note_bound(0.1, 0.05)
     assert report.to_dict()["left_out_bound"] == 0.5 and report.left_out_mean == pytest.approx(0.15)
+    report.note_bound(float("nan"), float("nan"))
+    assert report.left_out_bound == 1.0, "a bound that is no number was told as nothing left out"
     assert report.share_read == 0.02 and SelectionReport().share_read == 1.0

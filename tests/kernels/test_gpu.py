@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 SPANS = [(1, 3000), (5, 5), (130, 700), (1, 1), (0, 0), (1, 64)]
 SHAPES = [(8, 4, (128, 128)), (2, 1, (64, 64)), (1, 16, (576, 512)), (2, 7, (96, 96)), (2, 2, (256, 256))]
 RULES = [{}, dict(window=100, sinks=4), dict(window=64), dict(softcap=20.0)]
+RULE_NAMES = ["plain", "window-and-sinks", "window", "softcap"]  # gpu_check chooses by these
 # Matrix operands and weights are rounded to the cache's dtype on a GPU.
 TOLERANCE = {torch.bfloat16: (1.5e-2, 2e-3), torch.float16: (2e-3, 1e-3), torch.float32: (5e-6, 1e-5)}
 
@@ -85,7 +86,7 @@ def test_block_table_on_the_device_is_checked_in_debug_mode(make_case, monkeypat
 
 
 @pytest.mark.parametrize("name", ["fp8", "int8", "int4", "int2", "hack8", "hack4", "hack2"])
-@pytest.mark.parametrize("rules", RULES, ids=str)
+@pytest.mark.parametrize("rules", RULES, ids=RULE_NAMES)
 def test_compressed_pages_match_the_reference(make_pages, assert_close, name, rules):
     """Folded scales meet q in bfloat16, fp8's codes in float16; HACK rounds q and p to 8 bits on top."""
     for dims, size, group in (((128, 128), 128, 4), ((64, 64), 64, 1), ((256, 256), 64, 2), ((128, 128), 64, 8)):

@@ -83,6 +83,10 @@ def test_a_clean_sanitizer_is_told_from_one_that_found_or_could_not():
     assert clean == {"tool": "memcheck", "errors": 0, **passed}
     bad = gpu_tests._judge(1, "========= Invalid __global__ read\n========= ERROR SUMMARY: 1 error\n", passed)
     assert bad["errors"] == 1 and "Invalid" in bad["told"][0] and gpu_tests.has_failed({}, bad)
+    refused = gpu_tests._judge(
+        4, "ERROR: Wrong expression\n========= ERROR SUMMARY: 0 errors\n", passed | {"passed": 0}
+    )
+    assert "errors" not in refused and "code 4" in refused["failures"][0] and gpu_tests.has_failed({}, refused)
     for code, told, counts in (
         (None, "", passed),
         (1, "Device not supported", passed),
@@ -90,6 +94,21 @@ def test_a_clean_sanitizer_is_told_from_one_that_found_or_could_not():
     ):
         unknown = gpu_tests._judge(code, told, counts)
         assert "errors" not in unknown and unknown["not_run"], "nothing is called clean that did not run"
+
+
+def test_what_is_chosen_for_the_sanitizer_is_there():
+    """Collected without a device: an expression that pytest refuses, or that fits nothing, would watch no kernel."""
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider"]
+    ran = subprocess.run(
+        [*command, "-k", gpu_tests.SHORT, "tests/kernels/test_gpu.py"],
+        cwd=gpu_tests.ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    for name in ("byte_equal", "streamed_blocks", "quantised_bytes", "pages_are_scored", "plain-int4", "plain-hack2"):
+        assert name in ran.stdout
+    assert "window-int4" not in ran.stdout
 
 
 def test_a_part_that_is_unknown_is_named():

@@ -3,9 +3,10 @@
 A real pager is given the budget for the tier in question and little for the others, and chats of random KV are written
 to it until it has evicted some; the most that lay there at once is counted, scales and trailers included (a store keeps
 some segments clean, and empties one at a time). The device tier has small blocks and a budget of its own: what it sets
-apart for tails in full precision is a number of tokens, whatever the budget, and a row says how many bytes that is. The
-reference is full precision in the same budget and the same run. The store's disk is measured too, as the file system has
-it, and how fast one thread packs and unpacks blocks, against a memcpy of the same blocks in the same rounds.
+apart for tails in full precision is a number of tokens, whatever the budget, and a row says how many bytes that is; another
+says what the key summaries of a block take, for whoever selects pages. The reference is full precision in the same budget and
+the same run. The store's disk is measured too, as the file system has it, and how fast one thread packs and unpacks blocks,
+against a memcpy of the same blocks in the same rounds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from ...pager.config import PagerConfig
 from ...pager.lease import Span
 from ...pager.pager import Pager
+from ...pager.sizing import summary_bytes
 from ...pager.tier_formats import device_layouts
 from ...tiers.errors import ConfigError
 from ...tiers.formats import block_formats
@@ -81,6 +83,12 @@ def _device_rows(formats: Sequence[str], budget: int) -> list[Row]:
         rows.append(_row(f"device, {name}", "tokens held", held, "tokens", full))
         if tail:
             rows.append(_row(f"device, {name}", "set apart for tails", tail, "bytes", budget, is_less=True))
+    share = summary_bytes(DEVICE_LAYOUT) / DEVICE_LAYOUT.block_bytes
+    what = f"a block of {DEVICE_LAYOUT.block_size} tokens in full precision"
+    rows.append(
+        Row("device, selection", "key summaries of a block", share * DEVICE_LAYOUT.block_bytes, "bytes", what,
+            DEVICE_LAYOUT.block_bytes, share)
+    )  # fmt: skip
     return rows
 
 

@@ -1,10 +1,11 @@
 """`kvtier bench select`: a long context of which each step reads the pages that matter, against reading all of it.
 
 The needle model asks for pairs far back, so a page that is not picked is a wrong answer. First how often the needle's page
-is among the k best of all pages; then whole answers through an engine whose device tier holds a tenth of the context, with
-what their steps read and fetched. The slices that were fetched stay in their cache from answer to answer, as in a chat; what a
-layer picked in the step before and the cache no longer holds is brought early, as a guess. Guesses are rare where the cache is
-ample, so one case picks so many pages that the layers of a step push each other out. The reference is full attention, streamed,
+is among the k best of all pages; then whole answers through an engine whose device tier holds a tenth of the context, and a
+fifth beside it for key summaries and for slices, with what their steps read and fetched. The slices that were fetched stay
+in their cache from answer to answer, as in a chat; what a layer picked in the step before and the cache no longer holds is
+brought early, as a guess. Guesses are rare where the cache is ample, so one case picks so many pages that the layers of a
+step push each other out. The reference is full attention, streamed,
 in the same engine and run: of packed pages it is full attention on packed pages.
 """
 
