@@ -210,6 +210,11 @@ class Engine:
             BeamGroup(request)
         return request
 
+    def check_params(self, params: SamplingParams) -> None:
+        """Raises ConfigError for what this engine cannot do."""
+        self._attending(params)
+        self._drafters.check(params)
+
     def _attending(self, params: SamplingParams) -> SamplingParams:
         """With the engine's own attention where the request asks for none. Raises ConfigError."""
         if params.attention is not None:

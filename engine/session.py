@@ -101,22 +101,30 @@ class Session:
         return self.took(request)
 
     def turn(self, message: str | Sequence[int] | Sequence[Message], params: SamplingParams) -> Request:
-        """Append a message and make the request that answers it. Whoever runs it calls `took` or `undo` afterwards."""
+        """Append a message and make the request that answers it. Whoever runs it calls `took` or `undo` afterwards.
+
+        What is refused was never said: nothing is appended and nothing is counted.
+        """
         if params.n != 1:
             raise ConfigError("n: a session answers once per turn; fork it for more")
         new = self._encode(message)
         engine = self._engine
+        engine.check_params(params)
         known = engine.pager.num_tokens(self.seq)
         engine.check_length(known + len(new) + params.max_tokens)
         if not new and self.num_computed == known:
             raise ConfigError("send: the message is empty, there is nothing to compute")
         self._turn_start = known
-        if known:
-            match = engine.pager.turn(self.seq, new)
-        else:
-            match = engine.pager.attach(self.seq, new[:-1])
-            engine.pager.append(self.seq, new[match.tokens :])
-        return engine.continue_request(self.seq, len(new), params, self._rng_state, match)
+        try:
+            if known:
+                match = engine.pager.turn(self.seq, new)
+            else:
+                match = engine.pager.attach(self.seq, new[:-1])
+                engine.pager.append(self.seq, new[match.tokens :])
+            return engine.continue_request(self.seq, len(new), params, self._rng_state, match)
+        except BaseException:
+            self.undo()
+            raise
 
     def took(self, request: Request) -> Output:
         """The turn is whole: remember its random numbers, decode its text."""

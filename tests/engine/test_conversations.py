@@ -172,6 +172,21 @@ def test_a_message_that_the_queue_refuses_was_never_said(llama):
     served.close()
 
 
+@pytest.mark.parametrize("refused", [dict(attention="select:8"), dict(speculation="model")])
+def test_a_message_that_the_engine_refuses_was_never_said(llama, refused):
+    first = prompt_of(30, 1)
+    again = stock(llama, [*first, *stock(llama, first, 5), 4], 5)
+    served = Served(llama)
+    served.chats.create("a")
+    served.say("a", first)
+    for _ in range(3):
+        with pytest.raises(ConfigError, match="selection_bytes|draft"):
+            served.chats.send("a", [7] * 10, SamplingParams(max_tokens=5, **refused), Heard())
+        assert (served.chats.info("a").tokens, served.chats.info("a").state) == (35, "active")
+    assert served.say("a", [4]) == again
+    served.close()
+
+
 def test_a_listener_hears_the_end_of_a_turn_whatever_happens_to_it(llama, monkeypatch):
     served, heard = Served(llama), Heard()
     served.chats.create("a")

@@ -57,6 +57,42 @@ def test_a_turn_that_fails_leaves_the_session_as_it_was():
         engine.pager.check_integrity()
 
 
+@pytest.mark.parametrize("refused", [dict(attention="select:8"), dict(speculation="model")])
+def test_a_message_that_is_refused_was_never_said(refused):
+    model, prompt = tiny("llama"), prompts()[1]
+    wanted = stock(model, [*prompt, *stock(model, prompt, 4), 9], 4)
+    with open_engine(model) as engine:
+        session = engine.session("a")
+        for message in ([9] * 10, [8] * 20):  # to an empty session, too
+            with pytest.raises(ConfigError):
+                session.send(message, SamplingParams(max_tokens=4, **refused))
+            assert session.token_ids == []
+        session.send(prompt, SamplingParams(max_tokens=4))
+        before, counted = session.token_ids, engine.pager.counters.get("miss_tokens")
+        for _ in range(3):
+            with pytest.raises(ConfigError):
+                session.send([9] * 10, SamplingParams(max_tokens=4, **refused))
+            assert session.token_ids == before
+        assert engine.pager.counters.get("miss_tokens") == counted
+        assert session.send([9], SamplingParams(max_tokens=4)).token_ids == wanted
+        engine.pager.check_integrity()
+
+
+def test_a_message_whose_request_cannot_be_made_is_taken_back(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    with open_engine(tiny("llama")) as engine:
+        session = engine.session("a")
+        session.send(prompts()[1], SamplingParams(max_tokens=4))
+        before = session.token_ids
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="a bug"):
+            patched.setattr(engine, "continue_request", broken)
+            session.send([9], SamplingParams(max_tokens=4))
+        assert session.token_ids == before
+        engine.pager.check_integrity()
+
+
 def test_n_outputs_compute_their_prompt_once():
     model, prompt = tiny("llama"), prompts()[2]
     with open_engine(model) as engine:

@@ -138,6 +138,16 @@ def test_what_a_session_cannot_do_is_a_4xx(stored, path, body, status, says):
     assert stored.http.delete("/v1/sessions/known").status_code == 200
 
 
+def test_a_turn_that_is_refused_was_never_said(stored):
+    stored.http.post("/v1/sessions", json={"id": "refused"})
+    say(stored, "refused", "the fox")
+    before = state(stored, "refused")["tokens"]
+    reply = turn(stored, "refused", "and then?", attention="select:8")
+    assert reply.status_code == 400 and "selection_bytes" in reply.text
+    assert state(stored, "refused")["tokens"] == before
+    stored.http.delete("/v1/sessions/refused")
+
+
 def test_idle_sessions_are_parked_and_many_talk_at_once(model, tokenizer, tmp_path):
     with serving(model, tokenizer, nvme_path=tmp_path / "store", blocks=24, idle_s=0.4) as server:
         names = [f"many-{i}" for i in range(8)]
