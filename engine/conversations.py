@@ -1,7 +1,8 @@
 """Conversations: sessions behind an EngineLoop, for a server. Many threads call; each session does one thing at a time.
 
-A turn is told to be over when it is durable (or the disk refused it), so no finished turn is lost by a crash; one that was
-cancelled or failed leaves the session as it was before the message. Sessions that nobody uses are parked after a while.
+A turn is told to be over when it is durable, so no such turn is lost by a crash; where the disk refused it, its output says
+so. One that was cancelled or failed leaves the session as it was before the message. Sessions that nobody uses are parked
+after a while.
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ _LOG = logging.getLogger("kvtier.engine")
 
 @dataclass(frozen=True, slots=True)
 class ConversationInfo:
-    """A session from outside. `last_used_s` is seconds since the epoch, 0 when this process has not used it."""
+    """A session from outside. `last_used_s` is seconds since the epoch, 0 when this process has not used it.
+
+    `is_durable`: after a crash it would be as it is now.
+    """
 
     id: str
     namespace: str
@@ -49,6 +53,7 @@ class _Held:
 
     session: Session
     is_busy: bool = False
+    is_kept: bool = True  # all of it that is no message under way was stored, or is to be with its first turn
     used_s: float = 0.0  # monotonic
     used_at_s: float = field(default_factory=time.time)
 
@@ -112,7 +117,9 @@ class Conversations:
                     tokens=tokens,
                     computed_tokens=computed,
                     state="busy" if one and one.is_busy else "active" if seq is not None else "parked",
-                    is_durable=bool(record and record["is_durable"]),
+                    is_durable=bool(
+                        record and record["is_durable"] and record["tokens"] == tokens and (one is None or one.is_kept)
+                    ),
                     last_used_s=one.used_at_s if one else 0.0,
                 )
             )
@@ -157,7 +164,8 @@ class Conversations:
         try:
             if error is None and request.output.finish_reason in ("stop", "length"):
                 session.took(request)
-                self._checkpoint(session)
+                held.is_kept = self._checkpoint(session)
+                request.output.is_durable = self.info(session.id, namespace=session.namespace).is_durable
             else:
                 self._loop.call(lambda engine: session.undo()).result()
         except KvTierError as failed:
@@ -167,18 +175,20 @@ class Conversations:
             self._let_go(held)
         return error
 
-    def _checkpoint(self, session: Session) -> None:
-        """A disk that takes nothing costs the turn its safety, not the chat its answer: it is said in the log."""
+    def _checkpoint(self, session: Session) -> bool:
+        """Whether it was stored. A disk that takes nothing costs the turn its safety, not the chat its answer."""
         try:
             session.checkpoint()
         except (TierFullError, TierUnavailableError) as refused:
             _LOG.warning("event=turn_not_durable session=%s reason=%s", session.id, refused)
+            return False
+        return True
 
     # ------------------------------------------------------------------ verbs
     def park(self, session_id: str, *, namespace: str = "default") -> ConversationInfo:
         """Into the store now. Raises as Pager.park does; the session then stays active."""
         with self._hold(session_id, namespace) as held:
-            self._park(held.session)
+            self._park(held)
         return self.info(session_id, namespace=namespace)
 
     def resume(self, session_id: str, *, namespace: str = "default") -> ConversationInfo:
@@ -207,7 +217,9 @@ class Conversations:
         with self._hold(session_id, namespace) as held:
             self._bring_back(held.session)
             self._loop.call(lambda engine: held.session.rollback(num_tokens)).result()
+            held.is_kept = False
             self._loop.keep(held.session.checkpoint).result()
+            held.is_kept = True
         return self.info(session_id, namespace=namespace)
 
     def delete(self, session_id: str, *, namespace: str = "default") -> None:
@@ -306,9 +318,11 @@ class Conversations:
         if session.is_parked:
             self._loop.keep(session.resume).result()
 
-    def _park(self, session: Session) -> None:
+    def _park(self, held: _Held) -> None:
+        session = held.session
         if not session.is_parked and self._engine.pager.num_tokens(session.seq):
             self._loop.keep(session.park).result()
+            held.is_kept = True
 
     def _park_idle(self) -> None:
         while not self._stop.wait(min(1.0, self._idle_s / 4)):

@@ -11,7 +11,8 @@ import pytest
 from kvtier import SamplingParams
 from kvtier.engine.conversations import Conversations
 from kvtier.engine.loop import EngineLoop
-from kvtier.tiers.errors import Busy, ConfigError, UnknownSessionError
+from kvtier.engine.session import Session
+from kvtier.tiers.errors import Busy, ConfigError, TierFullError, UnknownSessionError
 from kvtier.tiers.nvme.files import SystemCalls
 
 from .test_families import stock, tiny
@@ -217,6 +218,39 @@ def test_a_disk_that_refuses_costs_safety_and_no_answer(llama, tmp_path, monkeyp
         assert served.say("a", first) == answer
     assert served.say("a", [4]) == again
     served.close(park=False)
+
+
+def test_a_turn_that_the_disk_refused_is_not_said_to_be_durable(llama, tmp_path, monkeypatch):
+    served = Served(llama, tmp_path / "s")
+
+    def say(tokens: list[int]) -> tuple[bool | None, bool]:
+        heard = Heard()
+        turn = served.chats.send("a", tokens, GREEDY, heard)
+        assert heard.wait().ends[0] == ("length", None)
+        return turn.first.output.is_durable, served.chats.info("a").is_durable
+
+    def refuse(session) -> None:
+        raise TierFullError("no space left")
+
+    served.chats.create("a")
+    assert not served.chats.info("a").is_durable
+    assert say(prompt_of(30, 1)) == (True, True)
+    with monkeypatch.context() as full:
+        full.setattr(Session, "checkpoint", refuse)
+        assert say([4]) == (False, False)
+        with pytest.raises(TierFullError):
+            served.chats.rollback("a", 29)
+        assert say([5]) == (False, False)  # as long as what was stored, and something else
+        assert served.chats.info("a").tokens == 35
+    assert served.chats.park("a").is_durable
+    assert say([4]) == (True, True)
+    heard = Heard()
+    turn = served.chats.send("a", [5], SamplingParams(max_tokens=500), heard)
+    assert not served.chats.info("a").is_durable  # a message under way
+    turn.cancel()
+    assert heard.wait().ends[0][0] == "cancelled" and turn.first.output.is_durable is None
+    assert served.chats.info("a").is_durable
+    served.close()
 
 
 def test_a_session_that_is_deleted_while_somebody_asks_for_it_is_unknown(llama, monkeypatch):

@@ -8,7 +8,9 @@ import time
 
 import pytest
 
+from kvtier.engine.session import Session
 from kvtier.engine.template import render_turn
+from kvtier.tiers.errors import TierFullError
 
 from .running import WORDS, serving, stock
 
@@ -136,6 +138,28 @@ def test_what_a_session_cannot_do_is_a_4xx(stored, path, body, status, says):
     reply = stored.http.post(f"/v1/sessions{path}", json=body)
     assert reply.status_code == status and says in reply.json()["error"]["message"], reply.text
     assert stored.http.delete("/v1/sessions/known").status_code == 200
+
+
+def test_a_turn_that_no_disk_took_says_so(stored, monkeypatch):
+    def refuse(session) -> None:
+        raise TierFullError("no space left")
+
+    def told(reply: dict) -> tuple[bool, bool]:
+        return reply["usage"]["kvtier"]["is_durable"], state(stored, "unsafe")["is_durable"]
+
+    stored.http.post("/v1/sessions", json={"id": "unsafe"})
+    assert told(say(stored, "unsafe", "the fox")) == (True, True)
+    with monkeypatch.context() as full:
+        full.setattr(Session, "checkpoint", refuse)
+        assert told(say(stored, "unsafe", "and then?")) == (False, False)
+        body = {"messages": [{"role": "user", "content": "go on"}], "max_tokens": 2, "stream": True}
+        with stored.http.stream("POST", "/v1/sessions/unsafe/messages", json=body) as reply:
+            lines = [line[6:] for line in reply.iter_lines() if line.startswith("data: ")]
+        assert told(json.loads(lines[-2])) == (False, False)
+    assert told(say(stored, "unsafe", "the end")) == (True, True)
+    chat = stored.http.post("/v1/chat/completions", json=body | {"stream": False}).json()
+    assert "is_durable" not in chat["usage"]["kvtier"]
+    stored.http.delete("/v1/sessions/unsafe")
 
 
 def test_a_turn_that_is_refused_was_never_said(stored):
