@@ -164,12 +164,16 @@ class Engine:
 
     def open_session(self, session_id: str) -> Session | None:
         """The session of that id if it is open here, parked or not."""
-        known = self._sessions.get(session_id)
-        return known if known is not None and known.is_open else None
+        return self._sessions.get(session_id)
 
     def add_session(self, session: Session) -> None:
         """Know a session that was made elsewhere."""
         self._sessions[session.id] = session
+
+    def drop_session(self, session: Session) -> None:
+        """Know a session that was closed no longer; another of its id stays."""
+        if self._sessions.get(session.id) is session:
+            del self._sessions[session.id]
 
     def check_length(self, num_tokens: int) -> None:
         """Raises ConfigError for a context that all tiers together cannot hold."""

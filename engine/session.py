@@ -203,6 +203,7 @@ class Session:
             end(self._seq)
             self._seq = None
         self.is_open = False
+        self._engine.drop_session(self)
 
     def _encode(self, message: str | Sequence[int] | Sequence[Message]) -> list[int]:
         is_text = isinstance(message, str)

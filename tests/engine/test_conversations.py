@@ -126,6 +126,20 @@ def test_verbs_do_what_they_say(llama, tmp_path):
     served.close()
 
 
+def test_sessions_that_are_gone_leave_nothing_in_the_engine(llama, tmp_path):
+    served = Served(llama, tmp_path / "s")
+    for i in range(5):
+        served.chats.create(f"s{i}")
+        served.say(f"s{i}", prompt_of(20, i))
+        if i % 2:
+            served.chats.park(f"s{i}")
+        for child in served.chats.fork(f"s{i}", 2):
+            served.chats.delete(child.id)
+        served.chats.delete(f"s{i}")
+    assert not served.engine._sessions and not served.chats._held
+    served.close()
+
+
 def test_many_sessions_take_turns_on_few_pages_and_across_a_restart(llama, tmp_path):
     """Every session of a crowd says what it would say alone, while the device tier holds a few of them."""
     names = [f"s{i}" for i in range(12)]
@@ -181,7 +195,7 @@ def test_a_message_that_the_engine_refuses_was_never_said(llama, refused):
     served.chats.create("a")
     served.say("a", first)
     for _ in range(3):
-        with pytest.raises(ConfigError, match="selection_bytes|draft"):
+        with pytest.raises(ConfigError, match=r"selection_bytes|draft"):
             served.chats.send("a", [7] * 10, SamplingParams(max_tokens=5, **refused), Heard())
         assert (served.chats.info("a").tokens, served.chats.info("a").state) == (35, "active")
     assert served.say("a", [4]) == again

@@ -33,7 +33,10 @@ def test_a_session_id_names_one_sequence():
         session.close()
         with pytest.raises(ConfigError, match="was closed"):
             session.send([1])
-        assert engine.session("a") is not session
+        again = engine.session("a")
+        assert again is not session
+        session.close()  # a second time: the id is somebody else's now
+        assert engine.session("a") is again
         with pytest.raises(ConfigError, match="namespace"):
             engine.session("a/1", namespace="other")
 
