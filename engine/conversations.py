@@ -145,12 +145,13 @@ class Conversations:
         turn = _Turn(self, held, listener)
 
         def make(engine: Engine) -> Request:
-            turn.request = held.session.turn(message, params)
+            turn.request = held.session.turn(new, params)
             turn.request.priority = priority
             return turn.request
 
         try:
             self._bring_back(held.session)
+            new = held.session.encode(message)  # here, where no step waits for it
             return self._loop.submit_request(make, turn, timeout_s=timeout_s)
         except BaseException:
             if turn.request is not None:  # appended, but nobody takes it: the queue is full

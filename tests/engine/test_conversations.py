@@ -202,6 +202,26 @@ def test_a_message_that_the_engine_refuses_was_never_said(llama, refused):
     served.close()
 
 
+def test_a_message_is_encoded_where_no_step_waits_for_it(llama):
+    served, encoded_by = Served(llama), []
+
+    class Tokenizer:
+        chat_template = None
+        decode = staticmethod(str)
+
+        def __call__(self, text: str, **_) -> dict[str, list[int]]:
+            encoded_by.append(threading.current_thread())
+            return {"input_ids": [ord(letter) for letter in text]}
+
+    served.engine.tokenizer = Tokenizer()
+    served.chats.create("a")
+    served.say("a", "the fox")
+    served.say("a", [{"role": "user", "content": "and then?"}])
+    assert encoded_by == [threading.current_thread()] * 2
+    assert served.chats.info("a").tokens == len("the fox") + len("and then?") + 2 * 5
+    served.close()
+
+
 def test_a_listener_hears_the_end_of_a_turn_whatever_happens_to_it(llama, monkeypatch):
     served, heard = Served(llama), Heard()
     served.chats.create("a")
