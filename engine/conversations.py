@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..pager.sessions import check_session_id
 from ..tiers.errors import Busy, ConfigError, KvTierError, TierFullError, TierUnavailableError, UnknownSessionError
@@ -88,7 +88,10 @@ class Conversations:
 
     def info(self, session_id: str, *, namespace: str = "default") -> ConversationInfo:
         """Raises UnknownSessionError."""
-        found = next((one for one in self.list_sessions(namespace) if one.id == session_id), None)
+        record = self._engine.pager.session(session_id)
+        with self._lock:
+            one = self._held.get(session_id)
+        found = self._info(session_id, namespace, one, record)
         if found is None:
             raise _unknown(session_id, namespace)
         return found
@@ -98,32 +101,33 @@ class Conversations:
         stored = self._engine.pager.sessions()
         with self._lock:
             held = dict(self._held)
-        found = []
-        for name in sorted(stored.keys() | held.keys()):
-            one, record = held.get(name), stored.get(name)
-            if (one.session.namespace if one else record["namespace"] if record else "") != namespace:
-                continue
-            tokens, computed = (record["tokens"], record["computed_tokens"]) if record else (0, 0)
-            seq = one.session.current_seq if one else None
-            if seq is not None:
-                try:
-                    tokens, computed = self._engine.pager.num_tokens(seq), self._engine.pager.num_computed(seq)
-                except ConfigError:
-                    seq = None  # parked or deleted since
-            found.append(
-                ConversationInfo(
-                    id=name,
-                    namespace=namespace,
-                    tokens=tokens,
-                    computed_tokens=computed,
-                    state="busy" if one and one.is_busy else "active" if seq is not None else "parked",
-                    is_durable=bool(
-                        record and record["is_durable"] and record["tokens"] == tokens and (one is None or one.is_kept)
-                    ),
-                    last_used_s=one.used_at_s if one else 0.0,
-                )
-            )
-        return found
+        names = sorted(stored.keys() | held.keys())
+        found = (self._info(name, namespace, held.get(name), stored.get(name)) for name in names)
+        return [one for one in found if one is not None]
+
+    def _info(
+        self, name: str, namespace: str, one: _Held | None, record: dict[str, Any] | None
+    ) -> ConversationInfo | None:
+        """Of a session that is held, stored or both; None where it is neither, or of another namespace."""
+        if (one.session.namespace if one else record["namespace"] if record else "") != namespace:
+            return None
+        tokens, computed = (record["tokens"], record["computed_tokens"]) if record else (0, 0)
+        seq = one.session.current_seq if one else None
+        if seq is not None:
+            try:
+                tokens, computed = self._engine.pager.num_tokens(seq), self._engine.pager.num_computed(seq)
+            except ConfigError:
+                seq = None  # parked or deleted since
+        is_stored = bool(record and record["is_durable"] and record["tokens"] == tokens)
+        return ConversationInfo(
+            id=name,
+            namespace=namespace,
+            tokens=tokens,
+            computed_tokens=computed,
+            state="busy" if one and one.is_busy else "active" if seq is not None else "parked",
+            is_durable=is_stored and (one is None or one.is_kept),
+            last_used_s=one.used_at_s if one else 0.0,
+        )
 
     # ------------------------------------------------------------------ turns
     def send(
@@ -229,7 +233,7 @@ class Conversations:
 
             def end(engine: Engine) -> None:
                 held.session.close(released=True)
-                if session_id in engine.pager.sessions():
+                if engine.pager.session(session_id) is not None:
                     engine.pager.forget(session_id, released=True)
 
             self._loop.call(end).result()

@@ -160,7 +160,7 @@ class Engine:
 
     def has_session(self, session_id: str) -> bool:
         """Whether the id is taken, by an open session or a parked one."""
-        return self.open_session(session_id) is not None or session_id in self.pager.sessions()
+        return self.open_session(session_id) is not None or self.pager.session(session_id) is not None
 
     def open_session(self, session_id: str) -> Session | None:
         """The session of that id if it is open here, parked or not."""

@@ -36,7 +36,7 @@ class Session:
 
     @classmethod
     def open(cls, engine: Engine, session_id: str, namespace: str) -> Session:
-        if session_id in engine.pager.sessions():
+        if engine.pager.session(session_id) is not None:
             session = cls(engine, session_id, namespace, None)
             session.resume()
             return session

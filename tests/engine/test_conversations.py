@@ -222,6 +222,30 @@ def test_a_message_is_encoded_where_no_step_waits_for_it(llama):
     served.close()
 
 
+def test_what_is_done_with_a_session_looks_at_no_other_one(llama, tmp_path, monkeypatch):
+    served = Served(llama, tmp_path / "s")
+    for name in "ab":
+        served.chats.create(name)
+        served.say(name, prompt_of(20, 1))
+    with monkeypatch.context() as patched:
+        patched.setattr(served.engine.pager, "sessions", lambda: pytest.fail("all sessions were listed"))
+        patched.setattr(served.chats, "list_sessions", lambda *_: pytest.fail("all sessions were listed"))
+        served.say("a", [4])
+        assert served.chats.info("a").is_durable and served.chats.info("a").tokens == 31
+        for verb in (served.chats.park, served.chats.resume, served.chats.fork):
+            verb("a")
+        assert served.chats.rollback("a", 25).tokens == 25
+        with pytest.raises(UnknownSessionError):
+            served.chats.info("a", namespace="other")
+        with pytest.raises(UnknownSessionError):
+            served.say("c", [4])
+        with pytest.raises(ConfigError, match="exists already"):
+            served.chats.create("b")
+        served.chats.delete("a")
+    assert [one.id for one in served.chats.list_sessions()] == ["a/1", "b"]
+    served.close()
+
+
 def test_a_listener_hears_the_end_of_a_turn_whatever_happens_to_it(llama, monkeypatch):
     served, heard = Served(llama), Heard()
     served.chats.create("a")
