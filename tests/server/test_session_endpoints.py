@@ -226,6 +226,34 @@ def test_who_says_that_a_session_is_over_lets_its_blocks_leave_first(stored):
     assert released_blocks(stored) > after
 
 
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt_cache_retention": "24h"}, "prompt_cache_retention"),
+        (
+            {"messages": [{"role": "user", "content": "x", "cache_control": {"type": "ephemeral"}}]},
+            "messages.0.cache_control",
+        ),
+        *(
+            (
+                {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, part]}]},
+                f"messages.0.content.1.{name}",
+            )
+            for name, mark in [("cache_control", {"ttl": "1h"}), ("prompt_cache_breakpoint", {"mode": "explicit"})]
+            for part in [{"type": "text", "text": "y", name: mark}]
+        ),
+    ],
+)
+def test_what_keeps_a_prompt_is_refused_by_name_in_a_turn(stored, change, param):
+    stored.http.post("/v1/sessions", json={"id": "kept"})
+    refused = turn(stored, "kept", "hello", **change)
+    error = refused.json()["error"]
+    assert refused.status_code == 400 and error["param"] == param and param in error["message"], error
+    assert "/v1/cache/pins" in error["message"] and state(stored, "kept")["tokens"] == 0
+    say(stored, "kept", "hello", prompt_cache_retention="in_memory")  # that is what happens anyway
+    stored.http.delete("/v1/sessions/kept")
+
+
 def test_a_turn_does_not_end_its_session(stored):
     stored.http.post("/v1/sessions", json={"id": "goes-on"})
     refused = turn(stored, "goes-on", "hello", end_of_session=True)
