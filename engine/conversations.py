@@ -1,7 +1,8 @@
 """Conversations: sessions behind an EngineLoop, for a server. Many threads call; each session does one thing at a time.
 
-A turn is told to be over when it is durable (or the disk refused it), so no finished turn is lost by a crash; one that was
-cancelled or failed leaves the session as it was before the message. Sessions that nobody uses are parked after a while.
+A turn is told to be over when it is durable, so no such turn is lost by a crash; where the disk refused it, its output says
+so. One that was cancelled or failed leaves the session as it was before the message. Sessions that nobody uses are parked
+after a while.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..pager.sessions import check_session_id
 from ..tiers.errors import Busy, ConfigError, KvTierError, TierFullError, TierUnavailableError, UnknownSessionError
@@ -32,7 +33,10 @@ _LOG = logging.getLogger("kvtier.engine")
 
 @dataclass(frozen=True, slots=True)
 class ConversationInfo:
-    """A session from outside. `last_used_s` is seconds since the epoch, 0 when this process has not used it."""
+    """A session from outside. `last_used_s` is seconds since the epoch, 0 when this process has not used it.
+
+    `is_durable`: after a crash it would be as it is now.
+    """
 
     id: str
     namespace: str
@@ -49,6 +53,7 @@ class _Held:
 
     session: Session
     is_busy: bool = False
+    is_kept: bool = True  # all of it that is no message under way was stored, or is to be with its first turn
     used_s: float = 0.0  # monotonic
     used_at_s: float = field(default_factory=time.time)
 
@@ -83,7 +88,10 @@ class Conversations:
 
     def info(self, session_id: str, *, namespace: str = "default") -> ConversationInfo:
         """Raises UnknownSessionError."""
-        found = next((one for one in self.list_sessions(namespace) if one.id == session_id), None)
+        record = self._engine.pager.session(session_id)
+        with self._lock:
+            one = self._held.get(session_id)
+        found = self._info(session_id, namespace, one, record)
         if found is None:
             raise _unknown(session_id, namespace)
         return found
@@ -93,30 +101,33 @@ class Conversations:
         stored = self._engine.pager.sessions()
         with self._lock:
             held = dict(self._held)
-        found = []
-        for name in sorted(stored.keys() | held.keys()):
-            one, record = held.get(name), stored.get(name)
-            if (one.session.namespace if one else record["namespace"] if record else "") != namespace:
-                continue
-            tokens, computed = (record["tokens"], record["computed_tokens"]) if record else (0, 0)
-            seq = one.session.current_seq if one else None
-            if seq is not None:
-                try:
-                    tokens, computed = self._engine.pager.num_tokens(seq), self._engine.pager.num_computed(seq)
-                except ConfigError:
-                    seq = None  # parked or deleted since
-            found.append(
-                ConversationInfo(
-                    id=name,
-                    namespace=namespace,
-                    tokens=tokens,
-                    computed_tokens=computed,
-                    state="busy" if one and one.is_busy else "active" if seq is not None else "parked",
-                    is_durable=bool(record and record["is_durable"]),
-                    last_used_s=one.used_at_s if one else 0.0,
-                )
-            )
-        return found
+        names = sorted(stored.keys() | held.keys())
+        found = (self._info(name, namespace, held.get(name), stored.get(name)) for name in names)
+        return [one for one in found if one is not None]
+
+    def _info(
+        self, name: str, namespace: str, one: _Held | None, record: dict[str, Any] | None
+    ) -> ConversationInfo | None:
+        """Of a session that is held, stored or both; None where it is neither, or of another namespace."""
+        if (one.session.namespace if one else record["namespace"] if record else "") != namespace:
+            return None
+        tokens, computed = (record["tokens"], record["computed_tokens"]) if record else (0, 0)
+        seq = one.session.current_seq if one else None
+        if seq is not None:
+            try:
+                tokens, computed = self._engine.pager.num_tokens(seq), self._engine.pager.num_computed(seq)
+            except ConfigError:
+                seq = None  # parked or deleted since
+        is_stored = bool(record and record["is_durable"] and record["tokens"] == tokens)
+        return ConversationInfo(
+            id=name,
+            namespace=namespace,
+            tokens=tokens,
+            computed_tokens=computed,
+            state="busy" if one and one.is_busy else "active" if seq is not None else "parked",
+            is_durable=is_stored and (one is None or one.is_kept),
+            last_used_s=one.used_at_s if one else 0.0,
+        )
 
     # ------------------------------------------------------------------ turns
     def send(
@@ -138,12 +149,13 @@ class Conversations:
         turn = _Turn(self, held, listener)
 
         def make(engine: Engine) -> Request:
-            turn.request = held.session.turn(message, params)
+            turn.request = held.session.turn(new, params)
             turn.request.priority = priority
             return turn.request
 
         try:
             self._bring_back(held.session)
+            new = held.session.encode(message)  # here, where no step waits for it
             return self._loop.submit_request(make, turn, timeout_s=timeout_s)
         except BaseException:
             if turn.request is not None:  # appended, but nobody takes it: the queue is full
@@ -157,7 +169,8 @@ class Conversations:
         try:
             if error is None and request.output.finish_reason in ("stop", "length"):
                 session.took(request)
-                self._checkpoint(session)
+                held.is_kept = self._checkpoint(session)
+                request.output.is_durable = self.info(session.id, namespace=session.namespace).is_durable
             else:
                 self._loop.call(lambda engine: session.undo()).result()
         except KvTierError as failed:
@@ -167,18 +180,20 @@ class Conversations:
             self._let_go(held)
         return error
 
-    def _checkpoint(self, session: Session) -> None:
-        """A disk that takes nothing costs the turn its safety, not the chat its answer: it is said in the log."""
+    def _checkpoint(self, session: Session) -> bool:
+        """Whether it was stored. A disk that takes nothing costs the turn its safety, not the chat its answer."""
         try:
             session.checkpoint()
         except (TierFullError, TierUnavailableError) as refused:
             _LOG.warning("event=turn_not_durable session=%s reason=%s", session.id, refused)
+            return False
+        return True
 
     # ------------------------------------------------------------------ verbs
     def park(self, session_id: str, *, namespace: str = "default") -> ConversationInfo:
         """Into the store now. Raises as Pager.park does; the session then stays active."""
         with self._hold(session_id, namespace) as held:
-            self._park(held.session)
+            self._park(held)
         return self.info(session_id, namespace=namespace)
 
     def resume(self, session_id: str, *, namespace: str = "default") -> ConversationInfo:
@@ -207,7 +222,9 @@ class Conversations:
         with self._hold(session_id, namespace) as held:
             self._bring_back(held.session)
             self._loop.call(lambda engine: held.session.rollback(num_tokens)).result()
+            held.is_kept = False
             self._loop.keep(held.session.checkpoint).result()
+            held.is_kept = True
         return self.info(session_id, namespace=namespace)
 
     def delete(self, session_id: str, *, namespace: str = "default") -> None:
@@ -216,7 +233,7 @@ class Conversations:
 
             def end(engine: Engine) -> None:
                 held.session.close(released=True)
-                if session_id in engine.pager.sessions():
+                if engine.pager.session(session_id) is not None:
                     engine.pager.forget(session_id, released=True)
 
             self._loop.call(end).result()
@@ -306,9 +323,11 @@ class Conversations:
         if session.is_parked:
             self._loop.keep(session.resume).result()
 
-    def _park(self, session: Session) -> None:
+    def _park(self, held: _Held) -> None:
+        session = held.session
         if not session.is_parked and self._engine.pager.num_tokens(session.seq):
             self._loop.keep(session.park).result()
+            held.is_kept = True
 
     def _park_idle(self) -> None:
         while not self._stop.wait(min(1.0, self._idle_s / 4)):

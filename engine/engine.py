@@ -160,16 +160,20 @@ class Engine:
 
     def has_session(self, session_id: str) -> bool:
         """Whether the id is taken, by an open session or a parked one."""
-        return self.open_session(session_id) is not None or session_id in self.pager.sessions()
+        return self.open_session(session_id) is not None or self.pager.session(session_id) is not None
 
     def open_session(self, session_id: str) -> Session | None:
         """The session of that id if it is open here, parked or not."""
-        known = self._sessions.get(session_id)
-        return known if known is not None and known.is_open else None
+        return self._sessions.get(session_id)
 
     def add_session(self, session: Session) -> None:
         """Know a session that was made elsewhere."""
         self._sessions[session.id] = session
+
+    def drop_session(self, session: Session) -> None:
+        """Know a session that was closed no longer; another of its id stays."""
+        if self._sessions.get(session.id) is session:
+            del self._sessions[session.id]
 
     def check_length(self, num_tokens: int) -> None:
         """Raises ConfigError for a context that all tiers together cannot hold."""
@@ -209,6 +213,11 @@ class Engine:
         if params.num_beams > 1:
             BeamGroup(request)
         return request
+
+    def check_params(self, params: SamplingParams) -> None:
+        """Raises ConfigError for what this engine cannot do."""
+        self._attending(params)
+        self._drafters.check(params)
 
     def _attending(self, params: SamplingParams) -> SamplingParams:
         """With the engine's own attention where the request asks for none. Raises ConfigError."""

@@ -208,12 +208,9 @@ class EngineLoop:
             _LOG.exception("event=engine_end_failed")
 
     def _answer_calls(self) -> None:
-        while True:
-            try:
-                fn = self._calls.get_nowait()
-            except queue.Empty:
-                return
-            fn(self.engine)
+        """Those that are there now: who calls again as soon as he is answered waits for a step."""
+        for _ in range(self._calls.qsize()):
+            self._calls.get_nowait()(self.engine)
 
 
 def _teller(listener: Listener, index: int) -> Callable[[Request, int], None]:

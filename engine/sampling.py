@@ -100,7 +100,8 @@ class TokenLogprob:
 class Output:
     """One finished sequence. `margins` in nats when asked for; `ledger` says where the time to first token went.
 
-    finish_reason: length, stop, cancelled, deadline or error.
+    finish_reason: length, stop, cancelled, deadline or error. `is_durable`: whether a crash keeps this turn of a session; None
+    where nobody has stored it.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -112,6 +113,7 @@ class Output:
     selection: SelectionReport | None = None  # of selected attention: what its steps read
     ledger: dict[str, float] = field(default_factory=dict)
     text: str | None = None
+    is_durable: bool | None = None
 
     def note(self, params: SamplingParams, logits: Tensor, token: int) -> None:
         """Keep what the parameters ask for of the logits [vocab] that a token was chosen from."""

@@ -36,7 +36,7 @@ class Session:
 
     @classmethod
     def open(cls, engine: Engine, session_id: str, namespace: str) -> Session:
-        if session_id in engine.pager.sessions():
+        if engine.pager.session(session_id) is not None:
             session = cls(engine, session_id, namespace, None)
             session.resume()
             return session
@@ -88,7 +88,7 @@ class Session:
         A sampled turn without a seed goes on with the random numbers of the turn before, across park and resume too. After
         an error the session is as it was before the message.
         """
-        request = self.turn(message, params or SamplingParams())
+        request = self.turn(self.encode(message), params or SamplingParams())
         if on_token is not None:
             request.on_token = lambda _, token: on_token(token)
         try:
@@ -100,23 +100,30 @@ class Session:
         self._engine.drop(request)
         return self.took(request)
 
-    def turn(self, message: str | Sequence[int] | Sequence[Message], params: SamplingParams) -> Request:
-        """Append a message and make the request that answers it. Whoever runs it calls `took` or `undo` afterwards."""
+    def turn(self, new: Sequence[int], params: SamplingParams) -> Request:
+        """Append an encoded message and make the request that answers it. Whoever runs it calls `took` or `undo` afterwards.
+
+        What is refused was never said: nothing is appended and nothing is counted.
+        """
         if params.n != 1:
             raise ConfigError("n: a session answers once per turn; fork it for more")
-        new = self._encode(message)
         engine = self._engine
+        engine.check_params(params)
         known = engine.pager.num_tokens(self.seq)
         engine.check_length(known + len(new) + params.max_tokens)
         if not new and self.num_computed == known:
             raise ConfigError("send: the message is empty, there is nothing to compute")
         self._turn_start = known
-        if known:
-            match = engine.pager.turn(self.seq, new)
-        else:
-            match = engine.pager.attach(self.seq, new[:-1])
-            engine.pager.append(self.seq, new[match.tokens :])
-        return engine.continue_request(self.seq, len(new), params, self._rng_state, match)
+        try:
+            if known:
+                match = engine.pager.turn(self.seq, new)
+            else:
+                match = engine.pager.attach(self.seq, new[:-1])
+                engine.pager.append(self.seq, new[match.tokens :])
+            return engine.continue_request(self.seq, len(new), params, self._rng_state, match)
+        except BaseException:
+            self.undo()
+            raise
 
     def took(self, request: Request) -> Output:
         """The turn is whole: remember its random numbers, decode its text."""
@@ -195,8 +202,10 @@ class Session:
             end(self._seq)
             self._seq = None
         self.is_open = False
+        self._engine.drop_session(self)
 
-    def _encode(self, message: str | Sequence[int] | Sequence[Message]) -> list[int]:
+    def encode(self, message: str | Sequence[int] | Sequence[Message]) -> list[int]:
+        """The token ids to append for a message. Touches no step of the engine: any thread may do what takes a while."""
         is_text = isinstance(message, str)
         if not is_text and not any(isinstance(part, Mapping) for part in message):
             return [int(token) for token in message]  # type: ignore[arg-type]

@@ -105,12 +105,17 @@ class Drafters:
     def __init__(self, pager: Pager, draft: Engine | None) -> None:
         self._pager, self._draft = pager, draft
 
+    def check(self, params: SamplingParams) -> None:
+        """Raises ConfigError where a draft model is asked for and there is none."""
+        if params.speculation == "model" and self._draft is None:
+            raise ConfigError("speculation='model' needs an engine with a draft model; open it with draft=...")
+
     def make(self, params: SamplingParams, namespace: str) -> Drafter | None:
-        """None without speculation. Raises ConfigError where a draft model is asked for and there is none."""
+        """None without speculation. Raises as check does."""
+        self.check(params)
         if params.speculation == "ngram":
             return NgramDrafter(self._pager)
         if params.speculation == "model":
-            if self._draft is None:
-                raise ConfigError("speculation='model' needs an engine with a draft model; open it with draft=...")
+            assert self._draft is not None
             return ModelDrafter(self._pager, self._draft, namespace)
         return None

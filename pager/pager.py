@@ -41,7 +41,7 @@ from .prefetching import Prefetcher
 from .prefix import Match, adopt, adopt_tail, bring_back_s, next_cached_block, peek, residency, rewind
 from .reading import BlockReader, HeldBlocks
 from .rules import ALL_RULES, Rules
-from .sessions import ParkedSession
+from .sessions import ParkedSession, SessionEntry
 from .sizing import plan_sizes
 from .states import NOWHERE, PageState, SlotState
 from .status import pager_status
@@ -661,16 +661,24 @@ class Pager:
         """Known sessions: tokens, whether active (here or in another client), whether durable."""
         others = self._remote.sessions() if self._remote is not None else {}
         with self._core.lock:
-            return others | {
-                session_id: {
-                    "tokens": len(entry.token_ids),
-                    "computed_tokens": entry.num_computed,
-                    "namespace": entry.namespace,
-                    "is_active": entry.active_seq in self._core.sequences,
-                    "is_durable": entry.is_durable,
-                }
-                for session_id, entry in self._core.sessions.items()
-            }
+            return others | {name: self._told(entry) for name, entry in self._core.sessions.items()}
+
+    def session(self, session_id: str) -> dict[str, Any] | None:
+        """The one of `sessions` with that id, without a look at the others of this process; None where there is none."""
+        with self._core.lock:
+            entry = self._core.sessions.get(session_id)
+            if entry is not None:
+                return self._told(entry)
+        return None if self._remote is None else self._remote.sessions().get(session_id)
+
+    def _told(self, entry: SessionEntry) -> dict[str, Any]:
+        return {
+            "tokens": len(entry.token_ids),
+            "computed_tokens": entry.num_computed,
+            "namespace": entry.namespace,
+            "is_active": entry.active_seq in self._core.sequences,
+            "is_durable": entry.is_durable,
+        }
 
     # ------------------------------------------------------------------ reading bytes without a lease
     def read_host_block(self, key: bytes, group: int = 0) -> bytes | None:

@@ -14,13 +14,15 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...tiers.errors import Busy, QueueFullError, TierFullError
 from ..loop import Submission
 from ..sampling import Output, TokenLogprob
-from .errors import ApiError, of_ours
+from .errors import ApiError, bad, of_ours
 from .text import LoggedToken, Piece, TextStream
 
 _LOG = logging.getLogger("kvtier.server")
 _ENDS = ("stop", "length")
+_RUNNING = {"prefill", "decode"}  # lines of a ledger that say that the request was in a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,18 +144,21 @@ def _cancel(starting: Future[Submission]) -> None:
 
 
 def _failure(ended: Ended) -> ApiError | None:
-    if ended.error is not None:
-        return of_ours(ended.error)
-    reason = ended.output.finish_reason
+    error, reason = ended.error, ended.output.finish_reason
+    if isinstance(error, Busy) and not isinstance(error, (QueueFullError, TierFullError)):
+        return ApiError(503, f"{error}; try again", code=error.code, retry_after_s=error.retry_after_s)  # a slow tier
+    if error is not None:
+        return of_ours(error)
     if reason in _ENDS:
         return None
     if reason == "deadline":
-        return ApiError(
-            503,
-            "the request took longer than this server allows; ask for fewer tokens",
-            code="deadline",
-            retry_after_s=1.0,
-        )
+        if _RUNNING.isdisjoint(ended.output.ledger):
+            message = (
+                "the request's turn did not come in the time that this server allows; try again when it has less to do"
+            )
+            return ApiError(503, message, code="deadline", retry_after_s=1.0)
+        message = "the request took longer than this server allows; ask for fewer tokens, or shorten the prompt"
+        return bad(message, code="deadline")
     return ApiError(503, "the server is ending; send the request again", code="cancelled", retry_after_s=5.0)
 
 

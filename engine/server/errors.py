@@ -1,7 +1,7 @@
 """Errors on the wire: OpenAI's body, a status that says who should act, and a message that says what to do.
 
-400 the request is wrong   401 no or a wrong key   404 unknown model, session, pin   409 the session is at work
-413 body too large         429 too many at a time, again later                       503 no room, or ending
+400 the request is wrong, or asks for more than there is time for   401 no or a wrong key   404 unknown model, session, pin
+409 the session is at work   413 body too large   429 too many at a time, again later   503 no room, too slow, or ending
 """
 
 from __future__ import annotations

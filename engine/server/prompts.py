@@ -102,6 +102,18 @@ def _parts(message: ChatMessage) -> list[Part]:
     return [Part(text=message.content)] if isinstance(message.content, str) else message.content
 
 
+def first_mark(messages: Sequence[ChatMessage]) -> str | None:
+    """The first field that wants the prompt kept up to there."""
+    for number, message in enumerate(messages):
+        if message.cache_control is not None:
+            return f"messages.{number}.cache_control"
+        for place, part in enumerate(_parts(message)):
+            for name in ("cache_control", "prompt_cache_breakpoint"):
+                if getattr(part, name) is not None:
+                    return f"messages.{number}.content.{place}.{name}"
+    return None
+
+
 def _kept_points(messages: Sequence[ChatMessage], options: CacheOptions | None) -> list[tuple[int, int, float]]:
     """Message, number of its parts, seconds; for the last MAX_KEPT points that are marked."""
     found = []

@@ -37,12 +37,16 @@ class ReuseBreakReply(BaseModel):
 
 
 class KvTierUsage(BaseModel):
-    """`ledger`: seconds to the first token, line by line; they add up to ttft_s."""
+    """`ledger`: seconds to the first token, line by line; they add up to ttft_s.
+
+    `is_durable`, of a turn of a session: false where no disk has taken it, so that a crash would lose it.
+    """
 
     ttft_s: float
     ledger: dict[str, float]
     pinned_tokens: int | None = None
     reuse_break_at: ReuseBreakReply | None = None
+    is_durable: bool | None = None
     selection: dict[str, float] | None = (
         None  # of attention=select: pages and bytes read, and a bound on what was left out
     )
@@ -139,7 +143,10 @@ class Health(BaseModel):
 
 
 class SessionReply(BaseModel):
-    """`last_used` is in seconds since the epoch, 0 when this process has not used the session."""
+    """`last_used` is in seconds since the epoch, 0 when this process has not used the session.
+
+    `is_durable`: after a crash it would be as it is now; false while a turn is under way, or where no disk took the last one.
+    """
 
     id: str
     object: Literal["session"] = "session"

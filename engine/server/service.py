@@ -246,6 +246,7 @@ class Service:
                 ledger=firsts[0].output.ledger,
                 pinned_tokens=max((pin.tokens for pin in asked.pins), default=0) if asked.wants_pins else None,
                 reuse_break_at=asked.reuse_break,
+                is_durable=firsts[0].output.is_durable,
                 selection=None if (read := firsts[0].output.selection) is None else read.to_dict(),
             ),
         )

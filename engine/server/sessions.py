@@ -21,7 +21,7 @@ from .bodies import ChatRequest, ForkRequest, RollbackRequest, SessionRequest
 from .caller import namespace_of
 from .errors import ApiError, bad
 from .generating import answer, chat_wire, entered
-from .prompts import Prompt, plain_messages
+from .prompts import Prompt, first_mark, plain_messages
 from .replies import ChatReply, Deleted, SessionList, SessionReply, errors
 from .service import Asked, Service
 from .settings import DEFAULT_NAMESPACE
@@ -104,14 +104,7 @@ def router(service: Service) -> APIRouter:
     async def messages(session_id: str, body: ChatRequest, request: Request) -> Response:
         """A turn: a chat completion with only the new messages. It is durable when its answer has ended."""
         service.check_model(body.model)
-        if body.cache_salt is not None or (body.n or 1) > 1:
-            raise bad(
-                "a session has one answer per turn and its own blocks; leave n and cache_salt out, or fork it", "n"
-            )
-        if body.end_of_session:
-            raise bad(
-                "a session ends with DELETE /v1/sessions/{session_id}; leave end_of_session out", "end_of_session"
-            )
+        _check_turn(body)
         with entered(service) as stay:
             asked = await _turn(service, session_id, body, namespace_of(request))
             return await answer(service, request, asked, chat_wire(service, body), body, stay)
@@ -128,6 +121,20 @@ def _check_room(service: Service, namespace: str) -> None:
             f"this namespace has {limit} sessions, as many as it may; DELETE some that are over",
             code="too_many_sessions",
             retry_after_s=60.0,
+        )
+
+
+def _check_turn(body: ChatRequest) -> None:
+    """Raises: ApiError for what a chat may ask for and a turn may not."""
+    if body.cache_salt is not None or (body.n or 1) > 1:
+        raise bad("a session has one answer per turn and its own blocks; leave n and cache_salt out, or fork it", "n")
+    if body.end_of_session:
+        raise bad("a session ends with DELETE /v1/sessions/{session_id}; leave end_of_session out", "end_of_session")
+    keeping = "prompt_cache_retention" if body.prompt_cache_retention == "24h" else first_mark(body.messages)
+    if keeping is not None:
+        raise bad(
+            f"a session's blocks are kept with it; leave {keeping} out, or keep a text with POST /v1/cache/pins",
+            keeping,
         )
 
 

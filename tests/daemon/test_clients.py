@@ -100,6 +100,8 @@ def test_a_session_moves_from_process_to_process(daemon, options):
     assert second.pager.num_computed(resumed) == len(TOKENS) + 2
     second.say(resumed, [3, 4, 5])
     assert second.pager.sessions()["chat"]["is_active"] and first.pager.sessions()["chat"]["is_active"]
+    assert all(one.pager.session("chat") == one.pager.sessions()["chat"] for one in (first, second))
+    assert second.pager.session("nobody") is None
     second.pager.finish(resumed)
     assert not first.pager.sessions()["chat"]["is_active"]
     first.pager.forget("chat")

@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from ..books import agree, watched
+
 if TYPE_CHECKING:
     from .prefix_rig import Caches
+
+__all__ = ["agree", "caches", "watched"]  # fixtures, of which every test has the first and the last
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import pytest
 from kvtier import SamplingParams
 from kvtier.engine.conversations import Conversations
 from kvtier.engine.loop import EngineLoop
-from kvtier.tiers.errors import Busy, ConfigError, UnknownSessionError
+from kvtier.engine.session import Session
+from kvtier.tiers.errors import Busy, ConfigError, TierFullError, UnknownSessionError
 from kvtier.tiers.nvme.files import SystemCalls
 
 from .test_families import stock, tiny
@@ -125,6 +126,20 @@ def test_verbs_do_what_they_say(llama, tmp_path):
     served.close()
 
 
+def test_sessions_that_are_gone_leave_nothing_in_the_engine(llama, tmp_path):
+    served = Served(llama, tmp_path / "s")
+    for i in range(5):
+        served.chats.create(f"s{i}")
+        served.say(f"s{i}", prompt_of(20, i))
+        if i % 2:
+            served.chats.park(f"s{i}")
+        for child in served.chats.fork(f"s{i}", 2):
+            served.chats.delete(child.id)
+        served.chats.delete(f"s{i}")
+    assert not served.engine._sessions and not served.chats._held
+    served.close()
+
+
 def test_many_sessions_take_turns_on_few_pages_and_across_a_restart(llama, tmp_path):
     """Every session of a crowd says what it would say alone, while the device tier holds a few of them."""
     names = [f"s{i}" for i in range(12)]
@@ -172,6 +187,65 @@ def test_a_message_that_the_queue_refuses_was_never_said(llama):
     served.close()
 
 
+@pytest.mark.parametrize("refused", [dict(attention="select:8"), dict(speculation="model")])
+def test_a_message_that_the_engine_refuses_was_never_said(llama, refused):
+    first = prompt_of(30, 1)
+    again = stock(llama, [*first, *stock(llama, first, 5), 4], 5)
+    served = Served(llama)
+    served.chats.create("a")
+    served.say("a", first)
+    for _ in range(3):
+        with pytest.raises(ConfigError, match=r"selection_bytes|draft"):
+            served.chats.send("a", [7] * 10, SamplingParams(max_tokens=5, **refused), Heard())
+        assert (served.chats.info("a").tokens, served.chats.info("a").state) == (35, "active")
+    assert served.say("a", [4]) == again
+    served.close()
+
+
+def test_a_message_is_encoded_where_no_step_waits_for_it(llama):
+    served, encoded_by = Served(llama), []
+
+    class Tokenizer:
+        chat_template = None
+        decode = staticmethod(str)
+
+        def __call__(self, text: str, **_) -> dict[str, list[int]]:
+            encoded_by.append(threading.current_thread())
+            return {"input_ids": [ord(letter) for letter in text]}
+
+    served.engine.tokenizer = Tokenizer()
+    served.chats.create("a")
+    served.say("a", "the fox")
+    served.say("a", [{"role": "user", "content": "and then?"}])
+    assert encoded_by == [threading.current_thread()] * 2
+    assert served.chats.info("a").tokens == len("the fox") + len("and then?") + 2 * 5
+    served.close()
+
+
+def test_what_is_done_with_a_session_looks_at_no_other_one(llama, tmp_path, monkeypatch):
+    served = Served(llama, tmp_path / "s")
+    for name in "ab":
+        served.chats.create(name)
+        served.say(name, prompt_of(20, 1))
+    with monkeypatch.context() as patched:
+        patched.setattr(served.engine.pager, "sessions", lambda: pytest.fail("all sessions were listed"))
+        patched.setattr(served.chats, "list_sessions", lambda *_: pytest.fail("all sessions were listed"))
+        served.say("a", [4])
+        assert served.chats.info("a").is_durable and served.chats.info("a").tokens == 31
+        for verb in (served.chats.park, served.chats.resume, served.chats.fork):
+            verb("a")
+        assert served.chats.rollback("a", 25).tokens == 25
+        with pytest.raises(UnknownSessionError):
+            served.chats.info("a", namespace="other")
+        with pytest.raises(UnknownSessionError):
+            served.say("c", [4])
+        with pytest.raises(ConfigError, match="exists already"):
+            served.chats.create("b")
+        served.chats.delete("a")
+    assert [one.id for one in served.chats.list_sessions()] == ["a/1", "b"]
+    served.close()
+
+
 def test_a_listener_hears_the_end_of_a_turn_whatever_happens_to_it(llama, monkeypatch):
     served, heard = Served(llama), Heard()
     served.chats.create("a")
@@ -202,6 +276,39 @@ def test_a_disk_that_refuses_costs_safety_and_no_answer(llama, tmp_path, monkeyp
         assert served.say("a", first) == answer
     assert served.say("a", [4]) == again
     served.close(park=False)
+
+
+def test_a_turn_that_the_disk_refused_is_not_said_to_be_durable(llama, tmp_path, monkeypatch):
+    served = Served(llama, tmp_path / "s")
+
+    def say(tokens: list[int]) -> tuple[bool | None, bool]:
+        heard = Heard()
+        turn = served.chats.send("a", tokens, GREEDY, heard)
+        assert heard.wait().ends[0] == ("length", None)
+        return turn.first.output.is_durable, served.chats.info("a").is_durable
+
+    def refuse(session) -> None:
+        raise TierFullError("no space left")
+
+    served.chats.create("a")
+    assert not served.chats.info("a").is_durable
+    assert say(prompt_of(30, 1)) == (True, True)
+    with monkeypatch.context() as full:
+        full.setattr(Session, "checkpoint", refuse)
+        assert say([4]) == (False, False)
+        with pytest.raises(TierFullError):
+            served.chats.rollback("a", 29)
+        assert say([5]) == (False, False)  # as long as what was stored, and something else
+        assert served.chats.info("a").tokens == 35
+    assert served.chats.park("a").is_durable
+    assert say([4]) == (True, True)
+    heard = Heard()
+    turn = served.chats.send("a", [5], SamplingParams(max_tokens=500), heard)
+    assert not served.chats.info("a").is_durable  # a message under way
+    turn.cancel()
+    assert heard.wait().ends[0][0] == "cancelled" and turn.first.output.is_durable is None
+    assert served.chats.info("a").is_durable
+    served.close()
 
 
 def test_a_session_that_is_deleted_while_somebody_asks_for_it_is_unknown(llama, monkeypatch):

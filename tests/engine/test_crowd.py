@@ -47,7 +47,7 @@ def crowd(tmp_path, seconds: float, seed: int, turns: int = 0, clients: int = CL
                 waits.append(one_of(choose, number))
             except Busy:
                 met["refused"] += 1
-                time.sleep(choose.random())  # sixty that come back at once keep the engine's thread from its steps
+                time.sleep(choose.random())  # as it is told to
             except ConfigError as error:
                 if "longer than all tiers" not in str(error):
                     failed.append(error)

@@ -33,7 +33,10 @@ def test_a_session_id_names_one_sequence():
         session.close()
         with pytest.raises(ConfigError, match="was closed"):
             session.send([1])
-        assert engine.session("a") is not session
+        again = engine.session("a")
+        assert again is not session
+        session.close()  # a second time: the id is somebody else's now
+        assert engine.session("a") is again
         with pytest.raises(ConfigError, match="namespace"):
             engine.session("a/1", namespace="other")
 
@@ -54,6 +57,42 @@ def test_a_turn_that_fails_leaves_the_session_as_it_was():
                 session.send([9], SamplingParams(max_tokens=4, speculation=speculation), on_token=fail)
             assert session.token_ids == before
         assert session.send([9], SamplingParams(max_tokens=4)).token_ids == wanted
+        engine.pager.check_integrity()
+
+
+@pytest.mark.parametrize("refused", [dict(attention="select:8"), dict(speculation="model")])
+def test_a_message_that_is_refused_was_never_said(refused):
+    model, prompt = tiny("llama"), prompts()[1]
+    wanted = stock(model, [*prompt, *stock(model, prompt, 4), 9], 4)
+    with open_engine(model) as engine:
+        session = engine.session("a")
+        for message in ([9] * 10, [8] * 20):  # to an empty session, too
+            with pytest.raises(ConfigError):
+                session.send(message, SamplingParams(max_tokens=4, **refused))
+            assert session.token_ids == []
+        session.send(prompt, SamplingParams(max_tokens=4))
+        before, counted = session.token_ids, engine.pager.counters.get("miss_tokens")
+        for _ in range(3):
+            with pytest.raises(ConfigError):
+                session.send([9] * 10, SamplingParams(max_tokens=4, **refused))
+            assert session.token_ids == before
+        assert engine.pager.counters.get("miss_tokens") == counted
+        assert session.send([9], SamplingParams(max_tokens=4)).token_ids == wanted
+        engine.pager.check_integrity()
+
+
+def test_a_message_whose_request_cannot_be_made_is_taken_back(monkeypatch):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    with open_engine(tiny("llama")) as engine:
+        session = engine.session("a")
+        session.send(prompts()[1], SamplingParams(max_tokens=4))
+        before = session.token_ids
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError, match="a bug"):
+            patched.setattr(engine, "continue_request", broken)
+            session.send([9], SamplingParams(max_tokens=4))
+        assert session.token_ids == before
         engine.pager.check_integrity()
 
 

@@ -161,6 +161,26 @@ def test_the_end_of_a_prompt_is_told_once_while_its_sequence_can_be_forked(llama
         check_end(engine)
 
 
+def test_whoever_calls_again_and_again_keeps_nobody_from_their_tokens(llama):
+    with open_engine(llama) as engine:
+        loop, heard, calls = EngineLoop(engine), Heard(), []
+
+        def again(engine) -> None:
+            calls.append(len(heard.tokens[0]))
+            if not heard.ends and len(calls) < 1000:
+                loop.tell(again)
+
+        def make(engine):
+            again(engine)
+            return engine.request(prompt_of(20, 1), SamplingParams(max_tokens=5))
+
+        loop.start_request(make, heard).result()
+        assert heard.wait().ends[0][0] == "length"
+        loop.close()
+        assert max(map(calls.count, calls)) <= 3, calls  # between two tokens
+        check_end(engine)
+
+
 def test_cancel_all_ends_what_runs_and_what_waits(llama):
     with open_engine(llama, 40, limits=SchedulerLimits(max_active=2)) as engine:
         loop, heard = EngineLoop(engine), [Heard() for _ in range(6)]
@@ -208,7 +228,7 @@ def test_a_call_is_answered_or_refused_but_never_forgotten(llama):
         closing, put = threading.Thread(target=loop.close), loop._calls.put
 
         class Slow:
-            get_nowait = loop._calls.get_nowait
+            get_nowait, qsize = loop._calls.get_nowait, loop._calls.qsize
 
             @staticmethod
             def put(fn) -> None:

@@ -356,6 +356,7 @@ def test_a_checkpoint_survives_a_crash_and_the_sequence_goes_on(tmp_path):
     rig.settle()
     rig.pager.check_integrity()
     assert rig.wrong == [] and rig.pager.sessions()["chat"]["is_active"]
+    assert rig.pager.session("chat") == rig.pager.sessions()["chat"] and rig.pager.session("nobody") is None
     rig.close()  # nothing is written at the end but what was: the store is as a crash would leave it
     again = Rig(1, pages=8, host=12, path=tmp_path / "store", staging=1)
     seq, parked = again.pager.resume("chat")

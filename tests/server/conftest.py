@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from ..books import agree, watched
 from ..tools.test_chat import make_tokenizer
 from .running import serving, tiny_model
+
+__all__ = ["agree", "model", "server", "shared_server", "tokenizer", "watched"]  # fixtures
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import itertools
 import json
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
@@ -11,7 +12,7 @@ import openai
 import pytest
 
 from kvtier.engine.server.settings import ServerSettings, check_exposure, load_api_keys
-from kvtier.tiers.errors import ConfigError
+from kvtier.tiers.errors import Busy, ConfigError
 
 from .running import serving
 
@@ -126,9 +127,33 @@ def test_more_requests_than_allowed_are_429_and_may_come_again(model, tokenizer)
 
 
 def test_a_request_past_its_time_is_told_so(model, tokenizer):
-    with serving(model, tokenizer, request_timeout_s=0.2) as server:
+    with serving(model, tokenizer, request_timeout_s=60.0) as server:
+        scheduler = server.service.engine.scheduler
+        plain = scheduler.clock
+        scheduler.clock = lambda: 1e3 if any(r.output.token_ids for r in scheduler.active) else 0.0
         reply = server.http.post("/v1/completions", json=TEXT | {"max_tokens": 3500, "temperature": 0})
-        assert reply.status_code == 503 and "fewer tokens" in error_of(reply)["message"]
+        assert reply.status_code == 400 and "fewer tokens" in error_of(reply)["message"]
+        assert error_of(reply)["code"] == "deadline"
+        late = itertools.count(0.0, 1e3)
+        scheduler.clock = lambda: next(late)
+        reply = server.http.post("/v1/completions", json=TEXT)  # its time is over before it is let in
+        assert reply.status_code == 503 and "try again" in error_of(reply)["message"]
+        assert error_of(reply)["code"] == "deadline" and reply.headers["retry-after"] == "1"
+        scheduler.clock = plain
+
+
+def test_a_tier_that_is_too_slow_is_a_503_and_no_conflict(model, tokenizer, monkeypatch):
+    def slow(*_, **__):
+        raise Busy("lease: still waiting for 3 blocks", retry_after_s=0.1)
+
+    with serving(model, tokenizer) as server:
+        with monkeypatch.context() as patched:
+            patched.setattr(server.service.engine.pager, "lease", slow)
+            for path, body in (("completions", TEXT), ("chat/completions", CHAT)):
+                reply = server.http.post(f"/v1/{path}", json=body)
+                assert reply.status_code == 503 and "waiting for 3 blocks; try again" in error_of(reply)["message"]
+                assert reply.headers["retry-after"] == "1"
+        assert server.http.post("/v1/completions", json=TEXT).status_code == 200
 
 
 def test_a_step_that_fails_is_a_500_for_its_request_and_the_server_goes_on(model, tokenizer, monkeypatch, caplog):

@@ -8,7 +8,9 @@ import time
 
 import pytest
 
+from kvtier.engine.session import Session
 from kvtier.engine.template import render_turn
+from kvtier.tiers.errors import TierFullError
 
 from .running import WORDS, serving, stock
 
@@ -138,6 +140,38 @@ def test_what_a_session_cannot_do_is_a_4xx(stored, path, body, status, says):
     assert stored.http.delete("/v1/sessions/known").status_code == 200
 
 
+def test_a_turn_that_no_disk_took_says_so(stored, monkeypatch):
+    def refuse(session) -> None:
+        raise TierFullError("no space left")
+
+    def told(reply: dict) -> tuple[bool, bool]:
+        return reply["usage"]["kvtier"]["is_durable"], state(stored, "unsafe")["is_durable"]
+
+    stored.http.post("/v1/sessions", json={"id": "unsafe"})
+    assert told(say(stored, "unsafe", "the fox")) == (True, True)
+    with monkeypatch.context() as full:
+        full.setattr(Session, "checkpoint", refuse)
+        assert told(say(stored, "unsafe", "and then?")) == (False, False)
+        body = {"messages": [{"role": "user", "content": "go on"}], "max_tokens": 2, "stream": True}
+        with stored.http.stream("POST", "/v1/sessions/unsafe/messages", json=body) as reply:
+            lines = [line[6:] for line in reply.iter_lines() if line.startswith("data: ")]
+        assert told(json.loads(lines[-2])) == (False, False)
+    assert told(say(stored, "unsafe", "the end")) == (True, True)
+    chat = stored.http.post("/v1/chat/completions", json=body | {"stream": False}).json()
+    assert "is_durable" not in chat["usage"]["kvtier"]
+    stored.http.delete("/v1/sessions/unsafe")
+
+
+def test_a_turn_that_is_refused_was_never_said(stored):
+    stored.http.post("/v1/sessions", json={"id": "refused"})
+    say(stored, "refused", "the fox")
+    before = state(stored, "refused")["tokens"]
+    reply = turn(stored, "refused", "and then?", attention="select:8")
+    assert reply.status_code == 400 and "selection_bytes" in reply.text
+    assert state(stored, "refused")["tokens"] == before
+    stored.http.delete("/v1/sessions/refused")
+
+
 def test_idle_sessions_are_parked_and_many_talk_at_once(model, tokenizer, tmp_path):
     with serving(model, tokenizer, nvme_path=tmp_path / "store", blocks=24, idle_s=0.4) as server:
         names = [f"many-{i}" for i in range(8)]
@@ -190,6 +224,34 @@ def test_who_says_that_a_session_is_over_lets_its_blocks_leave_first(stored):
     body["messages"][0]["content"] = text.upper()
     assert stored.http.post("/v1/chat/completions", json=body | {"end_of_session": True}).status_code == 200
     assert released_blocks(stored) > after
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"prompt_cache_retention": "24h"}, "prompt_cache_retention"),
+        (
+            {"messages": [{"role": "user", "content": "x", "cache_control": {"type": "ephemeral"}}]},
+            "messages.0.cache_control",
+        ),
+        *(
+            (
+                {"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}, part]}]},
+                f"messages.0.content.1.{name}",
+            )
+            for name, mark in [("cache_control", {"ttl": "1h"}), ("prompt_cache_breakpoint", {"mode": "explicit"})]
+            for part in [{"type": "text", "text": "y", name: mark}]
+        ),
+    ],
+)
+def test_what_keeps_a_prompt_is_refused_by_name_in_a_turn(stored, change, param):
+    stored.http.post("/v1/sessions", json={"id": "kept"})
+    refused = turn(stored, "kept", "hello", **change)
+    error = refused.json()["error"]
+    assert refused.status_code == 400 and error["param"] == param and param in error["message"], error
+    assert "/v1/cache/pins" in error["message"] and state(stored, "kept")["tokens"] == 0
+    say(stored, "kept", "hello", prompt_cache_retention="in_memory")  # that is what happens anyway
+    stored.http.delete("/v1/sessions/kept")
 
 
 def test_a_turn_does_not_end_its_session(stored):
