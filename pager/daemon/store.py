@@ -22,6 +22,7 @@ from ...tiers.shared import SharingBackend, make_rows
 from .. import hints
 from ..config import PagerConfig
 from ..core import Core
+from ..group import BlockGroup
 from ..prefetching import Prefetcher
 from ..rules import ALL_RULES, Rules
 from ..sizing import Sizes, split_blocks
@@ -377,6 +378,17 @@ class SharedStore:
     def check_integrity(self) -> None:
         """Raises InvariantError when the books of blocks, or those of clients, contradict each other."""
         with self.core.lock:
+            assert all(map(self._are_holds_known, self.core.groups)), "holds of slots and who has them do not agree"
+
+    def _are_holds_known(self, group: BlockGroup) -> bool:
+        """Whether every hold of a slot is a lease of a client or a copy of ours to nvme."""
+        held = np.zeros(len(group.host), np.int64)
+        for client in self.clients:
+            held += client.holdings[group.index].leased
+        for move in group.moves:
+            if move.kind == "host_to_nvme":
+                np.add.at(held, move.source, 1)
+        return bool((group.host.holds == held).all())
             self.core.check_integrity()
             assert all(holdings.check() for client in self.clients for holdings in client.holdings)
 
