@@ -45,6 +45,8 @@ class Attachment:
     pools: dict[tuple[int, int], Pool] = field(default_factory=dict)  # by store and layer group
     channel: socket.socket | None = None  # through which descriptors of pools come
 
+    has_left: bool = False  # said GOODBYE
+    was_given_slab: bool = False  # copies of its own may run when its socket is gone
     def client(self, models: Models, number: int, group: int = 0) -> tuple[SharedStore, Client]:
         """Of a store that it has opened. Raises ProtocolError."""
         client = self.stores.get(number)
@@ -86,6 +88,7 @@ class Attachments:
         self._next_epoch = int.from_bytes(random_bytes(7), "little")
         self.num_stale = 0
 
+        self.drop: Callable[[Connection], None]  # nothing that comes from there has a say any more
     # ------------------------------------------------------------------ coming
     def hello(self, connection: Connection, request_id: int, hello: m.Hello, limits: Limits) -> None:
         if connection in self.by_connection:
@@ -106,7 +109,7 @@ class Attachments:
                 attachment.process = self.processes.attach(connection.pid)
             except ConfigError as error:  # killed with its HELLO under way
                 raise ProtocolError(str(error)) from error
-            self.processes.hold(attachment.process, lambda: self._end(attachment))
+            self.processes.hold(attachment.process, lambda: self._process_ended(attachment))
         self.by_connection[connection] = attachment
         self._end_previous(connection.pid, hello)
         connection.version = version
@@ -151,7 +154,7 @@ class Attachments:
             raise StaleLeaseError(f"epoch {epoch} is over; this attachment has epoch {attachment.epoch}")
 
     # ------------------------------------------------------------------ going
-    def show_out(self, drop: Callable[[Connection], None]) -> None:
+    def show_out(self) -> None:
         """After a reload: who may no longer have what its connection was given, loses the connection at once.
 
         Requests under way change nothing more. What its process still holds goes when the process does (rule 10).
@@ -161,7 +164,7 @@ class Attachments:
             if now is None or not now.covers(attachment.tenant):
                 _LOG.warning("event=show_out pid=%d tenant=%s", connection.pid, attachment.tenant.name)
                 connection.refuse(ProtocolError("the daemon's configuration has changed: not let in as before"))
-                drop(connection)
+                self.drop(connection)
 
     def goodbye(self, attachment: Attachment) -> None:
         """No copy of the process runs: everything goes at once."""
@@ -172,6 +175,7 @@ class Attachments:
 
     def disconnected(self, connection: Connection) -> Attachment | None:
         """Nobody will ask for more; copies of the process may still run (rule 10). Returns who that was."""
+        attachment.has_left = True
         attachment = self.by_connection.pop(connection, None)
         if attachment is None:
             return None
@@ -195,6 +199,13 @@ class Attachments:
         attachment.process = 0  # what a last word of it opens all the same ends with its connection
         self.ending[attachment.epoch] = attachment
         self._copies.when_idle(attachment, lambda: self._let_go(attachment))  # rules 7, 8
+
+    def _process_ended(self, attachment: Attachment) -> None:
+        """Its socket may live on in a child: what still comes there must not go into slots that are given back (rule 7)."""
+        if (connection := attachment.connection) is not None and not attachment.has_left:
+            connection.close()
+            self.drop(connection)
+        self._end(attachment)
 
     def _let_go(self, attachment: Attachment) -> None:
         """Of everything: no copy runs, theirs or ours."""

@@ -68,6 +68,7 @@ class Service:
             random_bytes=random_bytes,
             allow_ipc=allow_ipc,
         )
+        self.attachments.drop = self.disconnected
         self._connections: dict[Connection, None] = {}
         self._slow = ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="kvtier-slow")
         self.turns = Turns(loop, clock)
@@ -157,7 +158,7 @@ class Service:
 
     def show_out(self) -> None:
         """After a reload: who may no longer have what its connection was given, loses the connection at once."""
-        self.attachments.show_out(self.disconnected)
+        self.attachments.show_out()
 
     # ------------------------------------------------------------------ one request
     def _serve(self, attachment: Attachment, header: Header, body: bytes) -> None:

@@ -105,3 +105,28 @@ def test_a_release_ends_as_many_leases_as_it_names_and_says_so(tmp_path):
         daemon.store.check_integrity()
         assert daemon.store.pinned_slots() == 0
         client.goodbye()
+
+
+# ---------------------------------------------------------------------- not while bytes are under way into them
+def test_what_a_child_of_a_dead_client_goes_on_sending_reaches_no_slot(tmp_path):
+    """The socket lives on in the child; the process that the slot belonged to is gone, and somebody else has it."""
+    tests = str(Path(__file__).resolve().parent.parent)
+    with bytes_daemon(tmp_path) as daemon:
+        code = FORKS_IN_A_WRITE.format(tests=tests, path=daemon.address.removeprefix("unix://"))
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        process = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
+        assert process.stdout is not None and process.stdin is not None
+        assert process.stdout.readline() == "forked\n"
+        assert process.wait(60) == 0  # the child goes on
+        wait_for(lambda: not len(daemon.service.processes))
+        client = attach(daemon.address, token="one")
+        numbers = range(1, SLOTS + 1)
+        for number in numbers:
+            put(client, [number], "one")
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert "sent\n" in process.stdout.readlines()
+        assert all((get(client, number) == block(number)).all() for number in numbers)
+        assert daemon.service.attachments.by_connection.keys() == daemon.service._connections.keys()
+        process.stdout.close()
+        client.goodbye()
