@@ -183,8 +183,10 @@ class Service:
             connection.reply(header.request_id, answer)
 
     def _cancel(self, connection: Connection, request_id: int) -> None:
-        self.verbs.cancel(connection, request_id)
-        connection.cancel(request_id)
+        if self.verbs.cancel(connection, request_id):
+            connection.drop_reply(request_id)
+        else:
+            connection.cancel(request_id)
 
     def _goodbye(self, attachment: Attachment, request_id: int, message: m.Goodbye) -> object:
         if self._blocks.is_writing(attachment.connection):

@@ -211,16 +211,23 @@ class Verbs:
             if attachment is not None:
                 attachment.say(request_id, leased(request))
 
-    def cancel(self, connection: Connection, request_id: int) -> None:
-        for key, (attachment, waiting_id, number) in list(self.waiting.items()):
+    def cancel(self, connection: Connection, request_id: int) -> bool:
+        """Whether it was one of them; it gets no answer then."""
+        for key, (attachment, waiting_id, _) in self.waiting.items():
             if attachment.connection is connection and waiting_id == request_id:
-                del self.waiting[key]
-                self._models.cancel(number, attachment.stores[number], key)
+                self._cancel(key)
+                return True
+        return False
 
     def forget(self, attachment: Attachment) -> None:
-        """Nobody waits for its answers any more."""
+        """Nobody waits for its answers any more, so nobody is told of the slots: they outlive no socket."""
         for key in [key for key, (who, _, _) in self.waiting.items() if who is attachment]:
-            del self.waiting[key]
+            self._cancel(key)
+
+    def _cancel(self, key: int) -> None:
+        attachment, _, number = self.waiting.pop(key)
+        if (client := attachment.stores.get(number)) is not None:  # else it has let go of everything already
+            self._models.cancel(number, client, key)
 
     # ------------------------------------------------------------------ durability and sessions
     def _flush(self, attachment: Attachment, request_id: int, message: m.Flush) -> object:
