@@ -20,6 +20,7 @@ from .attached import Attachment
 from .connection import Connection
 from .fields import keys_in, layout_in, leased, slots_in, words_in
 from .models import Models
+from .session_names import id_of
 
 if TYPE_CHECKING:
     from .client import Client
@@ -115,7 +116,14 @@ class Verbs:
     def _find_model(self, attachment: Attachment, request_id: int, message: m.FindModel) -> object:
         if not attachment.speaks(2):
             raise ProtocolError("FIND_MODEL came with version 2 of the protocol; this connection speaks an older one")
-        return m.ModelFound(self._models.block_size_of(message.model_fingerprint))
+        domain = attachment.tenant.domain
+        self._on_thread(  # it looks on the disk
+            attachment,
+            request_id,
+            lambda: self._models.block_size_of(message.model_fingerprint, domain),
+            lambda size: attachment.say(request_id, m.ModelFound(size)),
+        )
+        return None
 
     # ------------------------------------------------------------------ blocks
     def _lookup(self, attachment: Attachment, request_id: int, message: m.Lookup) -> object:
@@ -268,11 +276,11 @@ class Verbs:
         entries, more = store.keeper.list_sessions(client, message.after, SESSIONS_PER_REPLY)
         rows: list[object] = [
             [
-                e.session_id,
+                id_of(e),
                 e.namespace,
                 len(e.token_ids),
                 e.num_computed,
-                store.keeper.is_taken(e.session_id),
+                store.keeper.is_taken(e),
                 e.is_durable,
             ]
             for e in entries
