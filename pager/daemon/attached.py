@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ...tiers.errors import ConfigError, ProtocolError, StaleLeaseError
+from ...tiers.errors import ConfigError, ProtocolError, QueueFullError, StaleLeaseError
 from ..clients import Clients
 from ..rules import Rule, Rules
 from ..wire import messages as m
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .copying import CopyDesk, Pool
     from .store import SharedStore
 
+MAX_LEFT = 64  # attachments of one process whose connections are gone; each keeps a pidfd and its books
 _LOG = logging.getLogger("kvtier.pagerd")
 
 
@@ -44,9 +45,9 @@ class Attachment:
     stores: dict[int, Client] = field(default_factory=dict)
     pools: dict[tuple[int, int], Pool] = field(default_factory=dict)  # by store and layer group
     channel: socket.socket | None = None  # through which descriptors of pools come
-
     has_left: bool = False  # said GOODBYE
     was_given_slab: bool = False  # copies of its own may run when its socket is gone
+
     def client(self, models: Models, number: int, group: int = 0) -> tuple[SharedStore, Client]:
         """Of a store that it has opened. Raises ProtocolError."""
         client = self.stores.get(number)
@@ -87,8 +88,8 @@ class Attachments:
         self.ending: dict[int, Attachment] = {}
         self._next_epoch = int.from_bytes(random_bytes(7), "little")
         self.num_stale = 0
-
         self.drop: Callable[[Connection], None]  # nothing that comes from there has a say any more
+
     # ------------------------------------------------------------------ coming
     def hello(self, connection: Connection, request_id: int, hello: m.Hello, limits: Limits) -> None:
         if connection in self.by_connection:
@@ -102,6 +103,13 @@ class Attachments:
         tenant = self._tenants.find(connection.uid, hello.token, connection.gids)
         if tenant is None:
             raise ProtocolError(f"uid {connection.uid} is not let in; see the daemon's configuration")
+        self._end_previous(connection.pid, hello)
+        if sum(left.pid == connection.pid for left in self.left.values()) >= MAX_LEFT:
+            what = (
+                f"{MAX_LEFT} connections of process {connection.pid} ended without GOODBYE, and it may use their slots"
+            )
+            connection.refuse(QueueFullError(f"{what}: end it, or say previous_epoch in HELLO", retry_after_s=1.0))
+            return
         self._next_epoch += 1
         attachment = Attachment(self._next_epoch, tenant, hello.token, 0, connection, max(connection.pid, 0))
         if connection.pid > 0:
@@ -111,7 +119,6 @@ class Attachments:
                 raise ProtocolError(str(error)) from error
             self.processes.hold(attachment.process, lambda: self._process_ended(attachment))
         self.by_connection[connection] = attachment
-        self._end_previous(connection.pid, hello)
         connection.version = version
         features = self._features(hello, tenant, connection)
         attachment.may_order = m.IPC in features
@@ -168,6 +175,7 @@ class Attachments:
 
     def goodbye(self, attachment: Attachment) -> None:
         """No copy of the process runs: everything goes at once."""
+        attachment.has_left = True
         if attachment.process:
             self.processes.release(attachment.process)
         else:
@@ -175,7 +183,6 @@ class Attachments:
 
     def disconnected(self, connection: Connection) -> Attachment | None:
         """Nobody will ask for more; copies of the process may still run (rule 10). Returns who that was."""
-        attachment.has_left = True
         attachment = self.by_connection.pop(connection, None)
         if attachment is None:
             return None
@@ -184,21 +191,14 @@ class Attachments:
         for client in attachment.stores.values():
             client.sessions.clear()
             client.writing = None
-        if attachment.process and attachment.stores:
+        if attachment.process and attachment.was_given_slab:
             self.left[attachment.epoch] = attachment
             self.processes.disconnected(attachment.process)
         elif attachment.process:
-            self.processes.release(attachment.process)  # it never had a slot
+            self.processes.release(attachment.process)  # none of its copies can be under way: bytes went by the socket
         else:
-            self._end(attachment)  # not on this machine: it has no slab, so none of its copies can be under way
+            self._end(attachment)  # the same: not on this machine, or its process is gone
         return attachment
-
-    def _end(self, attachment: Attachment) -> None:
-        """Its process is gone, or its own copies are over; those that it ordered from us may still run."""
-        self.left.pop(attachment.epoch, None)
-        attachment.process = 0  # what a last word of it opens all the same ends with its connection
-        self.ending[attachment.epoch] = attachment
-        self._copies.when_idle(attachment, lambda: self._let_go(attachment))  # rules 7, 8
 
     def _process_ended(self, attachment: Attachment) -> None:
         """Its socket may live on in a child: what still comes there must not go into slots that are given back (rule 7)."""
@@ -206,6 +206,13 @@ class Attachments:
             connection.close()
             self.drop(connection)
         self._end(attachment)
+
+    def _end(self, attachment: Attachment) -> None:
+        """Its process is gone, or its own copies are over; those that it ordered from us may still run."""
+        self.left.pop(attachment.epoch, None)
+        attachment.process = 0  # what a last word of it opens all the same ends with its connection
+        self.ending[attachment.epoch] = attachment
+        self._copies.when_idle(attachment, lambda: self._let_go(attachment))  # rules 7, 8
 
     def _let_go(self, attachment: Attachment) -> None:
         """Of everything: no copy runs, theirs or ours."""

@@ -109,6 +109,7 @@ class Verbs:
             may_map,
         )
         if may_map:
+            attachment.was_given_slab = True
             attachment.connection.reply_with_fds(request_id, opened, store.fds)
         else:
             attachment.connection.reply(request_id, opened)

@@ -130,3 +130,44 @@ def test_what_a_child_of_a_dead_client_goes_on_sending_reaches_no_slot(tmp_path)
         assert daemon.service.attachments.by_connection.keys() == daemon.service._connections.keys()
         process.stdout.close()
         client.goodbye()
+
+
+# ---------------------------------------------------------------------- and then at once
+def test_who_was_given_no_memory_keeps_nothing_behind_its_socket(tmp_path):
+    """Copies of its own cannot be under way. The process lives on, as this one does."""
+    with bytes_daemon(tmp_path) as daemon:
+        for number in range(3):
+            client = attach(daemon.address, token="one")
+            put(client, [number], "one", keep=True)
+            client.connection.close()
+        wait_for(lambda: not len(daemon.service.processes))
+        assert not daemon.service.attachments.left and not daemon.store.clients
+        assert daemon.store.pinned_slots() == 0
+
+
+def test_the_async_client_says_goodbye(tmp_path):
+    async def come_and_go() -> None:
+        connection = await AsyncDaemonConnection.open(daemon.address, Greeting("test", "one"))
+        await connection.close()
+
+    with bytes_daemon(tmp_path) as daemon:
+        heard, goodbye = [], daemon.service._by_kind[m.Goodbye.KIND]
+        daemon.service._by_kind[m.Goodbye.KIND] = lambda who, *given: (heard.append(who.epoch), goodbye(who, *given))[1]
+        asyncio.run(come_and_go())
+        wait_for(lambda: heard and not len(daemon.service.processes))
+
+
+def test_a_process_leaves_only_so_many_attachments_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(attached, "MAX_LEFT", 2)
+    with InsideDaemon(tmp_path, host_bytes=SLOTS * SIZE) as daemon:
+        for number in range(2):
+            last = attach(daemon.address)
+            last.connection.close()
+            wait_for(lambda number=number: len(daemon.service.attachments.left) == number + 1)
+        with pytest.raises(KvTierError, match="ended without GOODBYE"):
+            attach(daemon.address)
+        assert len(daemon.service.processes) == 2
+        welcome = last.connection.welcome
+        again = attach(daemon.address, previous_boot=welcome.boot, previous_epoch=welcome.epoch)
+        assert len(daemon.service.attachments.left) == 1
+        again.goodbye()
