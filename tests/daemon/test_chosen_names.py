@@ -11,7 +11,7 @@ from kvtier.pager.wire import messages as m
 from .test_tenants import ALICE, BOB, two_tenants
 
 sys.path.insert(0, str(Path(__file__).parent))
-from service_process import LAYOUT, Pagerd
+from service_process import LAYOUT, WAIT_S, Pagerd
 
 BOTH = "kvt_" + "c" * 43  # of one who owns both namespaces
 
@@ -21,17 +21,21 @@ def session_record(namespace: str, extra: str) -> dict:
 
 
 def extra_of(client, session_id: str) -> str:
-    found = client.connection.call(m.GetSession(client.epoch, client.store, session_id, True), m.Session)
+    found = client.connection.call(
+        m.GetSession(client.epoch, client.store, session_id, True), m.Session, timeout_s=WAIT_S
+    )
     return found.record["extra"]["of"]
 
 
 def put_session(client, session_id: str, namespace: str, extra: str) -> None:
     record = session_record(namespace, extra)
-    client.connection.call(m.PutSession(client.epoch, client.store, session_id, record, 5000), m.SessionPut)
+    client.connection.call(
+        m.PutSession(client.epoch, client.store, session_id, record, 20_000), m.SessionPut, timeout_s=WAIT_S
+    )
 
 
 def listed(client) -> list[list]:
-    rows = client.connection.call(m.ListSessions(client.store, ""), m.Sessions).sessions
+    rows = client.connection.call(m.ListSessions(client.store, ""), m.Sessions, timeout_s=WAIT_S).sessions
     return [row[:2] for row in rows]
 
 
@@ -44,7 +48,7 @@ def test_two_tenants_may_choose_one_session_id_and_neither_notices(tmp_path):
             put_session(client, "chat", name, name)
             put_session(client, "i" * 256, name, name)  # as long as one may be
         drop = m.DropSession(bob.epoch, bob.store, "i" * 256, False)
-        bob.connection.call(drop, m.SessionDropped)
+        bob.connection.call(drop, m.SessionDropped, timeout_s=WAIT_S)
         assert pagerd.end() == 0
     with Pagerd(tmp_path, two_tenants(tmp_path, head=head)).ready() as pagerd:
         alice, bob = pagerd.connect(ALICE[0]).open(), pagerd.connect(BOB[0]).open()
@@ -73,11 +77,11 @@ def test_a_session_that_moves_to_another_namespace_of_its_tenant_is_one_session(
 
 def test_a_model_is_found_in_its_own_trust_domain_alone(tmp_path):
     """Open or at rest on the disk."""
-    head = f'max_models = 2\nnvme_path = "{tmp_path / "nvme"}"\nnvme_bytes = "64MiB"'
+    head = f'max_models = 2\nnvme_path = "{tmp_path / "nvme"}"\nnvme_bytes = "2MiB"'
     config = two_tenants(tmp_path, 'trust_domain = "red"', 'trust_domain = "blue"', head)
 
     def found(pagerd: Pagerd, token: str) -> int:
-        return pagerd.connect(token).connection.call(m.FindModel("test"), m.ModelFound).block_size
+        return pagerd.connect(token).connection.call(m.FindModel("test"), m.ModelFound, timeout_s=WAIT_S).block_size
 
     with Pagerd(tmp_path, config).ready() as pagerd:
         pagerd.connect(ALICE[0]).open()
