@@ -16,7 +16,7 @@ import numpy.typing as npt
 from ..tiers.errors import KvTierError
 from ..tiers.nvme.manifest import STAMP
 from .quota import Quotas
-from .states import NOWHERE, IntArray
+from .states import NOWHERE, SEVERAL, IntArray
 
 if TYPE_CHECKING:
     from ..tiers.nvme.store import NvmeTier
@@ -152,6 +152,7 @@ class ColdSide:
         source = d.nvme_slot[blocks]
         host_slots = group.forms.stage(blocks, host_slots, below=True)
         d.host_slot[blocks] = host_slots
+        group.host.writer[host_slots] = d.owner[blocks]
         d.nvme_holds[blocks] += 1
         d.nvme_hit[blocks] = True
         target, stamps = group.forms.for_disk(host_slots), self.tier.stamps(self.index, source)
@@ -207,11 +208,16 @@ class ColdSide:
         d.nvme_holds[move.blocks] -= 1
         good = move.ticket.ok & (not failed)
         group.host.publish(move.target[good])
-        group.host.drop(move.target[~good])
+        self._drop_half_read(move.target[~good])
         bad = move.blocks[~good]
         d.host_slot[bad] = NOWHERE
         if len(bad):
             self.lose_copies(bad)
+
+    def _drop_half_read(self, slots: IntArray) -> None:
+        """What was in these slots before may be there still."""
+        self.group.host.drop(slots)
+        self.group.host.writer[slots] = SEVERAL
 
     def finish_write(self, move: Move, failed: bool) -> None:
         assert move.ticket is not None
@@ -273,7 +279,7 @@ class ColdSide:
             self.finish_relocate(move, failed=False)
         elif move.kind == "nvme_to_host":
             d.nvme_holds[move.blocks] -= 1
-            self.group.host.drop(move.target)
+            self._drop_half_read(move.target)
             d.host_slot[move.blocks] = NOWHERE
         else:
             self.group.host.holds[move.source] -= 1

@@ -19,15 +19,15 @@ from .group import BlockGroup
 from .page_table import BlockTable, Sequence
 from .prefix import adopt, residency, seal_key, take_back
 from .records import SessionRecords
-from .sessions import ParkedSession, SessionEntry, check_session_id
+from .sessions import MAX_SESSION_ID_BYTES, ParkedSession, SessionEntry, check_session_id
 from .states import NOWHERE, IntArray, PageState
 
 
 class Parking:
     """Sessions of one pager."""
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
+    def __init__(self, core: Core, *, max_id_bytes: int = MAX_SESSION_ID_BYTES) -> None:
+        self._core, self._max_id_bytes = core, max_id_bytes
         self._records = SessionRecords(core, core.nvme) if core.nvme is not None else None
 
     def recover(self) -> int:
@@ -65,7 +65,7 @@ class Parking:
     def _record(self, session_id: str, seq: Sequence, extra: dict[str, Any], timeout_s: float) -> SessionEntry:
         """Everything that the session needs is durable when this returns, its record last."""
         core = self._core
-        check_session_id(session_id)
+        check_session_id(session_id, most=self._max_id_bytes)
         other = core.sessions.get(session_id)
         if other is not None and other.active_seq not in (None, seq.id):
             raise ConfigError(f"session {session_id!r} is active in another sequence; park or release that one")

@@ -112,8 +112,8 @@ def _branch(session_id: str, told: list[Any]) -> tuple[int, str] | None:
     return told[0], told[1]
 
 
-def check_session_id(session_id: str) -> str:
+def check_session_id(session_id: str, *, most: int = MAX_SESSION_ID_BYTES) -> str:
     """Session ids are data, never paths; still they are bounded and not empty."""
-    if not session_id or len(session_id.encode()) > MAX_SESSION_ID_BYTES:
-        raise ConfigError(f"session id {session_id[:40]!r}: need 1 to {MAX_SESSION_ID_BYTES} bytes")
+    if not session_id or len(session_id.encode()) > most:
+        raise ConfigError(f"session id {session_id[:40]!r}: need 1 to {most} bytes")
     return session_id

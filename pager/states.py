@@ -23,6 +23,7 @@ from .rules import Rule
 
 IntArray = npt.NDArray[np.int64]
 NOWHERE = -1
+SEVERAL = -1  # namespaces whose bytes may be in one slot; no tag is negative
 
 
 # numpy compares an array with an IntEnum element by element in int64, with a uint8 fifteen times as fast
@@ -197,6 +198,7 @@ class HostSlots:
         self.block = np.full(num_slots, NOWHERE, np.int64)
         self.holds = np.zeros(num_slots, np.int32)
         self.generation = np.zeros(num_slots, np.uint64)
+        self.writer = np.zeros(num_slots, np.int64)  # tag of the namespace whose bytes may be in a slot, or SEVERAL
         self.num_free = num_slots
         self.peak_used = 0
         self.on_drop: Callable[[IntArray], None] = lambda slots: None

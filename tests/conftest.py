@@ -6,8 +6,10 @@ The soak draws new ones.
 
 from __future__ import annotations
 
+import inspect
 import random
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import hypothesis
@@ -42,6 +44,17 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"kvtier: --seed {config.getoption('--seed')}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that draws and fails says how to run it again."""
+    report = yield
+    if report.failed and "seed" in inspect.signature(getattr(item, "function", seeded)).parameters:
+        soak = "-m soak " if item.get_closest_marker("soak") else ""
+        line = f"python -m pytest {soak}{item.nodeid!r} --seed {item.config.getoption('--seed')}"
+        report.sections.append(("again", line))
+    return report
 
 
 @pytest.fixture

@@ -90,6 +90,9 @@ class AsyncDaemonConnection:
                 await asyncio.sleep(busy.retry_after_s)
 
     async def close(self) -> None:
+        """Says GOODBYE, and does not wait for the answer."""
+        if self._lost is None and self.welcome.version:
+            self._send(next(self._ids), messages.Goodbye(self.welcome.epoch))
         self._task.cancel()
         self._writer.close()
         try:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ...tiers.errors import ConfigError, ProtocolError, StaleLeaseError
+from ...tiers.errors import ConfigError, ProtocolError, QueueFullError, StaleLeaseError
 from ..clients import Clients
 from ..rules import Rule, Rules
 from ..wire import messages as m
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .copying import CopyDesk, Pool
     from .store import SharedStore
 
+MAX_LEFT = 64  # attachments of one process whose connections are gone; each keeps a pidfd and its books
 _LOG = logging.getLogger("kvtier.pagerd")
 
 
@@ -44,6 +45,8 @@ class Attachment:
     stores: dict[int, Client] = field(default_factory=dict)
     pools: dict[tuple[int, int], Pool] = field(default_factory=dict)  # by store and layer group
     channel: socket.socket | None = None  # through which descriptors of pools come
+    has_left: bool = False  # said GOODBYE
+    was_given_slab: bool = False  # copies of its own may run when its socket is gone
 
     def client(self, models: Models, number: int, group: int = 0) -> tuple[SharedStore, Client]:
         """Of a store that it has opened. Raises ProtocolError."""
@@ -85,6 +88,7 @@ class Attachments:
         self.ending: dict[int, Attachment] = {}
         self._next_epoch = int.from_bytes(random_bytes(7), "little")
         self.num_stale = 0
+        self.drop: Callable[[Connection], None]  # nothing that comes from there has a say any more
 
     # ------------------------------------------------------------------ coming
     def hello(self, connection: Connection, request_id: int, hello: m.Hello, limits: Limits) -> None:
@@ -99,6 +103,13 @@ class Attachments:
         tenant = self._tenants.find(connection.uid, hello.token, connection.gids)
         if tenant is None:
             raise ProtocolError(f"uid {connection.uid} is not let in; see the daemon's configuration")
+        self._end_previous(connection.pid, hello)
+        if sum(left.pid == connection.pid for left in self.left.values()) >= MAX_LEFT:
+            what = (
+                f"{MAX_LEFT} connections of process {connection.pid} ended without GOODBYE, and it may use their slots"
+            )
+            connection.refuse(QueueFullError(f"{what}: end it, or say previous_epoch in HELLO", retry_after_s=1.0))
+            return
         self._next_epoch += 1
         attachment = Attachment(self._next_epoch, tenant, hello.token, 0, connection, max(connection.pid, 0))
         if connection.pid > 0:
@@ -106,9 +117,8 @@ class Attachments:
                 attachment.process = self.processes.attach(connection.pid)
             except ConfigError as error:  # killed with its HELLO under way
                 raise ProtocolError(str(error)) from error
-            self.processes.hold(attachment.process, lambda: self._end(attachment))
+            self.processes.hold(attachment.process, lambda: self._process_ended(attachment))
         self.by_connection[connection] = attachment
-        self._end_previous(connection.pid, hello)
         connection.version = version
         features = self._features(hello, tenant, connection)
         attachment.may_order = m.IPC in features
@@ -151,7 +161,7 @@ class Attachments:
             raise StaleLeaseError(f"epoch {epoch} is over; this attachment has epoch {attachment.epoch}")
 
     # ------------------------------------------------------------------ going
-    def show_out(self, drop: Callable[[Connection], None]) -> None:
+    def show_out(self) -> None:
         """After a reload: who may no longer have what its connection was given, loses the connection at once.
 
         Requests under way change nothing more. What its process still holds goes when the process does (rule 10).
@@ -161,10 +171,11 @@ class Attachments:
             if now is None or not now.covers(attachment.tenant):
                 _LOG.warning("event=show_out pid=%d tenant=%s", connection.pid, attachment.tenant.name)
                 connection.refuse(ProtocolError("the daemon's configuration has changed: not let in as before"))
-                drop(connection)
+                self.drop(connection)
 
     def goodbye(self, attachment: Attachment) -> None:
         """No copy of the process runs: everything goes at once."""
+        attachment.has_left = True
         if attachment.process:
             self.processes.release(attachment.process)
         else:
@@ -180,14 +191,21 @@ class Attachments:
         for client in attachment.stores.values():
             client.sessions.clear()
             client.writing = None
-        if attachment.process and attachment.stores:
+        if attachment.process and attachment.was_given_slab:
             self.left[attachment.epoch] = attachment
             self.processes.disconnected(attachment.process)
         elif attachment.process:
-            self.processes.release(attachment.process)  # it never had a slot
+            self.processes.release(attachment.process)  # none of its copies can be under way: bytes went by the socket
         else:
-            self._end(attachment)  # not on this machine: it has no slab, so none of its copies can be under way
+            self._end(attachment)  # the same: not on this machine, or its process is gone
         return attachment
+
+    def _process_ended(self, attachment: Attachment) -> None:
+        """Its socket may live on in a child: what still comes there must not go into slots that are given back (rule 7)."""
+        if (connection := attachment.connection) is not None and not attachment.has_left:
+            connection.close()
+            self.drop(connection)
+        self._end(attachment)
 
     def _end(self, attachment: Attachment) -> None:
         """Its process is gone, or its own copies are over; those that it ordered from us may still run."""

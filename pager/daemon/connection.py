@@ -312,6 +312,7 @@ class Connection(asyncio.BufferedProtocol):
         self._answered(request_id)
 
     def close(self) -> None:
+        self._target = None  # whose slot may be somebody else's from now on
         if self._transport is not None and not self.is_closed:
             self._transport.abort()
 
@@ -323,7 +324,7 @@ class Connection(asyncio.BufferedProtocol):
     def refuse(self, error: KvTierError) -> None:
         """Say why, and close."""
         self.fail(0, error)
-        self.is_closed = True
+        self.is_closed, self._target = True, None
         if self._transport is not None:
             self._transport.close()
 

@@ -58,22 +58,26 @@ class Holdings:
         self.reserved[slots] = True
 
     def lease(self, slots: IntArray) -> None:
-        self.group.host.holds[slots] += 1  # rule 7
+        """A lease per mention of a slot."""
+        np.add.at(self.group.host.holds, slots, 1)  # rule 7
         np.add.at(self.leased, slots, 1)
 
     def release(self, slots: IntArray) -> npt.NDArray[np.bool_]:
-        """Give back leases and reservations; False where there is neither."""
-        is_leased, is_reserved = self.leased[slots] > 0, self.reserved[slots]
-        self._end_leases(np.unique(slots[is_leased]), 1)
-        self._end_reservations(np.unique(slots[is_reserved & ~is_leased]))
+        """Give back leases and reservations, one per mention of a slot; False where there is neither any more."""
+        earlier = _earlier_mentions(slots)
+        is_leased = self.leased[slots] > earlier
+        is_reserved = self.reserved[slots] & (earlier == 0)  # a slot is one or the other
+        ended, counts = np.unique(slots[is_leased], return_counts=True)
+        self._end_leases(ended, counts)
+        self._end_reservations(slots[is_reserved])
         return is_leased | is_reserved
 
     def is_in_use(self, slots: IntArray) -> npt.NDArray[np.bool_]:
-        """Whether a copy runs that giving these slots back once would leave without a hold."""
-        last: npt.NDArray[np.bool_] = (self.copying[slots] > 0) & (self.leased[slots] <= 1)
+        """Whether a copy runs that giving these slots back, once per mention, would leave without a hold."""
+        last: npt.NDArray[np.bool_] = (self.copying[slots] > 0) & (self.leased[slots] <= 1 + _earlier_mentions(slots))
         return last
 
-    def _end_leases(self, slots: IntArray, count: int | npt.NDArray[np.int32]) -> None:
+    def _end_leases(self, slots: IntArray, count: npt.NDArray[np.signedinteger]) -> None:
         group = self.group
         group.host.holds[slots] -= count
         self.leased[slots] -= count
@@ -208,5 +212,15 @@ class Holdings:
         return bool(
             (host.state[self.reserved] == SlotState.STAGING).all()
             and (host.state[self.leased > 0] == SlotState.VALID).all()
+            and (self.leased >= 0).all()
             and (host.holds >= self.leased).all()
         )
+
+
+def _earlier_mentions(slots: IntArray) -> IntArray:
+    """Of each place in a message, how many places before it name the same slot."""
+    order = np.argsort(slots, kind="stable")
+    _, counts = np.unique(slots, return_counts=True)
+    found = np.empty(len(slots), np.int64)
+    found[order] = np.arange(len(slots)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return found

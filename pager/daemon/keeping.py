@@ -16,8 +16,9 @@ from ..core import Core
 from ..group import MAX_MOVE_BYTES
 from ..parking import Parking
 from ..prefix import adopt, take_tail
-from ..sessions import SessionEntry
+from ..sessions import SessionEntry, check_session_id
 from ..states import IntArray, SlotState
+from . import session_names
 from .client import Client
 
 
@@ -26,7 +27,7 @@ class Keeper:
 
     def __init__(self, core: Core, clients: Mapping[Client, None]) -> None:
         self.core, self.clients = core, clients
-        self.parking = Parking(core)
+        self.parking = Parking(core, max_id_bytes=session_names.MAX_NAME_BYTES)
 
     # ------------------------------------------------------------------ blocks
     def write_down(self, timeout_s: float) -> None:
@@ -82,8 +83,12 @@ class Keeper:
         core, entry = self.core, _entry(session_id, record)
         if not client.tenant.owns(entry.namespace):
             raise UnknownSessionError(f"namespace {entry.namespace!r} is not of this client")
-        self._require_not_taken(client, session_id)
+        name = session_names.name_for(client.tenant, entry.namespace, check_session_id(session_id))
         with core.locked():
+            before = session_names.find(client.tenant, session_id, core.sessions)
+            self._require_not_taken(client, name)
+            if before is not None:
+                self._require_not_taken(client, before.session_id)
             seq = core.begin(entry.namespace)
             seq.token_ids = list(entry.token_ids)
             if entry.branch is not None:
@@ -98,52 +103,53 @@ class Keeper:
                     f"session {session_id!r}: {seq.num_computed} of its {entry.num_computed} tokens are held here; write "
                     "the others again"
                 )
-            self.parking.park(session_id, seq, entry.extra, timeout_s)
+            self.parking.park(name, seq, entry.extra, timeout_s)
         except BaseException:
             with core.locked():
                 core.drop_tables(seq, released=False)
                 core.sequences.pop(seq.id, None)
             raise
-        client.sessions.add(session_id)
+        client.sessions.add(name)
+        if before is not None and before.session_id != name:  # it moved to another namespace of the tenant
+            client.sessions.discard(before.session_id)
+            self.parking.forget(before.session_id)
 
     def get_session(self, client: Client, session_id: str, *, take: bool) -> dict[str, Any]:
         """Raises UnknownSessionError, also for a session of somebody else; Busy while another client has it."""
         with self.core.lock:
             entry = self._session(client, session_id)
             if take:
-                self._require_not_taken(client, session_id)
-                client.sessions.add(session_id)
+                self._require_not_taken(client, entry.session_id)
+                client.sessions.add(entry.session_id)
             return entry.to_record() | {"is_durable": entry.is_durable}
 
     def drop_session(self, client: Client, session_id: str, *, keep: bool, released: bool = False) -> None:
         with self.core.lock:
-            self._session(client, session_id)
-            self._require_not_taken(client, session_id)
-            client.sessions.discard(session_id)
+            name = self._session(client, session_id).session_id
+            self._require_not_taken(client, name)
+            client.sessions.discard(name)
         if not keep:
-            self.parking.forget(session_id, released=released)
+            self.parking.forget(name, released=released)
 
     def list_sessions(self, client: Client, after: str, limit: int) -> tuple[list[SessionEntry], bool]:
         """Those of this tenant's namespaces behind `after`, in order; and whether there are more."""
         with self.core.lock:
-            ids = sorted(i for i, e in self.core.sessions.items() if i > after and client.tenant.owns(e.namespace))
-            return [self.core.sessions[i] for i in ids[:limit]], len(ids) > limit
+            own = {session_names.id_of(e): e for e in self.core.sessions.values() if client.tenant.owns(e.namespace)}
+            ids = sorted(i for i in own if i > after)
+            return [own[i] for i in ids[:limit]], len(ids) > limit
 
-    def is_taken(self, session_id: str) -> bool:
-        return any(session_id in client.sessions for client in self.clients)
+    def is_taken(self, entry: SessionEntry) -> bool:
+        return any(entry.session_id in client.sessions for client in self.clients)
 
     def _session(self, client: Client, session_id: str) -> SessionEntry:
-        entry = self.core.sessions.get(session_id)
-        if entry is None or not client.tenant.owns(entry.namespace):
+        entry = session_names.find(client.tenant, session_id, self.core.sessions)
+        if entry is None:
             raise UnknownSessionError(f"session {session_id!r} is unknown")
         return entry
 
-    def _require_not_taken(self, client: Client, session_id: str) -> None:
-        entry = self.core.sessions.get(session_id)
-        if entry is not None and not client.tenant.owns(entry.namespace):
-            raise UnknownSessionError(f"session id {session_id!r} cannot be used; choose another")
-        if any(session_id in other.sessions for other in self.clients if other is not client):
-            raise Busy(f"session {session_id!r} is active in another process", retry_after_s=0.1)
+    def _require_not_taken(self, client: Client, name: str) -> None:
+        if any(name in other.sessions for other in self.clients if other is not client):
+            raise Busy(f"session {name!r} is active in another process", retry_after_s=0.1)
 
 
 def _entry(session_id: str, record: dict[str, Any]) -> SessionEntry:

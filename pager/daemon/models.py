@@ -100,12 +100,12 @@ class Models:
         _LOG.info("event=open_model host_bytes=%d blocks=%s", config.host_size, _recovered(store))
         return number
 
-    def block_size_of(self, fingerprint: str) -> int:
-        """Of the blocks that are open or stored for a model; 0 where there are none."""
-        for layouts, known, _ in self._numbers:
-            if known == fingerprint:
+    def block_size_of(self, fingerprint: str, domain: str) -> int:
+        """Of the blocks that are open or stored for a model in a trust domain; 0 where there are none. On a thread."""
+        for layouts, known, where in list(self._numbers):
+            if (known, where) == (fingerprint, domain):
                 return layouts[0].block_size
-        return _stored_block_size(self._budget.nvme_path, fingerprint)
+        return _stored_block_size(self._budget.nvme_path, fingerprint, domain)
 
     def store(self, number: int) -> SharedStore:
         return self._stores[number]
@@ -200,18 +200,18 @@ def _folder(layouts: tuple[KVLayout, ...], fingerprint: str, domain: str) -> str
     return "model-" + hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
-def _stored_block_size(path: Path | None, fingerprint: str) -> int:
-    """Of the newest store of that model on disk."""
-    from ...tiers.nvme.identity import STORE_FILE, read_identity
+def _stored_block_size(path: Path | None, fingerprint: str, domain: str) -> int:
+    """Of the newest store of that model and domain on disk; whose a store is, its folder's name tells."""
+    from ...tiers.nvme.identity import STORE_FILE, read_identity, stored_layouts
 
     folders = path.glob("model-*") if path is not None and path.is_dir() else []
     for folder in sorted((f for f in folders if (f / STORE_FILE).exists()), key=lambda f: -f.stat().st_mtime):
         try:
-            stored = read_identity(folder)
+            layouts = stored_layouts(folder, read_identity(folder))
         except ConfigError:
             continue  # opening it says what is wrong
-        if stored.get("model_fingerprint") == fingerprint and stored.get("layouts"):
-            return int(stored["layouts"][0]["block_size"])
+        if folder.name == _folder(layouts, fingerprint, domain):
+            return layouts[0].block_size
     return 0
 
 

@@ -26,10 +26,9 @@ class LeaseRequest:
         holdings: Holdings,
         blocks: IntArray,
         deadline_s: float,
-        writer: npt.NDArray[np.uint32],
     ) -> None:
         self._core, self._holdings, self.group = core, holdings, holdings.group
-        self.blocks, self.deadline_s, self._writer = blocks, deadline_s, writer
+        self.blocks, self.deadline_s = blocks, deadline_s
         self.slots = np.full(len(blocks), MISS, np.int64)
         self.generations = np.zeros(len(blocks), np.uint64)
         self._waits = blocks >= 0
@@ -97,7 +96,6 @@ class LeaseRequest:
                 if slots is None:
                     break
                 group.cold.read(batch, slots, "demand")
-                self._writer[slots] = d.owner[batch]
 
     def _within_pins(self, index: IntArray) -> IntArray:
         """Of these places, those whose namespaces may hold more slots now."""

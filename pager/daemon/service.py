@@ -68,6 +68,7 @@ class Service:
             random_bytes=random_bytes,
             allow_ipc=allow_ipc,
         )
+        self.attachments.drop = self.disconnected
         self._connections: dict[Connection, None] = {}
         self._slow = ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="kvtier-slow")
         self.turns = Turns(loop, clock)
@@ -157,7 +158,7 @@ class Service:
 
     def show_out(self) -> None:
         """After a reload: who may no longer have what its connection was given, loses the connection at once."""
-        self.attachments.show_out(self.disconnected)
+        self.attachments.show_out()
 
     # ------------------------------------------------------------------ one request
     def _serve(self, attachment: Attachment, header: Header, body: bytes) -> None:
@@ -182,8 +183,10 @@ class Service:
             connection.reply(header.request_id, answer)
 
     def _cancel(self, connection: Connection, request_id: int) -> None:
-        self.verbs.cancel(connection, request_id)
-        connection.cancel(request_id)
+        if self.verbs.cancel(connection, request_id):
+            connection.drop_reply(request_id)
+        else:
+            connection.cancel(request_id)
 
     def _goodbye(self, attachment: Attachment, request_id: int, message: m.Goodbye) -> object:
         if self._blocks.is_writing(attachment.connection):

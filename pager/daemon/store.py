@@ -22,6 +22,7 @@ from ...tiers.shared import SharingBackend, make_rows
 from .. import hints
 from ..config import PagerConfig
 from ..core import Core
+from ..group import BlockGroup
 from ..prefetching import Prefetcher
 from ..rules import ALL_RULES, Rules
 from ..sizing import Sizes, split_blocks
@@ -62,9 +63,6 @@ class SharedStore:
         self.clients: dict[Client, None] = {}  # in order of their coming
         self.keeper = Keeper(core, self.clients)
         self.prefetcher, self.counts = Prefetcher(core), RequestCounts(core, self._visible)
-        self._writer = [
-            np.zeros(len(g.host), np.uint32) for g in core.groups
-        ]  # tag of the namespace whose bytes are in a slot
         core.holders.append(self)
 
     @classmethod
@@ -232,14 +230,15 @@ class SharedStore:
 
     def _zero_foreign(self, client: Client, index: int, slots: IntArray) -> None:
         """Nobody is handed bytes that another tenant wrote."""
-        writer = self._writer[index][slots]
+        group = self.core.groups[index]
+        writer = group.host.writer[slots]
         foreign = slots[(writer != 0) & ~client.tenant.owns_tags(writer)]
-        self.core.groups[index].slab.rows[foreign] = 0
-        self._writer[index][foreign] = 0
+        group.slab.rows[foreign] = 0
+        group.host.writer[foreign] = 0
 
     def _note_writers(self, client: Client, index: int, slots: IntArray) -> None:
         """This client may have written anything there."""
-        self._writer[index][slots] = client.tenant.tag
+        self.core.groups[index].host.writer[slots] = client.tenant.tag
 
     def commit(
         self,
@@ -265,7 +264,7 @@ class SharedStore:
             before = [parents[i] if any(parents[i]) else None for i in own.tolist()]
             taken, is_held = holdings.commit(slots[own], names, before, tokens[own], owners[own], hold=hold)
             results[own] = taken * TAKEN + is_held * IS_HELD
-            self._writer[index][slots[own[taken]]] = owners[own[taken]]
+            group.host.writer[slots[own[taken]]] = owners[own[taken]]
             for i in own.tolist():
                 if results[i]:
                     self.core.ghosts.forget(keys[i])
@@ -286,7 +285,7 @@ class SharedStore:
         with self.core.locked():
             blocks = self._visible(client, index, keys)
             deadline_s = self.core.clock() + wait_s
-            request = LeaseRequest(self.core, client.holdings[index], blocks, deadline_s, self._writer[index])
+            request = LeaseRequest(self.core, client.holdings[index], blocks, deadline_s)
             if not request.step():
                 client.requests.append(request)
             return request
@@ -379,6 +378,17 @@ class SharedStore:
         with self.core.lock:
             self.core.check_integrity()
             assert all(holdings.check() for client in self.clients for holdings in client.holdings)
+            assert all(map(self._are_holds_known, self.core.groups)), "holds of slots and who has them do not agree"
+
+    def _are_holds_known(self, group: BlockGroup) -> bool:
+        """Whether every hold of a slot is a lease of a client or a copy of ours to nvme."""
+        held = np.zeros(len(group.host), np.int64)
+        for client in self.clients:
+            held += client.holdings[group.index].leased
+        for move in group.moves:
+            if move.kind == "host_to_nvme":
+                np.add.at(held, move.source, 1)
+        return bool((group.host.holds == held).all())
 
     def pinned_slots(self) -> int:
         """Slots that clients have leased or reserved."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,7 @@ class Tenant:
     def owns(self, namespace: str) -> bool:
         return self.owns_all or unsalted(namespace) in self.namespaces
 
-    def owns_tags(self, tags: npt.NDArray[np.uint32]) -> npt.NDArray[np.bool_]:
+    def owns_tags(self, tags: npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.bool_]:
         """Which of these are of its namespaces. Takes as long for foreign ones as for own."""
         return np.ones(len(tags), bool) if self.owns_all else np.isin(tags, self.tags)
 

@@ -20,6 +20,7 @@ from .attached import Attachment
 from .connection import Connection
 from .fields import keys_in, layout_in, leased, slots_in, words_in
 from .models import Models
+from .session_names import id_of
 
 if TYPE_CHECKING:
     from .client import Client
@@ -108,6 +109,7 @@ class Verbs:
             may_map,
         )
         if may_map:
+            attachment.was_given_slab = True
             attachment.connection.reply_with_fds(request_id, opened, store.fds)
         else:
             attachment.connection.reply(request_id, opened)
@@ -115,7 +117,14 @@ class Verbs:
     def _find_model(self, attachment: Attachment, request_id: int, message: m.FindModel) -> object:
         if not attachment.speaks(2):
             raise ProtocolError("FIND_MODEL came with version 2 of the protocol; this connection speaks an older one")
-        return m.ModelFound(self._models.block_size_of(message.model_fingerprint))
+        domain = attachment.tenant.domain
+        self._on_thread(  # it looks on the disk
+            attachment,
+            request_id,
+            lambda: self._models.block_size_of(message.model_fingerprint, domain),
+            lambda size: attachment.say(request_id, m.ModelFound(size)),
+        )
+        return None
 
     # ------------------------------------------------------------------ blocks
     def _lookup(self, attachment: Attachment, request_id: int, message: m.Lookup) -> object:
@@ -211,16 +220,23 @@ class Verbs:
             if attachment is not None:
                 attachment.say(request_id, leased(request))
 
-    def cancel(self, connection: Connection, request_id: int) -> None:
-        for key, (attachment, waiting_id, number) in list(self.waiting.items()):
+    def cancel(self, connection: Connection, request_id: int) -> bool:
+        """Whether it was one of them; it gets no answer then."""
+        for key, (attachment, waiting_id, _) in self.waiting.items():
             if attachment.connection is connection and waiting_id == request_id:
-                del self.waiting[key]
-                self._models.cancel(number, attachment.stores[number], key)
+                self._cancel(key)
+                return True
+        return False
 
     def forget(self, attachment: Attachment) -> None:
-        """Nobody waits for its answers any more."""
+        """Nobody waits for its answers any more, so nobody is told of the slots: they outlive no socket."""
         for key in [key for key, (who, _, _) in self.waiting.items() if who is attachment]:
-            del self.waiting[key]
+            self._cancel(key)
+
+    def _cancel(self, key: int) -> None:
+        attachment, _, number = self.waiting.pop(key)
+        if (client := attachment.stores.get(number)) is not None:  # else it has let go of everything already
+            self._models.cancel(number, client, key)
 
     # ------------------------------------------------------------------ durability and sessions
     def _flush(self, attachment: Attachment, request_id: int, message: m.Flush) -> object:
@@ -261,11 +277,11 @@ class Verbs:
         entries, more = store.keeper.list_sessions(client, message.after, SESSIONS_PER_REPLY)
         rows: list[object] = [
             [
-                e.session_id,
+                id_of(e),
                 e.namespace,
                 len(e.token_ids),
                 e.num_computed,
-                store.keeper.is_taken(e.session_id),
+                store.keeper.is_taken(e),
                 e.is_durable,
             ]
             for e in entries

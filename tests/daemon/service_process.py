@@ -117,7 +117,8 @@ class RawClient:
         self.namespaces = {str(name): secret for name, secret in connection.welcome.namespaces.items()}
 
     def open(self, fingerprint: str = "test") -> RawClient:
-        opened = self.connection.call(m.Open([LAYOUT.to_dict()], fingerprint, want_slab=False), m.Opened)
+        message = m.Open([LAYOUT.to_dict()], fingerprint, want_slab=False)
+        opened = self.connection.call(message, m.Opened, timeout_s=WAIT_S)
         self.store, self.num_slots = opened.store, opened.num_slots[0]
         self.limit = opened.lease_limits[0]
         return self

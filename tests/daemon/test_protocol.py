@@ -200,8 +200,8 @@ def test_a_large_request_leaves_no_large_buffer_behind(daemon):
     raw.goodbye()
 
 
-def test_a_cancelled_lease_gives_its_slots_back(daemon):
-    client, other = attach(daemon.address), attach(daemon.address)
+def reads_wait(daemon, client) -> HostEvent:
+    """Block 1 is on nvme alone, and what is read from there comes once the event is finished."""
     put(client, [1])
     client.flush(10.0)
     client.unhold(0, key(1))
@@ -218,10 +218,17 @@ def test_a_cancelled_lease_gives_its_slots_back(daemon):
         return ticket
 
     store.core.nvme.read = read_late
+    return slow
+
+
+def test_a_cancelled_lease_gives_its_slots_and_its_place_back(daemon):
+    client, other = attach(daemon.address), attach(daemon.address)
+    slow, store = reads_wait(daemon, client), daemon.store
     message = m.Lease(other.epoch, other.store, 0, key(1), 60_000)
     with pytest.raises(TierUnavailableError, match="did not answer"):
         other.connection.call(message, m.Leased, timeout_s=0.3)
     wait_for(lambda: not daemon.service.verbs.waiting and not any(c.requests for c in store.clients))
+    wait_for(lambda: not any(connection._in_flight for connection in daemon.service._connections))
     slow.finish()
     wait_for(lambda: not store.core.in_flight())
     store.check_integrity()
@@ -229,6 +236,21 @@ def test_a_cancelled_lease_gives_its_slots_back(daemon):
     assert (get(other, 1) == block(1)).all()
     for one in (client, other):
         one.goodbye()
+
+
+def test_a_lease_that_waits_ends_with_its_socket(daemon):
+    """Nobody was told of its slots, so no copy runs from them, though the process lives on."""
+    client, other = attach(daemon.address), attach(daemon.address)
+    slow, store = reads_wait(daemon, client), daemon.store
+    other.connection.begin(m.Lease(other.epoch, other.store, 0, key(1), 60_000), m.Leased)
+    wait_for(lambda: daemon.service.verbs.waiting)
+    other.connection.close()
+    wait_for(lambda: daemon.service.attachments.left and not daemon.service.verbs.waiting)
+    slow.finish()
+    wait_for(lambda: not store.core.in_flight())
+    store.check_integrity()
+    assert store.pinned_slots() == 0 and not any(c.requests for c in store.clients)
+    client.goodbye()
 
 
 def test_turns_go_round():

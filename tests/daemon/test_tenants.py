@@ -23,6 +23,7 @@ from kvtier.pager.wire import messages as m
 from kvtier.tiers.errors import KvTierError, ProtocolError, TierFullError, UnknownSessionError
 
 sys.path.insert(0, str(Path(__file__).parent))
+from running import wait_for
 from service_process import BLOCK, LAYOUT, Pagerd
 
 ALICE, BOB = ((t, secret_files.hash_token(t)) for t in ("kvt_" + "a" * 43, "kvt_" + "b" * 43))
@@ -246,8 +247,8 @@ def test_with_encryption_the_store_of_a_daemon_shows_nothing_and_each_tenant_rea
 
 
 # ---------------------------------------------------------------------- the path that a lookup takes
-def make_store(tmp_path: Path) -> SharedStore:
-    config = PagerConfig(device_bytes=0, host_bytes=64 * BLOCK, backend="cpu", host_prefault=False)
+def make_store(tmp_path: Path, slots: int = 64, **disk) -> SharedStore:
+    config = PagerConfig(device_bytes=0, host_bytes=slots * BLOCK, backend="cpu", host_prefault=False, **disk)
     return SharedStore.open((LAYOUT,), config, model_fingerprint="test", about={})
 
 
@@ -304,3 +305,83 @@ def test_foreign_and_absent_keys_take_one_path(tmp_path, prefix):
     lease_path(random_keys(20, 5))
     assert lease_path(more) == lease_path(random_keys(20, 6))
     store.close(5)
+
+
+# ---------------------------------------------------------------------- what is in a slot that is handed out
+def tenants_by_name(*names: str) -> list[Tenant]:
+    return [Tenant(name, {name: b"s" * 32}, maps_slab=False) for name in names]
+
+
+def stored_blocks(tmp_path: Path, tenant: Tenant, keys: list[bytes], slots: int) -> SharedStore:
+    """A store that was started anew: the blocks are on its disk, and not a byte in its memory."""
+    disk = {"nvme_path": tmp_path / "s", "nvme_bytes": "4MiB"}
+    store = make_store(tmp_path, slots, **disk)
+    client = store.attach(tenant)
+    for key in keys:
+        slot, _ = store.reserve(client, 0, 1)
+        store.row(client, 0, int(slot[0]), to_write=True)[:] = b"\xaa" * BLOCK
+        owners = np.array([owner_tag(tenant.name)], np.uint32)
+        store.commit(client, 0, slot, [key], [bytes(32)], np.array([4]), owners, hold=True)
+        store.release(client, 0, slot)
+    store.keeper.flush(client, 60)
+    store.detach(client)
+    store.close(60)
+    return make_store(tmp_path, slots, **disk)
+
+
+def bytes_handed_out(store: SharedStore, client, slots: int) -> list[bytes]:
+    """What stands in every slot as it is reserved."""
+    found = []
+    for number in range(slots):
+        slot, _ = store.reserve(client, 0, 1)
+        found.append(bytes(store.row(client, 0, int(slot[0]), to_write=True)))
+        owners = np.array([client.tenant.tag], np.uint32)
+        name = random_keys(1, 90 + number)
+        store.commit(client, 0, slot, name, [bytes(32)], np.array([4]), owners, hold=False)
+        store.release(client, 0, slot)
+    return found
+
+
+def brought_up(store: SharedStore, tenant: Tenant, keys: list[bytes]):
+    """By a hint; returns once no read of it is under way."""
+    client = store.attach(tenant)
+    store.hint(client, keys, m.PREFETCH)
+    wait_for(lambda: (store.advance(), not store.core.in_flight())[1])
+    return client
+
+
+def test_what_a_prefetch_brought_up_is_not_in_the_slots_of_the_next_tenant(tmp_path):
+    alice, bob = tenants_by_name("alice", "bob")
+    keys = random_keys(4)
+    store = stored_blocks(tmp_path, alice, keys, 16)
+    client = brought_up(store, alice, keys)
+    assert (store.lookup(client, keys, prefix=False, hold=False) == m.IN_MEMORY).all()
+    assert not any(map(any, bytes_handed_out(store, store.attach(bob), 16)))
+    store.close(60)
+
+
+def test_a_read_that_fails_leaves_nothing_of_who_had_the_slot_before(tmp_path):
+    """Her block was to come there, so the slot is noted as hers: but it is not, and it has to be zeroed for her too."""
+    alice, bob = tenants_by_name("alice", "bob")
+    keys = random_keys(4)
+    store = stored_blocks(tmp_path, alice, keys, 8)
+    his = store.attach(bob)
+    slots, _ = store.reserve(his, 0, 8)
+    for slot in slots.tolist():
+        store.row(his, 0, slot, to_write=True)[:] = b"\xbb" * BLOCK
+    store.release(his, 0, slots)
+    read = store.core.nvme.read
+
+    def fails(*arguments):
+        ticket = read(*arguments)
+        assert ticket.event.wait(60)
+        ticket.ok[:] = False
+        store.core.groups[0].slab.rows[arguments[3], 8:] = 0xBB  # it came no further than this
+        return ticket
+
+    store.core.nvme.read = fails
+    client = brought_up(store, alice, keys)
+    assert (store.lookup(client, keys, prefix=False, hold=False) == m.ABSENT).all()
+    slots, _ = store.reserve(client, 0, 8)
+    assert not store.core.groups[0].slab.rows[slots].any()
+    store.close(60)

@@ -1,7 +1,7 @@
 """Runs a target on many inputs and judges it: no undocumented error, no input over a second of our time, no growing
 memory.
 
-One batch again, by its seed:    python tests/fuzz/fuzzing.py TARGET SEED
+One batch again, by its seed:    python tests/fuzz/fuzzing.py TARGET SEED [INPUTS]
 """
 
 from __future__ import annotations
@@ -56,8 +56,14 @@ def run(target: Target, inputs: int, seed: int) -> Verdict:
                 before = resident_bytes()
         verdict.grown_bytes = max(0, resident_bytes() - before)
     verdict.seconds = time.perf_counter() - started_s
-    assert verdict.grown_bytes < MOST_GROWTH_BYTES, f"{target.name}, seed {seed}: {verdict}"
+    assert verdict.grown_bytes < MOST_GROWTH_BYTES, (
+        f"{target.name}, seed {seed}: {verdict}{again(target, seed, inputs)}"
+    )
     return verdict
+
+
+def again(target: Target, seed: int, inputs: int = BATCH) -> str:
+    return f"\nagain: python tests/fuzz/fuzzing.py {target.name} {seed} {inputs}"
 
 
 def run_batch(target: Target, call: Call, seed: int, inputs: int, verdict: Verdict) -> None:
@@ -70,13 +76,13 @@ def run_batch(target: Target, call: Call, seed: int, inputs: int, verdict: Verdi
             verdict.refused += 1
         except BaseException as error:
             raise AssertionError(
-                f"{target.name}: input {number} of seed {seed} raised {type(error).__name__}: {error}\n"
-                f"again: python tests/fuzz/fuzzing.py {target.name} {seed}"
+                f"{target.name}: input {number} of seed {seed} raised {type(error).__name__}: {error}{again(target, seed)}"
             ) from error
         spent_s = clock() - started_s
         if spent_s > verdict.slowest_s:
             verdict.slowest_s = spent_s
-            assert spent_s < SLOWEST_S, f"{target.name}: input {number} of seed {seed} took {spent_s:.1f} s"
+            what = f"{target.name}: input {number} of seed {seed} took {spent_s:.1f} s"
+            assert spent_s < SLOWEST_S, what + again(target, seed)
     verdict.inputs += inputs
 
 

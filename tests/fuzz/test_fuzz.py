@@ -41,6 +41,13 @@ def test_some_inputs_are_good(name, tmp_path):
     assert verdict.refused < verdict.inputs
 
 
+@pytest.mark.parametrize(("limit", "lowered"), [("SLOWEST_S", -1.0), ("MOST_GROWTH_BYTES", -1)])
+def test_a_failure_for_time_or_memory_says_how_to_see_it_again(monkeypatch, limit, lowered):
+    monkeypatch.setattr(fuzzing, limit, lowered)
+    with pytest.raises(AssertionError, match=r"again: python tests/fuzz/fuzzing.py journal 4 \d+$"):
+        fuzzing.run(BY_NAME["journal"], 1, 4)
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(36000)
 @pytest.mark.parametrize("name", BY_NAME)

@@ -104,6 +104,9 @@ class Process:
     def _opened(self, kind: int, fields: dict[str, Any], _: bytes) -> None:
         assert kind == m.Opened.KIND, fields
         self.store = fields["store"]
+        attached = self.world.service.attachments.by_connection.values()
+        for own in (one for one in attached if one.epoch == self.epoch):
+            own.was_given_slab = self.maps  # no descriptor passes this network
 
     def ask(self, message: Any, then: Answer, payload: bytes | None = None) -> int:
         number, self.next_id = self.next_id, self.next_id + 1

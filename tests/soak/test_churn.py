@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import pytest
 
+from kvtier.pager.client.asynchronous import AsyncDaemonConnection
+from kvtier.pager.client.connection import Greeting
 from kvtier.pager.clients import Clients
 from kvtier.pager.config import PagerConfig
+from kvtier.pager.daemon.tenants import Tenant
 from kvtier.pager.lease import Span
 from kvtier.pager.pager import Pager
 from kvtier.pager.protocol import fetch_status
 from kvtier.tiers.layout import KVLayout
+
+from ..daemon import raw
+from ..daemon.inside import InsideDaemon
+from ..daemon.running import wait_for
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32")
 MOST_GROWTH_BYTES = 16 << 20
@@ -112,6 +121,32 @@ def one_crowd(number: int) -> None:
     assert clients.reap() == 3 and not held and len(clients) == 0
 
 
+class Visitors:
+    """One who maps the slab, and one who does not."""
+
+    def find(self, uid: int, token: str, gids: Collection[int] = ()) -> Tenant | None:
+        return Tenant("default", {"default": b"s" * 32}, maps_slab=token == "maps")
+
+
+def one_visit(daemon: InsideDaemon, number: int) -> None:
+    """Connections that end with a word, without one, and in the middle of a frame; this process lives on."""
+    silent, polite = (raw.attach(daemon.address, token=token) for token in ("", "maps"))
+    raw.put(silent, [2 * number], keep=True)
+    raw.put(polite, [2 * number + 1])
+    silent.connection.close()
+    assert polite.goodbye()
+
+    async def ask() -> None:
+        await (await AsyncDaemonConnection.open(daemon.address, Greeting("churn"))).close()
+
+    asyncio.run(ask())
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(daemon.address.removeprefix("unix://"))
+        peer.sendall(b"half")
+    wait_for(lambda: not daemon.service._connections and not len(daemon.service.processes))
+    assert not daemon.service.attachments.left and daemon.store.pinned_slots() == 0
+
+
 class Ended:
     """Listens to one submission."""
 
@@ -168,8 +203,20 @@ def test_clients_come_and_go():
     stays_flat(one_crowd, 20)
 
 
+def test_connections_of_a_daemon_come_and_go(tmp_path):
+    with InsideDaemon(tmp_path, host_bytes=16 * raw.SIZE, tenants=Visitors()) as daemon:
+        stays_flat(partial(one_visit, daemon), 40)
+
+
 def test_engines_come_and_go():
     stays_flat(make_engines(), 15)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+def test_connections_of_a_daemon_for_a_long_time(tmp_path):
+    with InsideDaemon(tmp_path, host_bytes=16 * raw.SIZE, tenants=Visitors()) as daemon:
+        stays_flat(partial(one_visit, daemon), 3000)
 
 
 @pytest.mark.soak
