@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ...tiers.errors import InvariantError, KvTierError, ProtocolError, QueueFullError
@@ -29,11 +29,12 @@ from .inspecting import DaemonInspector, may_inspect
 from .models import Models
 from .settings import Limits
 from .tenants import Tenants
+from .threads import Threads
 from .turns import Turns
 from .verbs import Verb, Verbs
 
+INSPECTORS = "inspectors"  # the name under which their questions queue
 TICK_S = 0.1  # how often it looks for clients that are gone, whatever else happens
-SLOW_THREADS = 4
 _LOG = logging.getLogger("kvtier.pagerd")
 
 
@@ -69,9 +70,9 @@ class Service:
             allow_ipc=allow_ipc,
         )
         self._connections: dict[Connection, None] = {}
-        self._slow = ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="kvtier-slow")
+        self.threads = Threads(loop)
         self.turns = Turns(loop, clock)
-        self.verbs = Verbs(models, loop, self._slow, self.copies)
+        self.verbs = Verbs(models, self.threads, self.copies)
         self._blocks = BlockTransfers(models, self.attachments, lambda: self._connections)
         own: dict[int, Verb] = {
             m.Goodbye.KIND: self._goodbye,
@@ -231,7 +232,7 @@ class Service:
             self._tick.cancel()
         for connection in list(self._connections):
             connection.close()
-        self._slow.shutdown(wait=True, cancel_futures=True)
+        self.threads.close()
         self.processes.close()
 
     # ------------------------------------------------------------------ status
@@ -263,7 +264,8 @@ class Service:
                     header.request_id, KvTierError("the question could not be answered; see the daemon's log")
                 )
 
-        self._loop.run_in_executor(self._slow, self.inspector.reply, header.request_id, body).add_done_callback(say)
+        work = functools.partial(self.inspector.reply, header.request_id, body)
+        self.threads.run(INSPECTORS, work).add_done_callback(say)
 
     def _answer_status(self, connection: Connection, header: Header) -> None:
         """Of all tenants together, so for the daemon's own user and root alone."""
