@@ -73,7 +73,7 @@ class Service:
         self.threads = Threads(loop)
         self.turns = Turns(loop, clock)
         self.verbs = Verbs(models, self.threads, self.copies)
-        self._blocks = BlockTransfers(models, self.attachments, lambda: self._connections)
+        self._blocks = BlockTransfers(models, self.attachments)
         own: dict[int, Verb] = {
             m.Goodbye.KIND: self._goodbye,
             m.Read.KIND: self._blocks.read,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from kvtier.pager.client.attachment import Attachment
@@ -12,11 +14,16 @@ from kvtier.pager.client.connection import Greeting
 from kvtier.pager.daemon.keeping import Keeper
 from kvtier.pager.daemon.tenants import Tenant
 from kvtier.pager.daemon.threads import AT_ONCE
+from kvtier.pager.keys import owner_tag
 from kvtier.pager.wire import messages as m
+from kvtier.pager.wire.frames import HEADER, pack, unpack
+from kvtier.tiers.layout import KVLayout
 
 from .inside import InsideDaemon
 from .raw import LAYOUT, SIZE, put
 from .running import START_S, wait_for
+
+READERS = 14  # each leaves less unread than it is dropped for, all together more than there is room for
 
 ALICE, BOB = Greeting("alice", "alice", ("bytes",)), Greeting("bob", "bob", ("bytes",))
 
@@ -63,3 +70,55 @@ def test_flushes_that_wait_are_in_the_way_of_no_other_tenant_nor_of_other_reques
     assert not len(daemon.service.threads)
     for client in (hers, his, another, same):
         client.goodbye()
+
+
+# ---------------------------------------------------------------------- blocks over the socket
+def test_replies_that_a_tenant_leaves_unread_are_in_the_way_of_its_own_blocks_alone(tmp_path):
+    """And its own go on once somebody has read or is gone."""
+    layout = KVLayout(num_layers=2, num_kv_heads=1, head_dim=64, block_size=512, dtype="float32", name="large")
+    size = layout.block_bytes
+    with InsideDaemon(tmp_path, tenants=TwoTenants(), host_bytes=16 * size) as daemon:
+        opened = {one: Attachment.open(daemon.address, [layout], "m", {}, one) for one in (ALICE, BOB)}
+        slots = {}
+        for one, client in opened.items():
+            slots[one], _ = client.reserve(0, 1, START_S)
+            words = np.full(1, 512, "<u4").tobytes(), np.full(1, owner_tag(one.name), "<u4").tobytes()
+            at = slots[one].astype("<i4").tobytes()
+            key = one.name.encode().ljust(32)
+            commit = m.Commit(client.epoch, client.store, 0, at, key, bytes(32), *words, False)
+            assert client.connection.call(commit, m.Committed).results == b"\x01"
+        unread = [SilentReader(daemon, layout, b"alice".ljust(32)) for _ in range(READERS)]
+        wait_for(lambda: daemon.service._blocks._unsent.get("alice"))
+        into = np.empty((1, size), np.uint8)
+        opened[BOB].read_rows(0, slots[BOB], into, np.zeros(1, np.int64))
+        assert daemon.service._blocks._unsent["alice"]  # still
+        for reader in unread:
+            reader.close()
+        opened[ALICE].read_rows(0, slots[ALICE], into, np.zeros(1, np.int64))
+        assert not daemon.service._blocks._unsent
+        for client in opened.values():
+            client.goodbye()
+
+
+class SilentReader:
+    """Asks for one block of Alice's and reads nothing of it."""
+
+    def __init__(self, daemon: InsideDaemon, layout: KVLayout, key: bytes) -> None:
+        self._raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._raw.connect(daemon.address.removeprefix("unix://"))
+        self._raw.settimeout(START_S)
+        welcome = self._ask(m.Hello(1, 2, ["bytes"], "", "alice"))
+        store = self._ask(m.Open([layout.to_dict()], "m", {}, False))["store"]
+        slots = self._ask(m.Lease(welcome["epoch"], store, 0, key))["slots"]
+        self._send(m.Read(welcome["epoch"], store, 0, slots))
+
+    def _send(self, message) -> None:
+        self._raw.sendall(pack(message.KIND, 1, m.to_fields(message)))
+
+    def _ask(self, message) -> dict:
+        self._send(message)
+        size = HEADER.unpack(self._raw.recv(HEADER.size, socket.MSG_WAITALL))[0]
+        return unpack(self._raw.recv(size, socket.MSG_WAITALL))
+
+    def close(self) -> None:
+        self._raw.close()
