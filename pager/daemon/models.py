@@ -164,6 +164,11 @@ class Models:
         for store, config in changed:
             store.reconfigure(config)
 
+    def end_waits(self) -> None:
+        """Whoever waits for room or for a disk gets TierUnavailableError at once."""
+        for store in list(self._stores.values()):
+            store.core.is_ending = True
+
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Write down what only memory holds, and close every store, all within that time."""
         deadline_s = self._clock() + timeout_s

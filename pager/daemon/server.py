@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from ..inspection.publisher import Publisher
 from ..wire.messages import VERSION
 from .connection import Connection
 from .manners import Manners
-from .models import Budget, Models
+from .models import CLOSE_TIMEOUT_S, Budget, Models
 from .service import Service
 from .tenants import OwnerOnly, Tenants
 
@@ -99,6 +100,7 @@ class Daemon:
         if self.manners is not None:
             await self.manners.drain(service, models, hurry)
         else:
+            await service.send_away(time.monotonic() + CLOSE_TIMEOUT_S)
             service.close()
             models.close()
         return 0

@@ -34,6 +34,7 @@ from .turns import Turns
 from .verbs import Verb, Verbs
 
 INSPECTORS = "inspectors"  # the name under which their questions queue
+LOOK_S = 0.02  # between two looks at what is to end
 TICK_S = 0.1  # how often it looks for clients that are gone, whatever else happens
 _LOG = logging.getLogger("kvtier.pagerd")
 
@@ -104,8 +105,8 @@ class Service:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have no answer yet and are not on a thread."""
-        return len(self.verbs.waiting) + len(self.turns) + self.copies.num_orders
+        """Requests that have no answer yet."""
+        return len(self.verbs.waiting) + len(self.turns) + self.copies.num_orders + len(self.threads)
 
     def begin_drain(self) -> None:
         self.verbs.is_draining = True
@@ -227,7 +228,16 @@ class Service:
         self._look()
         self._tick = self._loop.call_later(TICK_S, self._on_tick)
 
+    async def send_away(self, until_s: float) -> None:
+        """Nobody waits for others any more: they are told so, and what runs on threads ends; until then at the latest."""
+        self.threads.stop()
+        self.models.end_waits()
+        await asyncio.sleep(0)  # their answers go out
+        while len(self.threads) and self._clock() < until_s:
+            await asyncio.sleep(LOOK_S)
+
     def close(self) -> None:
+        """Joins no thread, so that the loop lives on; see send_away."""
         if self._tick is not None:
             self._tick.cancel()
         for connection in list(self._connections):

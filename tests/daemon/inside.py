@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ class InsideDaemon:
 
     async def _end(self) -> None:
         self._server.close()
+        await self.service.send_away(time.monotonic() + 60)
         self.service.close()
         self.models.close()
 

@@ -25,9 +25,13 @@ from kvtier.pager.daemon.metrics import check_metrics
 from kvtier.pager.daemon.notify import Notifier, inherited_sockets
 from kvtier.pager.daemon.reload import plan_reload
 from kvtier.pager.daemon.settings import load_daemon_config
+from kvtier.pager.daemon.threads import AT_ONCE
+from kvtier.pager.protocol import fetch_status
+from kvtier.pager.wire import messages as m
 from kvtier.tiers.errors import ConfigError, KvTierError, ProtocolError, TierUnavailableError
 
 sys.path.insert(0, str(Path(__file__).parent))
+from running import wait_for
 from service_process import BLOCK, Pagerd, free_port
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -189,8 +193,6 @@ def test_a_reload_lets_a_new_namespace_in_and_keeps_the_secret_of_an_old_one(tmp
 
 
 def client_reserve(client):
-    from kvtier.pager.wire import messages as m
-
     return m.Reserve(client.epoch, client.store, 0, 1)
 
 
@@ -244,6 +246,31 @@ def test_what_was_only_in_memory_is_written_down_by_sigterm_and_found_again(tmp_
         client = pagerd.connect().open()
         assert client.get(KEYS) == BLOCKS
         assert pagerd.end(signal.SIGINT) == 0
+
+
+def test_whoever_waits_longer_than_a_drain_may_take_is_told_so(tmp_path):
+    """A flush that its namespace's rate holds up for minutes, and more of them than there are threads."""
+    secret_files.write_new_secret(tmp_path / "root")
+    token, kept = secret_files.new_token()
+    config = (
+        SMALL + f'nvme_path = "{tmp_path / "s"}"\nnvme_bytes = "4MiB"\nroot_secret_file = "{tmp_path / "root"}"\n'
+        f'[limits]\ndrain_s = 1\n[namespaces.alice]\ntokens = ["{kept}"]\nwrite_bytes_per_s = 1\n'
+    )
+    with Pagerd(tmp_path, config).ready() as pagerd:
+        client = pagerd.connect(token).open()
+        client.put([b"\0" * 32], [bytes(BLOCK)], "alice", hold=True)
+        client.flush()  # which takes what the rate allows for a while
+        waiting = []
+        for number in range(1, 2 * AT_ONCE + 1):
+            client.put([bytes([number]) * 32], [bytes(BLOCK)], "alice", hold=True)
+            waiting.append(client.connection.begin(m.Flush(client.epoch, client.store, 60_000), m.Flushed))
+        wait_for(lambda: fetch_status(str(pagerd.socket), 60.0)["daemon"]["waiting_requests"] == len(waiting))
+        pagerd.process.send_signal(signal.SIGTERM)
+        for reply in waiting:
+            with pytest.raises(TierUnavailableError, match="shutting down"):
+                reply.result(60.0)
+        assert pagerd.process.wait(60) == 0 and "event=drain_cut_short" in pagerd.log()
+        assert "Traceback" not in pagerd.log() and "Error" not in pagerd.log(), pagerd.log()
 
 
 def test_a_refused_configuration_ends_with_2_before_anything_is_made(tmp_path):
