@@ -77,6 +77,7 @@ class Connection(asyncio.BufferedProtocol):
         self._is_full = False
         self.pid, self.uid = -1, -1
         self.gids: frozenset[int] = frozenset()  # of the peer's process, as the kernel says
+        self.host = ""  # of a peer on another machine
         self.version = 0  # 0 until HELLO
         self.cancelled: set[int] = set()
         self.is_closed = False
@@ -92,6 +93,7 @@ class Connection(asyncio.BufferedProtocol):
             self.gids = frozenset({gid, *_groups(self.socket)})
         elif self.socket is not None:
             _notice_silence(self.socket)
+            self.host = str((transport.get_extra_info("peername") or [""])[0])
         self._handler.connected(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:

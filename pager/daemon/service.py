@@ -71,6 +71,7 @@ class Service:
             allow_ipc=allow_ipc,
         )
         self._connections: dict[Connection, None] = {}
+        self._silent: dict[Connection, float] = {}  # those that have not said who they are, and since when
         self.threads = Threads(loop)
         self.turns = Turns(loop, clock)
         self.verbs = Verbs(models, self.threads, self.copies)
@@ -112,26 +113,27 @@ class Service:
         self.verbs.is_draining = True
 
     def connected(self, connection: Connection) -> None:
-        """Nothing is promised before HELLO, but that there are not too many."""
-        if len(self._connections) >= self.limits.connections:
-            _LOG.warning(
-                "event=refuse_client pid=%d reason=limits.connections=%d", connection.pid, self.limits.connections
-            )
-            busy = QueueFullError(
-                f"{self.limits.connections} connections are open; raise limits.connections", retry_after_s=1.0
-            )
-            connection.refuse(busy)
+        """Nothing is promised before HELLO, but that there are not too many, in all and of one user or machine."""
+        most, others = self.limits.connections, self._connections
+        same = sum((one.uid, one.host) == (connection.uid, connection.host) for one in others)
+        if len(others) >= most or same >= self.limits.connections_of_one:
+            _LOG.warning("event=refuse_client pid=%d reason=limits.connections=%d", connection.pid, most)
+            what = f"{len(others)} connections are open, {same} of them from here; raise limits.connections={most}"
+            connection.refuse(QueueFullError(what, retry_after_s=1.0))
         else:
-            self._connections[connection] = None
+            self._connections[connection], self._silent[connection] = None, self._clock()
 
     def received(self, connection: Connection, header: Header, body: bytes, payload_bytes: int) -> memoryview | None:
         """Raises ProtocolError where the stream cannot go on; what is wrong with one request is only that one's reply."""
         attachment = self.attachments.by_connection.get(connection)
         if header.kind == protocol.STATUS_REQUEST:
             self._answer_status(connection, header)
+            self._silent.pop(connection, None)
         elif header.kind == protocol.INSPECT_REQUEST and may_inspect(connection.uid):
             self._inspect(connection, header, bytes(body))
+            self._silent.pop(connection, None)
         elif header.kind == m.Hello.KIND:
+            self._silent.pop(connection, None)
             self.attachments.hello(connection, header.request_id, m.from_fields(m.Hello, unpack(body)), self.limits)
         elif attachment is None:
             raise ProtocolError(f"message {header.kind} before HELLO")
@@ -152,6 +154,7 @@ class Service:
     def disconnected(self, connection: Connection) -> None:
         """Nobody will ask for more."""
         self._connections.pop(connection, None)
+        self._silent.pop(connection, None)
         self._blocks.forget(connection)
         attachment = self.attachments.disconnected(connection)
         if attachment is not None:
@@ -220,10 +223,18 @@ class Service:
         self.verbs.look()
         self.copies.look()
 
+    def _refuse_silent(self) -> None:
+        too_old_s = self._clock() - self.limits.hello_s
+        for connection in [one for one, since_s in self._silent.items() if since_s < too_old_s]:
+            _LOG.warning("event=refuse_client pid=%d reason=no HELLO", connection.pid)
+            connection.refuse(ProtocolError(f"no HELLO within {self.limits.hello_s:.0f} s"))
+            self.disconnected(connection)
+
     def _on_tick(self) -> None:
         self.processes.reap()
         for connection in self._connections:
             connection.rest()
+        self._refuse_silent()
         self.drained()
         self._look()
         self._tick = self._loop.call_later(TICK_S, self._on_tick)

@@ -11,7 +11,9 @@ import pytest
 
 from kvtier.pager.client.attachment import Attachment
 from kvtier.pager.client.connection import Greeting
+from kvtier.pager.daemon import connection
 from kvtier.pager.daemon.keeping import Keeper
+from kvtier.pager.daemon.settings import Limits
 from kvtier.pager.daemon.tenants import Tenant
 from kvtier.pager.daemon.threads import AT_ONCE
 from kvtier.pager.keys import owner_tag
@@ -100,13 +102,63 @@ def test_replies_that_a_tenant_leaves_unread_are_in_the_way_of_its_own_blocks_al
             client.goodbye()
 
 
+# ---------------------------------------------------------------------- connections
+class Users:
+    """Who the kernel says is at the other end, in place of ourselves."""
+
+    kernel, uid = connection._PEER, 1
+    size = kernel.size
+
+    def unpack(self, raw: bytes) -> tuple[int, int, int]:
+        pid, _, gid = self.kernel.unpack(raw)
+        return pid, self.uid, gid
+
+
+def test_connections_of_one_user_leave_some_to_the_others(daemon, monkeypatch):
+    users = Users()
+    monkeypatch.setattr(connection, "_PEER", users)
+    daemon.service.limits = Limits(connections=16)
+    strangers = [dial(daemon) for _ in range(14)]
+    wait_for(lambda: len(daemon.service._connections) == len(strangers))
+    with dial(daemon) as one_more:
+        assert b"14 connections are open, 14 of them from here" in all_of(one_more)
+    users.uid = 2
+    open_model(daemon, BOB).goodbye()
+    strangers.pop().close()
+    wait_for(lambda: len(daemon.service._connections) == len(strangers))
+    users.uid = 1
+    open_model(daemon, ALICE).goodbye()
+    for stranger in strangers:
+        stranger.close()
+
+
+def test_who_says_nothing_is_shown_out_and_who_has_said_hello_stays(daemon):
+    his = open_model(daemon, BOB)
+    daemon.service.limits = Limits(hello_s=1)
+    with dial(daemon) as stranger:
+        stranger.sendall(b"\x01")  # no more of it than that
+        assert b"no HELLO within 1 s" in all_of(stranger)
+    put(his, [1], "bob")
+    his.goodbye()
+
+
+def dial(daemon: InsideDaemon) -> socket.socket:
+    raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    raw.settimeout(START_S)
+    raw.connect(daemon.address.removeprefix("unix://"))
+    return raw
+
+
+def all_of(raw: socket.socket) -> bytes:
+    """What it is told until it is closed."""
+    return b"".join(iter(lambda: raw.recv(1 << 16), b""))
+
+
 class SilentReader:
     """Asks for one block of Alice's and reads nothing of it."""
 
     def __init__(self, daemon: InsideDaemon, layout: KVLayout, key: bytes) -> None:
-        self._raw = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._raw.connect(daemon.address.removeprefix("unix://"))
-        self._raw.settimeout(START_S)
+        self._raw = dial(daemon)
         welcome = self._ask(m.Hello(1, 2, ["bytes"], "", "alice"))
         store = self._ask(m.Open([layout.to_dict()], "m", {}, False))["store"]
         slots = self._ask(m.Lease(welcome["epoch"], store, 0, key))["slots"]
