@@ -27,6 +27,7 @@ from .connection import Connection
 from .copying import CopyDesk
 from .inspecting import DaemonInspector, may_inspect
 from .models import Models
+from .request_room import RequestRoom
 from .settings import Limits
 from .tenants import Tenants
 from .threads import Threads
@@ -76,6 +77,7 @@ class Service:
         self.turns = Turns(loop, clock)
         self.verbs = Verbs(models, self.threads, self.copies)
         self._blocks = BlockTransfers(models, self.attachments)
+        self._room = RequestRoom(self.attachments)
         own: dict[int, Verb] = {
             m.Goodbye.KIND: self._goodbye,
             m.Read.KIND: self._blocks.read,
@@ -145,6 +147,9 @@ class Service:
             self.turns.put(attachment.tenant.name, lambda: self._serve(attachment, header, body))
         return None
 
+    def may_take(self, connection: Connection, nbytes: int) -> bool:
+        return self._room.may_take(connection, nbytes)
+
     def payload_done(self, connection: Connection, header: Header) -> None:
         self._blocks.payload_done(connection, header)
 
@@ -156,6 +161,7 @@ class Service:
         self._connections.pop(connection, None)
         self._silent.pop(connection, None)
         self._blocks.forget(connection)
+        self._room.forget(connection)
         attachment = self.attachments.disconnected(connection)
         if attachment is not None:
             self.verbs.forget(attachment)
@@ -235,6 +241,7 @@ class Service:
         for connection in self._connections:
             connection.rest()
         self._refuse_silent()
+        self._room.look()
         self.drained()
         self._look()
         self._tick = self._loop.call_later(TICK_S, self._on_tick)

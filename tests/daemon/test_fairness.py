@@ -11,7 +11,7 @@ import pytest
 
 from kvtier.pager.client.attachment import Attachment
 from kvtier.pager.client.connection import Greeting
-from kvtier.pager.daemon import connection
+from kvtier.pager.daemon import connection, request_room
 from kvtier.pager.daemon.keeping import Keeper
 from kvtier.pager.daemon.settings import Limits
 from kvtier.pager.daemon.tenants import Tenant
@@ -22,7 +22,7 @@ from kvtier.pager.wire.frames import HEADER, pack, unpack
 from kvtier.tiers.layout import KVLayout
 
 from .inside import InsideDaemon
-from .raw import LAYOUT, SIZE, put
+from .raw import LAYOUT, SIZE, key, put
 from .running import START_S, wait_for
 
 READERS = 14  # each leaves less unread than it is dropped for, all together more than there is room for
@@ -154,23 +154,59 @@ def all_of(raw: socket.socket) -> bytes:
     return b"".join(iter(lambda: raw.recv(1 << 16), b""))
 
 
+# ---------------------------------------------------------------------- room for requests
+def test_requests_that_are_never_ended_take_a_bounded_memory_and_no_other_tenants(daemon, monkeypatch):
+    frame_bytes, bound = 1 << 20, 5 << 20
+    monkeypatch.setattr(request_room, "MAX_BYTES", bound)
+    his = open_model(daemon, BOB)
+    hers = [dial(daemon) for _ in range(8)]
+    for raw in hers:
+        hello(raw, "alice")
+        raw.sendall(HEADER.pack(frame_bytes, 1, m.Lookup.KIND, 0, 2) + bytes(1 << 17))
+    here = daemon.service.attachments.by_connection
+    wait_for(lambda: sum(one._is_let_in or one._is_held_up for one in list(here)) == len(hers))
+    assert sum(one._is_let_in for one in here) == 2  # of half of the bound
+    assert sum(one.buffer_bytes for one in here) <= bound // 2
+    assert not his.lookup([key(number) for number in range(30_000)], prefix=False, hold=False).any()
+    pairs = list(zip(hers, [one for one, who in here.items() if who.tenant.name == "alice"], strict=True))
+    for raw, one in pairs:
+        if one._is_let_in:
+            raw.close()
+    waiting = [(raw, one) for raw, one in pairs if raw.fileno() >= 0]
+    while waiting:  # those that were held up have their turn
+        wait_for(lambda: any(one._is_let_in for _, one in waiting))
+        raw, one = next((raw, one) for raw, one in waiting if one._is_let_in)
+        with raw:
+            raw.sendall(bytes(frame_bytes - (1 << 17)))
+            assert "not msgpack" in heard(raw)["message"]
+        waiting.remove((raw, one))
+    his.goodbye()
+
+
+def hello(raw: socket.socket, tenant: str) -> dict:
+    return ask(raw, m.Hello(1, 2, ["bytes"], "", tenant))
+
+
+def ask(raw: socket.socket, message) -> dict:
+    raw.sendall(pack(message.KIND, 1, m.to_fields(message)))
+    return heard(raw)
+
+
+def heard(raw: socket.socket) -> dict:
+    """The next reply."""
+    size = HEADER.unpack(raw.recv(HEADER.size, socket.MSG_WAITALL))[0]
+    return unpack(raw.recv(size, socket.MSG_WAITALL))
+
+
 class SilentReader:
     """Asks for one block of Alice's and reads nothing of it."""
 
     def __init__(self, daemon: InsideDaemon, layout: KVLayout, key: bytes) -> None:
         self._raw = dial(daemon)
-        welcome = self._ask(m.Hello(1, 2, ["bytes"], "", "alice"))
-        store = self._ask(m.Open([layout.to_dict()], "m", {}, False))["store"]
-        slots = self._ask(m.Lease(welcome["epoch"], store, 0, key))["slots"]
-        self._send(m.Read(welcome["epoch"], store, 0, slots))
-
-    def _send(self, message) -> None:
-        self._raw.sendall(pack(message.KIND, 1, m.to_fields(message)))
-
-    def _ask(self, message) -> dict:
-        self._send(message)
-        size = HEADER.unpack(self._raw.recv(HEADER.size, socket.MSG_WAITALL))[0]
-        return unpack(self._raw.recv(size, socket.MSG_WAITALL))
+        epoch = hello(self._raw, "alice")["epoch"]
+        store = ask(self._raw, m.Open([layout.to_dict()], "m", {}, False))["store"]
+        read = m.Read(epoch, store, 0, ask(self._raw, m.Lease(epoch, store, 0, key))["slots"])
+        self._raw.sendall(pack(m.Read.KIND, 1, m.to_fields(read)))
 
     def close(self) -> None:
         self._raw.close()
