@@ -10,8 +10,8 @@ from typing import Any
 
 from kvtier.pager.daemon.connection import Connection
 from kvtier.pager.daemon.models import Budget, Models
-from kvtier.pager.daemon.server import listen
 from kvtier.pager.daemon.service import Service
+from kvtier.pager.daemon.sockets import listen
 from kvtier.pager.daemon.store import SharedStore
 from kvtier.pager.daemon.tenants import OwnerOnly, Tenants
 from kvtier.pager.rules import ALL_RULES, Rules

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -21,10 +22,13 @@ from hypothesis import strategies as st
 
 from kvtier.pager.daemon import secret_files
 from kvtier.pager.daemon.logs import JsonLines, TextLines
-from kvtier.pager.daemon.metrics import check_metrics
+from kvtier.pager.daemon.metrics import MetricsServer, check_metrics
+from kvtier.pager.daemon.models import Budget
 from kvtier.pager.daemon.notify import Notifier, inherited_sockets
 from kvtier.pager.daemon.reload import plan_reload
+from kvtier.pager.daemon.server import Daemon
 from kvtier.pager.daemon.settings import load_daemon_config
+from kvtier.pager.daemon.sockets import listen
 from kvtier.pager.daemon.threads import AT_ONCE
 from kvtier.pager.protocol import fetch_status
 from kvtier.pager.wire import messages as m
@@ -273,6 +277,27 @@ def test_whoever_waits_longer_than_a_drain_may_take_is_told_so(tmp_path):
         assert "Traceback" not in pagerd.log() and "Error" not in pagerd.log(), pagerd.log()
 
 
+def test_what_a_successor_has_put_in_place_of_our_sockets_stays(tmp_path):
+    """It may start while we drain."""
+    pytest.importorskip("prometheus_client")
+    path, metrics, successors = tmp_path / "d.sock", tmp_path / "m.sock", []
+
+    class Replaced(Daemon):
+        async def _serve(self, listener, on_ready):
+            ours = await MetricsServer.start(f"unix://{metrics}", bytes)
+            listener.close()
+            successors.append(listen(path))
+            successors.append(await MetricsServer.start(f"unix://{metrics}", lambda: b"ours"))
+            ours.close()
+            assert "ours" in await asyncio.to_thread(scrape, f"unix://{metrics}")
+            return 0
+
+    assert Replaced(path, Budget(1 << 20)).run() == 0
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.connect(str(path))
+    successors[0].close()
+
+
 def test_a_refused_configuration_ends_with_2_before_anything_is_made(tmp_path):
     with Pagerd(tmp_path, 'host_bytes = "lots"') as pagerd:
         assert pagerd.process.wait(60) == 2 and not pagerd.socket.exists()
@@ -312,6 +337,17 @@ def test_metrics_are_served_where_they_are_asked_for(tmp_path, kind):
         if kind == "unix":
             assert (tmp_path / "m.sock").stat().st_mode & 0o777 == 0o600
         assert pagerd.end() == 0 and not (tmp_path / "m.sock").exists()
+
+
+def test_metrics_replace_a_socket_and_nothing_else(tmp_path):
+    pytest.importorskip("prometheus_client")
+    file = tmp_path / "pagerd.toml"
+    file.write_text("kept")
+    address = f"unix://{file}"
+    for refuse in (lambda: check_metrics(address), lambda: asyncio.run(MetricsServer.start(address, bytes))):
+        with pytest.raises(ConfigError, match="is no socket"):
+            refuse()
+    assert file.read_text() == "kept"
 
 
 def test_a_metrics_address_that_others_reach_is_refused():

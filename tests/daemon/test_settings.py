@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from kvtier.pager.config import DAEMON_SETTINGS, PagerConfig, load_config
 from kvtier.pager.daemon import secret_files
-from kvtier.pager.daemon.server import listen
 from kvtier.pager.daemon.settings import (
     DaemonConfig,
     default_config_file,
@@ -24,6 +23,7 @@ from kvtier.pager.daemon.settings import (
     load_daemon_config,
     print_config,
 )
+from kvtier.pager.daemon.sockets import listen
 from kvtier.pager.daemon.table import TenantTable, tenants_of
 from kvtier.pager.settings import to_toml
 from kvtier.tiers.errors import ConfigError
