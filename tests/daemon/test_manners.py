@@ -122,12 +122,20 @@ def test_descriptors_for_somebody_else_or_of_another_kind_are_not_taken():
     assert "socket 'unknown' does not listen" in said and said.endswith("{}\n")
 
 
+def test_the_unit_hides_gpus_and_its_drop_in_shows_them():
+    """Copies by the daemon on CUDA go through /dev/nvidia*."""
+    unit, drop_in = (DEPLOY / "pagerd.service").read_text(), (DEPLOY / "pagerd.service.d/ipc.conf").read_text()
+    assert "PrivateDevices=yes" in unit and "pagerd.service.d/ipc.conf" in unit
+    assert "PrivateDevices=no\n" in drop_in and "DeviceAllow=char-nvidia* rw\n" in drop_in
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here")
 def test_the_units_are_what_systemd_takes(tmp_path):
     program = Path(sys.executable).parent / "pagerd"
     for unit in ("pagerd.service", "pagerd.socket"):
         text = (DEPLOY / unit).read_text().replace("/usr/local/bin/pagerd", str(program))
         (tmp_path / unit).write_text(re.sub(r"(?m)^(User|Group|SocketUser|SocketGroup)=kvtier$", r"\1=root", text))
+    shutil.copytree(DEPLOY / "pagerd.service.d", tmp_path / "pagerd.service.d")
     command = ["systemd-analyze", "verify", "--man=no", tmp_path / "pagerd.service", tmp_path / "pagerd.socket"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SYSTEMD_LOG_LEVEL": "warning"})
     ours = [line for line in (done.stdout + done.stderr).splitlines() if "pagerd" in line]
@@ -296,6 +304,22 @@ def test_what_a_successor_has_put_in_place_of_our_sockets_stays(tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         client.connect(str(path))
     successors[0].close()
+
+
+def test_the_store_of_a_model_that_is_closed_stays_and_is_named_in_the_log(tmp_path):
+    """It may hold sessions that were acknowledged, so the next model does not take its place."""
+    config = SMALL + f'nvme_path = "{tmp_path / "s"}"\nnvme_bytes = "4MiB"\n'
+    with Pagerd(tmp_path, config).ready() as pagerd:
+        first = pagerd.connect().open("first")
+        first.put(KEYS, BLOCKS, "default")
+        first.connection.call(m.Goodbye(first.epoch), m.Bye)
+        (folder,) = (tmp_path / "s").glob("model-*")
+        second = pagerd.connect().open("second")
+        (said,) = re.findall(r"event=closed_store bytes=(\d+) beside_nvme_bytes=(\d+) path=(\S+)", pagerd.log())
+        assert int(said[0]) >= len(KEYS) * BLOCK and said[1:] == (str(4 << 20), str(folder))
+        second.connection.call(m.Goodbye(second.epoch), m.Bye)
+        assert pagerd.connect().open("first").get(KEYS) == BLOCKS
+        assert pagerd.end() == 0
 
 
 def test_a_refused_configuration_ends_with_2_before_anything_is_made(tmp_path):
