@@ -213,6 +213,7 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path, root):
     for path, said in (
         (tmp_path / "link", "cannot be read"),
         (tmp_path / "none", "cannot be read"),
+        ("no\0name", "cannot be read: embedded null byte"),
         (tmp_path, "is not a file"),
     ):
         with pytest.raises(ConfigError, match=said):
