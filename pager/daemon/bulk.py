@@ -63,7 +63,7 @@ class BlockTransfers:
             send()
 
     def _has_room(self, tenant: str) -> bool:
-        names, unsent = set(), 0
+        names, unsent = set[str](), 0
         for connection, attachment in self._attachments.by_connection.items():
             names.add(attachment.tenant.name)
             if attachment.tenant.name == tenant:

@@ -106,7 +106,7 @@ class Models:
     def _say_what_else_lies_there(self) -> None:
         """Stores of models that are not open count for nothing in `nvme_bytes`."""
         path, bound = self._budget.nvme_path, self._budget.nvme_bytes
-        for folder in sorted(path.glob("model-*") if path is not None else ()):
+        for folder in sorted(path.glob("model-*") if path is not None else []):
             if folder.name not in self._by_folder:
                 with suppress(OSError):  # somebody removes it just now
                     size = sum(512 * file.stat().st_blocks for file in folder.rglob("*"))

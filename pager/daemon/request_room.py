@@ -29,7 +29,7 @@ class RequestRoom:
 
     def look(self) -> None:
         """Now and then: let in whoever has room now."""
-        held_up = set()
+        held_up = set[str | None]()
         for connection, nbytes in list(self._waiting.items()):
             tenant = self._tenant(connection)
             if tenant not in held_up and self._has_room(connection, nbytes):
@@ -46,7 +46,7 @@ class RequestRoom:
         return None if attachment is None else attachment.tenant.name
 
     def _has_room(self, connection: Connection, nbytes: int) -> bool:
-        tenant, names, kept = self._tenant(connection), set(), 0
+        tenant, names, kept = self._tenant(connection), set[str](), 0
         for other, attachment in self._attachments.by_connection.items():
             names.add(attachment.tenant.name)
             if attachment.tenant.name == tenant:

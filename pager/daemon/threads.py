@@ -7,6 +7,7 @@ name, its own. Everything but the work itself runs on the event loop.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import Counter, deque
 from collections.abc import Callable, Hashable
 from concurrent.futures import ThreadPoolExecutor
@@ -62,11 +63,10 @@ class Threads:
             if not queue:
                 del self._queues[name]
             self._running[name] += 1
-            self._loop.run_in_executor(self._pool, work).add_done_callback(
-                lambda ended, future=future: self._ended(name, ended, future)  # type: ignore[misc]
-            )
+            ended = functools.partial(self._ended, name, future)
+            self._loop.run_in_executor(self._pool, work).add_done_callback(ended)
 
-    def _ended(self, name: Hashable, ended: asyncio.Future[Any], future: asyncio.Future[Any]) -> None:
+    def _ended(self, name: Hashable, future: asyncio.Future[Any], ended: asyncio.Future[Any]) -> None:
         self._running -= Counter([name])  # leaves no zero behind
         if (error := ended.exception()) is not None:
             future.set_exception(error)
