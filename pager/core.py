@@ -15,7 +15,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..tiers.errors import Busy, ConfigError
+from ..tiers.errors import Busy, ConfigError, TierUnavailableError
 from ..tiers.host import HostMemory
 from ..tiers.layout import KVLayout
 from ..tiers.packed_slab import make_slab
@@ -135,6 +135,7 @@ class Core:
         self.sessions: dict[str, SessionEntry] = {}
         self.holders: list[Holder] = []
         self.is_streaming = False
+        self.is_ending = False  # nobody waits any more
         self.on_advance: Callable[[], None] = lambda: None
         self._next_seq = 1
         self._chains: dict[str, KeyChain] = {}
@@ -197,7 +198,7 @@ class Core:
         """Advance until ready() or the timeout; lets go of the lock between looks. False on timeout.
 
         Gives up early when no copy is in flight and no namespace waits for its rate; with `may_wait_for_pins` only once
-        nobody holds a page or slot either.
+        nobody holds a page or slot either. Raises TierUnavailableError once the core `is_ending`.
         """
         deadline_s = self.clock() + timeout_s
         while True:
@@ -211,6 +212,8 @@ class Core:
             left_s = deadline_s - self.clock()
             if left_s <= 0 or stuck:
                 return False
+            if self.is_ending:
+                raise TierUnavailableError("shutting down: nothing is waited for any more")
             self.backend.wait_any(min(left_s, _LOOK_S))
 
     def in_flight(self) -> bool:

@@ -86,6 +86,8 @@ class KVLayout:
                     f"{field}={width} with dtype={self.dtype!r} gives rows of {width * ITEMSIZE[self.dtype]} bytes; kernels "
                     f"need a multiple of {ROW_ALIGNMENT}"
                 )
+        if not isinstance(self.name, str):
+            raise ConfigError(f"name={self.name!r:.80}: give a text")
         self._check_form()
 
     def _check_form(self) -> None:

@@ -49,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--host-bytes", metavar="SIZE", help="memory for blocks, of all models together (default 1GiB)")
     parser.add_argument("--nvme-path", metavar="DIR", help="where stores lie; without it, memory only")
-    parser.add_argument("--nvme-bytes", metavar="SIZE", help="disk for blocks, of all models together")
+    parser.add_argument(
+        "--nvme-bytes", metavar="SIZE", help="disk for blocks, of all models that are open; stores of others stay"
+    )
     parser.add_argument(
         "--nvme-codec", metavar="NAME", help="how new stores keep blocks: none, zstd, aes, zstd+aes, ..."
     )

@@ -1,13 +1,14 @@
 """Blocks over the socket, for clients that do not map the slab: READ sends leased slots, WRITE fills a reserved one.
 
 A payload goes straight into its slot, and what is sent is a copy, so a slot may be reused before the peer has read the last
-byte. Guards the daemon's memory: blocks for many slow readers do not pile up here.
+byte. Guards the daemon's memory, and one tenant from another's slow readers: their blocks do not pile up here, and wait for
+each other alone.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ...tiers.errors import KvTierError, ProtocolError
@@ -21,17 +22,15 @@ from .models import Models
 if TYPE_CHECKING:
     from .client import Client
 
-MAX_UNSENT_BYTES = 4 << 20  # of all connections' replies together; further blocks wait
+MAX_UNSENT_BYTES = 4 << 20  # of replies, in equal parts for the tenants that are attached; further blocks wait
 
 
 class BlockTransfers:
     """Of all connections of one daemon."""
 
-    def __init__(
-        self, models: Models, attachments: Attachments, connections: Callable[[], Iterable[Connection]]
-    ) -> None:
-        self._models, self._attachments, self._connections = models, attachments, connections
-        self._unsent: deque[Callable[[], None]] = deque()
+    def __init__(self, models: Models, attachments: Attachments) -> None:
+        self._models, self._attachments = models, attachments
+        self._unsent: dict[str, deque[Callable[[], None]]] = {}  # by tenant
         self._writing: dict[Connection, Client] = {}  # whose payload is on its way into a slot
 
     # ------------------------------------------------------------------ out
@@ -53,20 +52,31 @@ class BlockTransfers:
             except KvTierError as error:  # released meanwhile
                 connection.fail(request_id, error)
 
-        connection.when_read(lambda: self._send_in_turn(send))
+        connection.when_read(lambda: self._send_in_turn(attachment.tenant.name, send))
         return None
 
-    def _send_in_turn(self, send: Callable[[], None]) -> None:
-        """Blocks for many slow readers do not pile up here: beyond a bound they wait for those before them."""
-        if self._unsent or sum(connection.unsent_bytes for connection in self._connections()) > MAX_UNSENT_BYTES:
-            self._unsent.append(send)
+    def _send_in_turn(self, tenant: str, send: Callable[[], None]) -> None:
+        """Blocks for many slow readers do not pile up here: beyond its tenant's part they wait for those before them."""
+        if tenant in self._unsent or not self._has_room(tenant):
+            self._unsent.setdefault(tenant, deque()).append(send)
         else:
             send()
 
+    def _has_room(self, tenant: str) -> bool:
+        names, unsent = set[str](), 0
+        for connection, attachment in self._attachments.by_connection.items():
+            names.add(attachment.tenant.name)
+            if attachment.tenant.name == tenant:
+                unsent += connection.unsent_bytes
+        return unsent <= MAX_UNSENT_BYTES // max(1, len(names))
+
     def drained(self) -> None:
         """Some connection's replies have been read."""
-        while self._unsent and sum(connection.unsent_bytes for connection in self._connections()) <= MAX_UNSENT_BYTES:
-            self._unsent.popleft()()
+        for tenant, queue in list(self._unsent.items()):
+            while queue and self._has_room(tenant):
+                queue.popleft()()
+            if not queue:
+                self._unsent.pop(tenant, None)
 
     # ------------------------------------------------------------------ in
     def begin_write(

@@ -1,8 +1,8 @@
 """Connection: one client's socket. Frames in, replies out, limits on both; what a message means is the service's business.
 
 Reads straight into one buffer (asyncio BufferedProtocol); the payload of a WRITE goes straight into its slot. Guards the
-daemon against its peers: frames before HELLO are small, requests and bytes in flight are bounded (then the socket is not
-read), and a peer that does not read its replies is dropped.
+daemon against its peers: frames before HELLO are small, requests and bytes in flight are bounded, of one connection and of
+all together (then the socket is not read), and a peer that does not read its replies is dropped.
 """
 
 from __future__ import annotations
@@ -50,6 +50,9 @@ class Handler(Protocol):
     def received(self, connection: Connection, header: Header, body: bytes, payload_bytes: int) -> memoryview | None:
         """A whole frame; or the start of a RAW one, and where its payload shall go (None: nowhere)."""
 
+    def may_take(self, connection: Connection, nbytes: int) -> bool:
+        """Whether there is room for a large frame now; if not, `let_in` is called when there is."""
+
     def payload_done(self, connection: Connection, header: Header) -> None: ...
 
     def drained(self) -> None:
@@ -69,6 +72,7 @@ class Connection(asyncio.BufferedProtocol):
         self._target: memoryview | None = None  # rest of a payload that goes elsewhere
         self._skip = 0  # rest of a payload that goes nowhere
         self._raw: Header | None = None
+        self._is_let_in, self._is_held_up = False, False  # the large frame that is coming in
         self._in_flight: dict[int, int] = {}  # request id -> bytes of its frame
         self._drop_timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
@@ -77,6 +81,7 @@ class Connection(asyncio.BufferedProtocol):
         self._is_full = False
         self.pid, self.uid = -1, -1
         self.gids: frozenset[int] = frozenset()  # of the peer's process, as the kernel says
+        self.host = ""  # of a peer on another machine
         self.version = 0  # 0 until HELLO
         self.cancelled: set[int] = set()
         self.is_closed = False
@@ -92,6 +97,7 @@ class Connection(asyncio.BufferedProtocol):
             self.gids = frozenset({gid, *_groups(self.socket)})
         elif self.socket is not None:
             _notice_silence(self.socket)
+            self.host = str((transport.get_extra_info("peername") or [""])[0])
         self._handler.connected(self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
@@ -157,10 +163,13 @@ class Connection(asyncio.BufferedProtocol):
         return start
 
     def _take_whole(self, header: Header, start: int) -> int:
+        if not self._may_take(HEADER.size + header.size):
+            return 0
         end = start + HEADER.size + header.size
         if self._used < end:
             self._reach(start, HEADER.size + header.size)
             return 0
+        self._is_let_in = False
         self._note(header, HEADER.size + header.size)
         self._handler.received(self, header, bytes(memoryview(self._buffer)[start + HEADER.size : end]), 0)
         return end - start
@@ -171,9 +180,12 @@ class Connection(asyncio.BufferedProtocol):
         if self._used < begin:
             return 0
         size = meta_bytes(header, self._buffer, offset=start + HEADER.size)
+        if not self._may_take(begin - start + size):
+            return 0
         if self._used < begin + size:
             self._reach(start, begin - start + size)
             return 0
+        self._is_let_in = False
         payload = header.size - META_LENGTH.size - size
         self._note(header, payload)
         self._raw = header
@@ -208,6 +220,32 @@ class Connection(asyncio.BufferedProtocol):
         """Make the buffer large enough for the frame that begins at `start`; at most a control frame."""
         if start + size > len(self._buffer) and size > len(self._buffer):
             self._buffer = self._buffer + bytearray(size - len(self._buffer))
+
+    def _may_take(self, size: int) -> bool:
+        """Asked once for each large frame, before it has come. Where there is no room for it the socket is not read."""
+        if size > _FIRST_BUFFER and not self._is_let_in:
+            self._is_let_in = self._handler.may_take(self, size)
+            self._is_held_up = not self._is_let_in
+        if self._is_held_up and self._transport is not None:
+            self._transport.pause_reading()
+        return not self._is_held_up
+
+    def let_in(self) -> None:
+        """There is room now for the large frame that was held up."""
+        self._is_let_in, self._is_held_up = True, False
+        self.buffer_updated(0)
+        self._read_on()
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Beyond what every connection has, for the large frame that comes in."""
+        return len(self._buffer) - _FIRST_BUFFER
+
+    @property
+    def request_bytes(self) -> int:
+        """Of requests that are not answered; a payload goes straight into its slot."""
+        payload = 0 if self._raw is None else self._in_flight.get(self._raw.request_id, 0)
+        return sum(self._in_flight.values()) - payload
 
     def _keep_from(self, start: int) -> None:
         rest = self._used - start
@@ -248,7 +286,9 @@ class Connection(asyncio.BufferedProtocol):
         """Read the socket again once there is room, for requests and for their replies."""
         if self._transport is None or self.is_closed or self._transport.is_closing():
             return
-        if not self._is_full and not self._is_over() and not self._transport.is_reading():
+        if self._is_full or self._is_held_up or self._is_over():
+            return
+        if not self._transport.is_reading():
             self._transport.resume_reading()
 
     def _drop_silent(self) -> None:

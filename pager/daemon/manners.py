@@ -1,7 +1,8 @@
 """What a daemon does besides serving: say that it is ready and alive, take new limits on SIGHUP, show metrics, end in time.
 
 The server calls `begin` and `drain`; everything else happens on the loop by itself. Guards: a reload that is refused leaves
-the daemon as it was and says so; a drain ends at its deadline, and what could not be written down was a cache.
+the daemon as it was and says so; a drain ends at its deadline, whoever waits for longer is told so, and what could not be
+written down was a cache.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from ...tiers.errors import KvTierError
 from .metrics import DaemonMetrics, MetricsServer
 from .notify import Notifier
 from .reload import plan_reload
+from .service import LOOK_S
 from .settings import DaemonConfig
 from .table import TenantTable
 
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
     from .service import Service
 
 QUIET_SHARE = 0.5  # of the time to drain: so long may requests that are under way take
-LOOK_S = 0.02
 _LOG = logging.getLogger("kvtier.pagerd")
 
 
@@ -80,6 +81,7 @@ class Manners:
             await asyncio.sleep(LOOK_S)
         if service.num_waiting:
             _LOG.warning("event=drain_cut_short requests=%d", service.num_waiting)
+        await service.send_away(deadline_s)
         service.close()
         left_s = 0.0 if hurry.is_set() else max(0.0, deadline_s - time.monotonic())
         await asyncio.to_thread(models.close, left_s)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...tiers.errors import ConfigError
 from ..wire.hosts import parse_host
+from .sockets import Claim
 
 if TYPE_CHECKING:
     from .service import Service
@@ -37,6 +38,9 @@ def check_metrics(address: str) -> None:
     if address.startswith(_UNIX):
         if not os.path.isabs(address.removeprefix(_UNIX)):
             raise ConfigError(f"metrics={address!r}: give the absolute path of a socket, unix:///...")
+        path = Path(address.removeprefix(_UNIX))
+        if path.exists() and not path.is_socket():
+            raise ConfigError(f"metrics={address!r} is there already and is no socket; choose another path")
         return
     host, _ = parse_host(address, name="metrics")
     try:
@@ -50,8 +54,8 @@ def check_metrics(address: str) -> None:
 class MetricsServer:
     """Made by `start`."""
 
-    def __init__(self, server: asyncio.Server, path: Path | None) -> None:
-        self._server, self._path = server, path
+    def __init__(self, server: asyncio.Server, ours: Claim | None = None) -> None:
+        self._server, self._ours = server, ours
 
     @classmethod
     async def start(cls, address: str, text: Callable[[], bytes]) -> MetricsServer:
@@ -66,12 +70,12 @@ class MetricsServer:
         try:
             if not address.startswith(_UNIX):
                 host, port = parse_host(address, name="metrics")
-                return cls(await asyncio.start_server(answer, host, port, limit=MAX_HEAD_BYTES), None)
+                return cls(await asyncio.start_server(answer, host, port, limit=MAX_HEAD_BYTES))
             path = Path(address.removeprefix(_UNIX))
             previous = os.umask(0o177)
             try:
                 path.unlink(missing_ok=True)
-                return cls(await asyncio.start_unix_server(answer, str(path), limit=MAX_HEAD_BYTES), path)
+                return cls(await asyncio.start_unix_server(answer, str(path), limit=MAX_HEAD_BYTES), Claim(path))
             finally:
                 os.umask(previous)
         except OSError as error:
@@ -79,8 +83,8 @@ class MetricsServer:
 
     def close(self) -> None:
         self._server.close()
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+        if self._ours is not None:
+            self._ours.remove()
 
 
 async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, text: Callable[[], bytes]) -> None:

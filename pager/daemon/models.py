@@ -1,7 +1,8 @@
 """Models: one SharedStore per model, layout and trust domain, within one budget of memory and disk for all of them.
 
 Every model gets an equal part of both, `max_models` of them at once. A model whose clients are all gone stays, as cache,
-until another one needs its part; then it is written down and closed, and its store on disk waits for its next client.
+until another one needs its part; then it is written down and closed, and its store on disk waits for its next client: it has
+sessions that were acknowledged, so it is named in the log and never removed, whatever the disk is to hold.
 Guards: tenants of two trust domains share neither a slab nor a store, so what one maps holds no byte of the other's.
 """
 
@@ -13,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,7 +100,17 @@ class Models:
         number, self._next = self._next, self._next + 1
         self._stores[number] = self._by_folder[folder] = store
         _LOG.info("event=open_model host_bytes=%d blocks=%s", config.host_size, _recovered(store))
+        self._say_what_else_lies_there()
         return number
+
+    def _say_what_else_lies_there(self) -> None:
+        """Stores of models that are not open count for nothing in `nvme_bytes`."""
+        path, bound = self._budget.nvme_path, self._budget.nvme_bytes
+        for folder in sorted(path.glob("model-*") if path is not None else []):
+            if folder.name not in self._by_folder:
+                with suppress(OSError):  # somebody removes it just now
+                    size = sum(512 * file.stat().st_blocks for file in folder.rglob("*"))
+                    _LOG.warning("event=closed_store bytes=%d beside_nvme_bytes=%s path=%s", size, bound, folder)
 
     def block_size_of(self, fingerprint: str, domain: str) -> int:
         """Of the blocks that are open or stored for a model in a trust domain; 0 where there are none. On a thread."""
@@ -163,6 +175,11 @@ class Models:
         self._budget = budget
         for store, config in changed:
             store.reconfigure(config)
+
+    def end_waits(self) -> None:
+        """Whoever waits for room or for a disk gets TierUnavailableError at once."""
+        for store in list(self._stores.values()):
+            store.core.is_ending = True
 
     def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Write down what only memory holds, and close every store, all within that time."""

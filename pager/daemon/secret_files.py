@@ -36,8 +36,9 @@ def read_secret(path: str | os.PathLike[str], *, name: str) -> bytes:
             raw = os.read(fd, 4 * MAX_SECRET_BYTES)
         finally:
             os.close(fd)
-    except OSError as error:
-        raise ConfigError(f"{name}={str(path)!r} cannot be read: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: no name of a file
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{name}={str(path)!r} cannot be read: {why}") from error
     try:
         secret = bytes.fromhex(raw.decode().strip())
     except ValueError:

@@ -14,24 +14,24 @@ import os
 import signal
 import socket
 import ssl
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...tiers.errors import ConfigError, InvariantError
+from ...tiers.errors import InvariantError
 from ...tiers.kernel_calls import keep_heap_small
 from ..inspection.publisher import Publisher
 from ..wire.messages import VERSION
 from .connection import Connection
 from .manners import Manners
-from .models import Budget, Models
+from .models import CLOSE_TIMEOUT_S, Budget, Models
 from .service import Service
+from .sockets import BACKLOG, Claim, listen
 from .tenants import OwnerOnly, Tenants
 
 EXIT_BUG = 70
-BACKLOG = 64
-MAX_PATH_BYTES = 100  # sun_path holds 108
 _LOG = logging.getLogger("kvtier.pagerd")
 
 
@@ -52,11 +52,12 @@ class Daemon:
         """Serve until told to end. Raises ConfigError when the socket cannot be had."""
         keep_heap_small()
         listener = self.inherited or listen(self.socket_path, self.socket_mode)
+        ours = None if self.inherited else Claim(self.socket_path)
         try:
             return asyncio.run(self._serve(listener, on_ready))
         finally:
-            if self.inherited is None:
-                self.socket_path.unlink(missing_ok=True)
+            if ours is not None:
+                ours.remove()
 
     async def _serve(self, listener: socket.socket, on_ready: Callable[[], object]) -> int:
         loop = asyncio.get_running_loop()
@@ -99,47 +100,10 @@ class Daemon:
         if self.manners is not None:
             await self.manners.drain(service, models, hurry)
         else:
+            await service.send_away(time.monotonic() + CLOSE_TIMEOUT_S)
             service.close()
             models.close()
         return 0
-
-
-def listen(path: Path, mode: int = 0o600) -> socket.socket:
-    """A listening Unix socket of that mode. A socket that nobody answers on is taken over.
-
-    Raises ConfigError: path too long, another daemon there, directory missing or not writable.
-    """
-    if len(str(path).encode()) > MAX_PATH_BYTES:
-        raise ConfigError(f"socket={str(path)!r} has more than {MAX_PATH_BYTES} bytes; choose a shorter path")
-    if path.exists() and not path.is_socket():
-        raise ConfigError(f"socket={str(path)!r} is there already and is no socket; choose another path")
-    if not path.parent.is_dir():
-        folder = str(path.parent)
-        raise ConfigError(f"socket={str(path)!r} cannot be made: there is no directory {folder!r}; make it first")
-    if path.is_socket() and _answers(path):
-        raise ConfigError(f"socket={str(path)!r}: another daemon listens there; stop it or choose another path")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    previous = os.umask(0o777 & ~mode)
-    try:
-        path.unlink(missing_ok=True)
-        listener.bind(str(path))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"socket={str(path)!r} cannot be made: {error.strerror}") from error
-    finally:
-        os.umask(previous)
-    listener.listen(BACKLOG)
-    return listener
-
-
-def _answers(path: Path) -> bool:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.settimeout(1.0)
-        try:
-            probe.connect(str(path))
-        except OSError:
-            return False
-        return True
 
 
 def _on_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ...tiers.errors import InvariantError, KvTierError, ProtocolError, QueueFullError
@@ -27,13 +27,16 @@ from .connection import Connection
 from .copying import CopyDesk
 from .inspecting import DaemonInspector, may_inspect
 from .models import Models
+from .request_room import RequestRoom
 from .settings import Limits
 from .tenants import Tenants
+from .threads import Threads
 from .turns import Turns
 from .verbs import Verb, Verbs
 
+INSPECTORS = "inspectors"  # the name under which their questions queue
+LOOK_S = 0.02  # between two looks at what is to end
 TICK_S = 0.1  # how often it looks for clients that are gone, whatever else happens
-SLOW_THREADS = 4
 _LOG = logging.getLogger("kvtier.pagerd")
 
 
@@ -70,10 +73,12 @@ class Service:
         )
         self.attachments.drop = self.disconnected
         self._connections: dict[Connection, None] = {}
-        self._slow = ThreadPoolExecutor(SLOW_THREADS, thread_name_prefix="kvtier-slow")
+        self._silent: dict[Connection, float] = {}  # those that have not said who they are, and since when
+        self.threads = Threads(loop)
         self.turns = Turns(loop, clock)
-        self.verbs = Verbs(models, loop, self._slow, self.copies)
-        self._blocks = BlockTransfers(models, self.attachments, lambda: self._connections)
+        self.verbs = Verbs(models, self.threads, self.copies)
+        self._blocks = BlockTransfers(models, self.attachments)
+        self._room = RequestRoom(self.attachments)
         own: dict[int, Verb] = {
             m.Goodbye.KIND: self._goodbye,
             m.Read.KIND: self._blocks.read,
@@ -104,33 +109,34 @@ class Service:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have no answer yet and are not on a thread."""
-        return len(self.verbs.waiting) + len(self.turns) + self.copies.num_orders
+        """Requests that have no answer yet."""
+        return len(self.verbs.waiting) + len(self.turns) + self.copies.num_orders + len(self.threads)
 
     def begin_drain(self) -> None:
         self.verbs.is_draining = True
 
     def connected(self, connection: Connection) -> None:
-        """Nothing is promised before HELLO, but that there are not too many."""
-        if len(self._connections) >= self.limits.connections:
-            _LOG.warning(
-                "event=refuse_client pid=%d reason=limits.connections=%d", connection.pid, self.limits.connections
-            )
-            busy = QueueFullError(
-                f"{self.limits.connections} connections are open; raise limits.connections", retry_after_s=1.0
-            )
-            connection.refuse(busy)
+        """Nothing is promised before HELLO, but that there are not too many, in all and of one user or machine."""
+        most, others = self.limits.connections, self._connections
+        same = sum((one.uid, one.host) == (connection.uid, connection.host) for one in others)
+        if len(others) >= most or same >= self.limits.connections_of_one:
+            _LOG.warning("event=refuse_client pid=%d reason=limits.connections=%d", connection.pid, most)
+            what = f"{len(others)} connections are open, {same} of them from here; raise limits.connections={most}"
+            connection.refuse(QueueFullError(what, retry_after_s=1.0))
         else:
-            self._connections[connection] = None
+            self._connections[connection], self._silent[connection] = None, self._clock()
 
     def received(self, connection: Connection, header: Header, body: bytes, payload_bytes: int) -> memoryview | None:
         """Raises ProtocolError where the stream cannot go on; what is wrong with one request is only that one's reply."""
         attachment = self.attachments.by_connection.get(connection)
         if header.kind == protocol.STATUS_REQUEST:
             self._answer_status(connection, header)
+            self._silent.pop(connection, None)
         elif header.kind == protocol.INSPECT_REQUEST and may_inspect(connection.uid):
             self._inspect(connection, header, bytes(body))
+            self._silent.pop(connection, None)
         elif header.kind == m.Hello.KIND:
+            self._silent.pop(connection, None)
             self.attachments.hello(connection, header.request_id, m.from_fields(m.Hello, unpack(body)), self.limits)
         elif attachment is None:
             raise ProtocolError(f"message {header.kind} before HELLO")
@@ -142,6 +148,9 @@ class Service:
             self.turns.put(attachment.tenant.name, lambda: self._serve(attachment, header, body))
         return None
 
+    def may_take(self, connection: Connection, nbytes: int) -> bool:
+        return self._room.may_take(connection, nbytes)
+
     def payload_done(self, connection: Connection, header: Header) -> None:
         self._blocks.payload_done(connection, header)
 
@@ -151,7 +160,9 @@ class Service:
     def disconnected(self, connection: Connection) -> None:
         """Nobody will ask for more."""
         self._connections.pop(connection, None)
+        self._silent.pop(connection, None)
         self._blocks.forget(connection)
+        self._room.forget(connection)
         attachment = self.attachments.disconnected(connection)
         if attachment is not None:
             self.verbs.forget(attachment)
@@ -221,20 +232,38 @@ class Service:
         self.verbs.look()
         self.copies.look()
 
+    def _refuse_silent(self) -> None:
+        too_old_s = self._clock() - self.limits.hello_s
+        for connection in [one for one, since_s in self._silent.items() if since_s < too_old_s]:
+            _LOG.warning("event=refuse_client pid=%d reason=no HELLO", connection.pid)
+            connection.refuse(ProtocolError(f"no HELLO within {self.limits.hello_s:.0f} s"))
+            self.disconnected(connection)
+
     def _on_tick(self) -> None:
         self.processes.reap()
         for connection in self._connections:
             connection.rest()
+        self._refuse_silent()
+        self._room.look()
         self.drained()
         self._look()
         self._tick = self._loop.call_later(TICK_S, self._on_tick)
 
+    async def send_away(self, until_s: float) -> None:
+        """Nobody waits for others any more: they are told so, and what runs on threads ends; until then at the latest."""
+        self.threads.stop()
+        self.models.end_waits()
+        await asyncio.sleep(0)  # their answers go out
+        while len(self.threads) and self._clock() < until_s:
+            await asyncio.sleep(LOOK_S)
+
     def close(self) -> None:
+        """Joins no thread, so that the loop lives on; see send_away."""
         if self._tick is not None:
             self._tick.cancel()
         for connection in list(self._connections):
             connection.close()
-        self._slow.shutdown(wait=True, cancel_futures=True)
+        self.threads.close()
         self.processes.close()
 
     # ------------------------------------------------------------------ status
@@ -266,7 +295,8 @@ class Service:
                     header.request_id, KvTierError("the question could not be answered; see the daemon's log")
                 )
 
-        self._loop.run_in_executor(self._slow, self.inspector.reply, header.request_id, body).add_done_callback(say)
+        work = functools.partial(self.inspector.reply, header.request_id, body)
+        self.threads.run(INSPECTORS, work).add_done_callback(say)
 
     def _answer_status(self, connection: Connection, header: Header) -> None:
         """Of all tenants together, so for the daemon's own user and root alone."""

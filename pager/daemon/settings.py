@@ -36,20 +36,25 @@ SOCKET_MODES = (0o600, 0o660, 0o666)
 class Limits:
     """What all clients may use. Everything here can change while the daemon runs (SIGHUP)."""
 
-    connections: int = 256
+    connections: int = 256  # of which one user, or another machine, may have all but an eighth
+    hello_s: float = 10.0  # for a connection to say who it is
     requests_in_flight: int = 64  # of one connection, not answered yet
     bytes_in_flight: Size = "16MiB"  # of their frames
     drain_s: float = 30.0  # after SIGTERM, for what only memory holds
 
     def validate(self) -> None:
         """Raises ConfigError."""
-        for name, least in (("connections", 1), ("requests_in_flight", 1), ("drain_s", 0)):
+        for name, least in (("connections", 1), ("hello_s", 1), ("requests_in_flight", 1), ("drain_s", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"limits.{name}={getattr(self, name)}: need at least {least}")
         if self.num_bytes_in_flight < 1 << 20:
             raise ConfigError(
                 f"limits.bytes_in_flight={self.bytes_in_flight!r}: one frame may have 1 MiB; give that at least"
             )
+
+    @property
+    def connections_of_one(self) -> int:
+        return self.connections - self.connections // 8
 
     @property
     def num_bytes_in_flight(self) -> int:

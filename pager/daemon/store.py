@@ -119,6 +119,7 @@ class SharedStore:
 
     def close(self, timeout_s: float = 60.0) -> None:
         """Write down what only the slab holds, as far as there is room, and let go of memory and disk."""
+        self.core.is_ending = False  # those who waited are gone
         self.core.memory.close()
         if self.core.nvme is not None:
             deadline_s = self.core.clock() + timeout_s

@@ -1,7 +1,7 @@
 """Verbs: what a request asks of the store, and its answer. One method per message, but for blocks over the socket.
 
-A method answers, or returns None and answers later: when a lease's blocks are up, or from a thread of a small pool for what
-waits (a model that is opened, a flush, sessions). Everything here runs on the loop; nothing of it waits.
+A method answers, or returns None and answers later: when a lease's blocks are up, or from a thread for what waits (a model
+that is opened, a flush, sessions). Everything here runs on the loop; nothing of it waits.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -21,6 +20,7 @@ from .connection import Connection
 from .fields import keys_in, layout_in, leased, slots_in, words_in
 from .models import Models
 from .session_names import id_of
+from .threads import Threads
 
 if TYPE_CHECKING:
     from .client import Client
@@ -35,12 +35,10 @@ Verb = Callable[[Attachment, int, Any], object]
 
 
 class Verbs:
-    """`slow`: the threads for what waits. `waiting`: lease requests without an answer, by their id()."""
+    """`threads`: for what waits. `waiting`: lease requests without an answer, by their id()."""
 
-    def __init__(
-        self, models: Models, loop: asyncio.AbstractEventLoop, slow: ThreadPoolExecutor, copies: CopyDesk
-    ) -> None:
-        self._models, self._loop, self._slow, self._copies = models, loop, slow, copies
+    def __init__(self, models: Models, threads: Threads, copies: CopyDesk) -> None:
+        self._models, self._threads, self._copies = models, threads, copies
         self.waiting: dict[int, tuple[Attachment, int, int]] = {}  # who, request id, store
         self.is_draining = False
         self.by_kind: dict[int, Verb] = {
@@ -247,6 +245,7 @@ class Verbs:
             request_id,
             lambda: store.keeper.flush(client, timeout_s),
             lambda _: attachment.say(request_id, m.Flushed()),
+            waits=True,
         )
         return None
 
@@ -258,6 +257,7 @@ class Verbs:
             request_id,
             lambda: store.keeper.put_session(client, message.session_id, record, timeout_s),
             lambda _: attachment.say(request_id, m.SessionPut()),
+            waits=True,
         )
         return None
 
@@ -295,9 +295,15 @@ class Verbs:
             connection.when_read(lambda: connection.reply(request_id, answer))
 
     def _on_thread(
-        self, attachment: Attachment, request_id: int, work: Callable[[], T], then: Callable[[T], None]
+        self,
+        attachment: Attachment,
+        request_id: int,
+        work: Callable[[], T],
+        then: Callable[[T], None],
+        *,
+        waits: bool = False,
     ) -> None:
-        """Run `work` on a thread, then `then` on the loop."""
+        """Run `work` on a thread, then `then` on the loop. What `waits` for other clients queues apart from the rest."""
 
         def done(future: asyncio.Future[T]) -> None:
             connection, error = attachment.connection, future.exception()
@@ -313,4 +319,4 @@ class Verbs:
                 if connection is not None:
                     connection.fail(request_id, KvTierError(f"{type(error).__name__} in the daemon; see its log"))
 
-        self._loop.run_in_executor(self._slow, work).add_done_callback(done)
+        self._threads.run((attachment.tenant.name, waits), work).add_done_callback(done)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 from kvtier.pager.daemon.connection import Connection
 from kvtier.pager.daemon.models import Budget, Models
-from kvtier.pager.daemon.server import listen
 from kvtier.pager.daemon.service import Service
+from kvtier.pager.daemon.sockets import listen
 from kvtier.pager.daemon.store import SharedStore
 from kvtier.pager.daemon.tenants import OwnerOnly, Tenants
 from kvtier.pager.rules import ALL_RULES, Rules
@@ -62,6 +63,7 @@ class InsideDaemon:
 
     async def _end(self) -> None:
         self._server.close()
+        await self.service.send_away(time.monotonic() + 60)
         self.service.close()
         self.models.close()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -21,13 +22,20 @@ from hypothesis import strategies as st
 
 from kvtier.pager.daemon import secret_files
 from kvtier.pager.daemon.logs import JsonLines, TextLines
-from kvtier.pager.daemon.metrics import check_metrics
+from kvtier.pager.daemon.metrics import MetricsServer, check_metrics
+from kvtier.pager.daemon.models import Budget
 from kvtier.pager.daemon.notify import Notifier, inherited_sockets
 from kvtier.pager.daemon.reload import plan_reload
+from kvtier.pager.daemon.server import Daemon
 from kvtier.pager.daemon.settings import load_daemon_config
+from kvtier.pager.daemon.sockets import listen
+from kvtier.pager.daemon.threads import AT_ONCE
+from kvtier.pager.protocol import fetch_status
+from kvtier.pager.wire import messages as m
 from kvtier.tiers.errors import ConfigError, KvTierError, ProtocolError, TierUnavailableError
 
 sys.path.insert(0, str(Path(__file__).parent))
+from running import wait_for
 from service_process import BLOCK, Pagerd, free_port
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
@@ -114,12 +122,20 @@ def test_descriptors_for_somebody_else_or_of_another_kind_are_not_taken():
     assert "socket 'unknown' does not listen" in said and said.endswith("{}\n")
 
 
+def test_the_unit_hides_gpus_and_its_drop_in_shows_them():
+    """Copies by the daemon on CUDA go through /dev/nvidia*."""
+    unit, drop_in = (DEPLOY / "pagerd.service").read_text(), (DEPLOY / "pagerd.service.d/ipc.conf").read_text()
+    assert "PrivateDevices=yes" in unit and "pagerd.service.d/ipc.conf" in unit
+    assert "PrivateDevices=no\n" in drop_in and "DeviceAllow=char-nvidia* rw\n" in drop_in
+
+
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here")
 def test_the_units_are_what_systemd_takes(tmp_path):
     program = Path(sys.executable).parent / "pagerd"
     for unit in ("pagerd.service", "pagerd.socket"):
         text = (DEPLOY / unit).read_text().replace("/usr/local/bin/pagerd", str(program))
         (tmp_path / unit).write_text(re.sub(r"(?m)^(User|Group|SocketUser|SocketGroup)=kvtier$", r"\1=root", text))
+    shutil.copytree(DEPLOY / "pagerd.service.d", tmp_path / "pagerd.service.d")
     command = ["systemd-analyze", "verify", "--man=no", tmp_path / "pagerd.service", tmp_path / "pagerd.socket"]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "SYSTEMD_LOG_LEVEL": "warning"})
     ours = [line for line in (done.stdout + done.stderr).splitlines() if "pagerd" in line]
@@ -189,8 +205,6 @@ def test_a_reload_lets_a_new_namespace_in_and_keeps_the_secret_of_an_old_one(tmp
 
 
 def client_reserve(client):
-    from kvtier.pager.wire import messages as m
-
     return m.Reserve(client.epoch, client.store, 0, 1)
 
 
@@ -246,6 +260,68 @@ def test_what_was_only_in_memory_is_written_down_by_sigterm_and_found_again(tmp_
         assert pagerd.end(signal.SIGINT) == 0
 
 
+def test_whoever_waits_longer_than_a_drain_may_take_is_told_so(tmp_path):
+    """A flush that its namespace's rate holds up for minutes, and more of them than there are threads."""
+    secret_files.write_new_secret(tmp_path / "root")
+    token, kept = secret_files.new_token()
+    config = (
+        SMALL + f'nvme_path = "{tmp_path / "s"}"\nnvme_bytes = "4MiB"\nroot_secret_file = "{tmp_path / "root"}"\n'
+        f'[limits]\ndrain_s = 1\n[namespaces.alice]\ntokens = ["{kept}"]\nwrite_bytes_per_s = 1\n'
+    )
+    with Pagerd(tmp_path, config).ready() as pagerd:
+        client = pagerd.connect(token).open()
+        client.put([b"\0" * 32], [bytes(BLOCK)], "alice", hold=True)
+        client.flush()  # which takes what the rate allows for a while
+        waiting = []
+        for number in range(1, 2 * AT_ONCE + 1):
+            client.put([bytes([number]) * 32], [bytes(BLOCK)], "alice", hold=True)
+            waiting.append(client.connection.begin(m.Flush(client.epoch, client.store, 60_000), m.Flushed))
+        wait_for(lambda: fetch_status(str(pagerd.socket), 60.0)["daemon"]["waiting_requests"] == len(waiting))
+        pagerd.process.send_signal(signal.SIGTERM)
+        for reply in waiting:
+            with pytest.raises(TierUnavailableError, match="shutting down"):
+                reply.result(60.0)
+        assert pagerd.process.wait(60) == 0 and "event=drain_cut_short" in pagerd.log()
+        assert "Traceback" not in pagerd.log() and "Error" not in pagerd.log(), pagerd.log()
+
+
+def test_what_a_successor_has_put_in_place_of_our_sockets_stays(tmp_path):
+    """It may start while we drain."""
+    pytest.importorskip("prometheus_client")
+    path, metrics, successors = tmp_path / "d.sock", tmp_path / "m.sock", []
+
+    class Replaced(Daemon):
+        async def _serve(self, listener, on_ready):
+            ours = await MetricsServer.start(f"unix://{metrics}", bytes)
+            listener.close()
+            successors.append(listen(path))
+            successors.append(await MetricsServer.start(f"unix://{metrics}", lambda: b"ours"))
+            ours.close()
+            assert "ours" in await asyncio.to_thread(scrape, f"unix://{metrics}")
+            return 0
+
+    assert Replaced(path, Budget(1 << 20)).run() == 0
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        client.connect(str(path))
+    successors[0].close()
+
+
+def test_the_store_of_a_model_that_is_closed_stays_and_is_named_in_the_log(tmp_path):
+    """It may hold sessions that were acknowledged, so the next model does not take its place."""
+    config = SMALL + f'nvme_path = "{tmp_path / "s"}"\nnvme_bytes = "4MiB"\n'
+    with Pagerd(tmp_path, config).ready() as pagerd:
+        first = pagerd.connect().open("first")
+        first.put(KEYS, BLOCKS, "default")
+        first.connection.call(m.Goodbye(first.epoch), m.Bye)
+        (folder,) = (tmp_path / "s").glob("model-*")
+        second = pagerd.connect().open("second")
+        (said,) = re.findall(r"event=closed_store bytes=(\d+) beside_nvme_bytes=(\d+) path=(\S+)", pagerd.log())
+        assert int(said[0]) >= len(KEYS) * BLOCK and said[1:] == (str(4 << 20), str(folder))
+        second.connection.call(m.Goodbye(second.epoch), m.Bye)
+        assert pagerd.connect().open("first").get(KEYS) == BLOCKS
+        assert pagerd.end() == 0
+
+
 def test_a_refused_configuration_ends_with_2_before_anything_is_made(tmp_path):
     with Pagerd(tmp_path, 'host_bytes = "lots"') as pagerd:
         assert pagerd.process.wait(60) == 2 and not pagerd.socket.exists()
@@ -285,6 +361,17 @@ def test_metrics_are_served_where_they_are_asked_for(tmp_path, kind):
         if kind == "unix":
             assert (tmp_path / "m.sock").stat().st_mode & 0o777 == 0o600
         assert pagerd.end() == 0 and not (tmp_path / "m.sock").exists()
+
+
+def test_metrics_replace_a_socket_and_nothing_else(tmp_path):
+    pytest.importorskip("prometheus_client")
+    file = tmp_path / "pagerd.toml"
+    file.write_text("kept")
+    address = f"unix://{file}"
+    for refuse in (lambda: check_metrics(address), lambda: asyncio.run(MetricsServer.start(address, bytes))):
+        with pytest.raises(ConfigError, match="is no socket"):
+            refuse()
+    assert file.read_text() == "kept"
 
 
 def test_a_metrics_address_that_others_reach_is_refused():

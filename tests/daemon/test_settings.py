@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 
 from kvtier.pager.config import DAEMON_SETTINGS, PagerConfig, load_config
 from kvtier.pager.daemon import secret_files
-from kvtier.pager.daemon.server import listen
 from kvtier.pager.daemon.settings import (
     DaemonConfig,
     default_config_file,
@@ -24,6 +23,7 @@ from kvtier.pager.daemon.settings import (
     load_daemon_config,
     print_config,
 )
+from kvtier.pager.daemon.sockets import listen
 from kvtier.pager.daemon.table import TenantTable, tenants_of
 from kvtier.pager.settings import to_toml
 from kvtier.tiers.errors import ConfigError
@@ -213,6 +213,7 @@ def test_a_secret_that_others_can_read_is_refused(tmp_path, root):
     for path, said in (
         (tmp_path / "link", "cannot be read"),
         (tmp_path / "none", "cannot be read"),
+        ("no\0name", "cannot be read: embedded null byte"),
         (tmp_path, "is not a file"),
     ):
         with pytest.raises(ConfigError, match=said):

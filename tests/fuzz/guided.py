@@ -9,8 +9,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import atheris
 
-with atheris.instrument_imports(include=["kvtier.pager.protocol"]):
+with atheris.instrument_imports(include=["kvtier.pager.protocol", "kvtier.pager.wire"]):
     from kvtier.pager.protocol import read_frame
+    from kvtier.pager.wire import frames, messages
 
 from targets import Received
 
@@ -18,10 +19,28 @@ from kvtier.tiers.errors import ProtocolError
 
 
 def one(raw: bytes) -> None:
-    try:
-        read_frame(Received(raw))  # type: ignore[arg-type]
-    except (ProtocolError, EOFError):
-        pass
+    """As a frame of the status socket, and as one of pagerd's."""
+    for read in (read_status, read_request):
+        try:
+            read(raw)
+        except (ProtocolError, EOFError):
+            pass
+
+
+def read_status(raw: bytes) -> None:
+    read_frame(Received(raw))  # type: ignore[arg-type]
+
+
+def read_request(raw: bytes) -> None:
+    if len(raw) < frames.HEADER.size:
+        return
+    header, body = frames.parse_header(raw), memoryview(raw)[frames.HEADER.size :]
+    if header.is_raw:
+        if len(body) < frames.META_LENGTH.size:
+            return
+        body = body[frames.META_LENGTH.size :][: frames.meta_bytes(header, body)]
+    if (kind := messages.REQUEST_BY_KIND.get(header.kind)) is not None:
+        messages.from_fields(kind, frames.unpack(body))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,9 +17,12 @@ from typing import Any
 
 import msgpack
 import numpy as np
+from daemon_requests import daemon_requests
 from mutate import NASTY_TEXT, any_value, mutated_bytes, mutated_value
 
 from kvtier.pager.config import load_config
+from kvtier.pager.daemon.secret_files import write_new_secret
+from kvtier.pager.daemon.settings import load_daemon_config
 from kvtier.pager.protocol import STATUS_REPLY, encode, read_frame
 from kvtier.pager.sessions import SessionEntry
 from kvtier.pager.wire import frames as wire
@@ -131,6 +135,45 @@ def settings(folder: Path) -> Iterator[Call]:
         values = mutated_value(choose, good)
         if isinstance(values, dict):
             load_config(None, env={}, **{str(name): value for name, value in values.items()})
+
+    yield call
+
+
+@contextmanager
+def daemon_settings(folder: Path) -> Iterator[Call]:
+    """pagerd's file, changed as text, and its settings, changed as values."""
+    secret, token = folder / "secret", "blake2b:" + "0" * 64
+    write_new_secret(secret)
+    text = f"""host_bytes = "1GiB"
+nvme_path = "/tmp/store"
+nvme_bytes = "10GiB"
+socket = "/run/x.sock"
+socket_mode = 0o660
+max_models = 2
+root_secret_file = "{secret}"
+log_level = "info"
+[limits]
+connections = 7
+hello_s = 5
+bytes_in_flight = "2MiB"
+drain_s = 1.5
+[namespaces.a]
+uids = [1, 2]
+tokens = ["{token}"]
+host_floor = "1MiB"
+pins = 3
+"""
+    path, good = folder / "pagerd.toml", tomllib.loads(text)
+
+    def call(choose: random.Random) -> None:
+        if choose.random() < 0.5:
+            path.write_bytes(mutated_bytes(choose, text.encode()))
+            load_daemon_config(path, env={})
+        else:
+            values = mutated_value(choose, good)
+            if isinstance(values, dict):
+                path.write_text("")
+                load_daemon_config(path, env={}, **{str(name): value for name, value in values.items()})
 
     yield call
 
@@ -353,7 +396,9 @@ ONE_OF_OURS = (KvTierError,)
 TARGETS = [
     Target("frames", 1_300_000, (ProtocolError, EOFError), frames),
     Target("daemon_frames", 400_000, (ProtocolError,), daemon_frames),
+    Target("daemon_requests", 5_000, (ProtocolError,), daemon_requests),
     Target("settings", 10_000, (ConfigError,), settings),
+    Target("daemon_settings", 5_000, (ConfigError,), daemon_settings),
     Target("environment", 10_000, (ConfigError,), environment),
     Target("toml", 5_000, (ConfigError,), toml),
     Target("sizes", 150_000, (ConfigError,), sizes),

@@ -314,7 +314,7 @@ class World:
         self.clock, self.trace = Clock(), Trace()
         self.loop = VirtualLoop(self.clock)
         self.models = Models(Budget(SLOTS * SIZE, settings={"host_prefault": False}), self.clock)
-        limits = Limits(requests_in_flight=self.choose.choice([2, 8, 64]))
+        limits = Limits(requests_in_flight=self.choose.choice([2, 8, 64]), hello_s=1e6)  # its network takes its time
         self.processes_of_daemon = SimProcesses(rules)
         self.service = Service(
             self.models,

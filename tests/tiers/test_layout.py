@@ -39,6 +39,7 @@ def test_the_fingerprint_covers_every_field():
         ("dtype", "int3"),
         ("num_layers", 0),
         ("head_dim", -1),
+        ("name", 7),
     ],
 )
 def test_what_cannot_be_is_refused_by_name(field, value):
