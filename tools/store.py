@@ -18,7 +18,7 @@ from ..tiers.nvme.codecs import CODECS, ENCRYPTED
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for verb, what in (
-        ("check", "read every block and say what is bad; exit code 1 when any is"),
+        ("check", "read every block and say what is bad, changing nothing; exit code 1 when anything is"),
         ("repair", "as check, and take what is bad out of the listing"),
         ("gc", "remove segments without blocks, and history from the journal"),
         ("export", "copy blocks and sessions into a new store at TARGET"),
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run_store(arguments: argparse.Namespace) -> int:
-    """Returns 1 when check found bad blocks. Raises ConfigError and its kinds for stores that cannot be used."""
+    """Returns 1 when check found damage. Raises ConfigError and its kinds for stores that cannot be used."""
     path = Path(arguments.path)
     secrets = {} if arguments.verb == "gc" else _secrets(arguments.config)
     maintenance.stored_identity(path)
@@ -61,7 +61,7 @@ def run_store(arguments: argparse.Namespace) -> int:
         print(json.dumps(report.to_dict()))
     else:
         print(", ".join(_said(name, value) for name, value in report.to_dict().items() if value or name == "blocks"))
-    return 1 if arguments.verb == "check" and report.bad_blocks else 0
+    return 1 if arguments.verb == "check" and report.is_damaged else 0
 
 
 def _secrets(config: str | None) -> dict[int, bytes]:

@@ -37,7 +37,7 @@ class RestingStore:
         check_format(path, identity)
         self.layouts = [KVLayout.from_dict(fields) for fields in identity["layouts"]]
         self.fingerprint = "|".join([str(identity["model_fingerprint"]), *(x.fingerprint for x in self.layouts)])
-        self.listing: Listing = replay(path / MANIFEST_FILE)
+        self.listing: Listing = replay(path / MANIFEST_FILE).listing
 
     @property
     def block_size(self) -> int:

@@ -14,13 +14,20 @@ import time
 import traceback
 
 import numpy as np
-from blocks_of import CpuBackend, key_of, open_tier, put, wrong_blocks
+from blocks_of import LARGE, LAYOUT, CpuBackend, KVLayout, key_of, open_tier, put, wrong_blocks
 
 
-def writer(path: str, first: int, seed: int, pipe: int) -> None:
+def opened(path: str, layout: KVLayout, codec: str | None = None):
+    """Large blocks go past the page cache, few at a time, so that other threads compute for the one that calls."""
+    if layout is LARGE:
+        return open_tier(path, CpuBackend(io_depth=1), slots=64, codec=codec, layout=layout)
+    return open_tier(path, CpuBackend(), codec=codec)
+
+
+def writer(path: str, layout: KVLayout, first: int, seed: int, pipe: int) -> None:
     """Write, free, rewrite; report each number once its commit has returned, and before a block is given up."""
-    choose, backend = random.Random(seed), CpuBackend()
-    tier = open_tier(path, backend)
+    choose, most = random.Random(seed), 16 if layout is LARGE else 8
+    tier = opened(path, layout)
     held, number, waiting = tier.recovered()[0][0].tolist(), first, []
     for step in range(1 << 30):
         if tier.free_slots(0) < 24:
@@ -30,7 +37,7 @@ def writer(path: str, first: int, seed: int, pipe: int) -> None:
             waiting = [n for n in waiting if key_of(n) not in dropped]
             os.write(pipe, b"".join(b"-" + key for key in dropped))
             tier.free(0, np.array(gone))
-        slots = tier.allocate(0, choose.randrange(1, 9))
+        slots = tier.allocate(0, choose.randrange(1, most + 1))
         numbers = list(range(number, number + len(slots)))
         number += len(slots)
         assert put(tier, slots, numbers).all()
@@ -48,19 +55,18 @@ def writer(path: str, first: int, seed: int, pipe: int) -> None:
             waiting = []
 
 
-def main(path: str, loops: int, seed: int, codec: str) -> dict[str, int]:
+def main(path: str, loops: int, seed: int, codec: str, size: str) -> dict[str, int]:
+    layout = LARGE if size == "large" else LAYOUT
     choose, acknowledged = random.Random(seed), set()
     totals = {"loops": loops, "acknowledged": 0, "lost": 0, "wrong": 0, "kept": 0}
-    backend = CpuBackend()
-    open_tier(path, backend, codec=codec).close()  # making the Zarr metadata takes longer than a writer lives
-    backend.close(5)
+    close(opened(path, layout, codec))  # making the Zarr metadata takes longer than a writer lives
     for loop in range(loops):
         reader, pipe = os.pipe()
         child = os.fork()
         if child == 0:
             os.close(reader)
             try:
-                writer(path, loop << 20, seed + loop, pipe)
+                writer(path, layout, loop << 20, seed + loop, pipe)
             except BaseException:
                 traceback.print_exc()
             os._exit(1)
@@ -77,17 +83,20 @@ def main(path: str, loops: int, seed: int, codec: str) -> dict[str, int]:
             key = raw[i + 1 : i + 33]
             (acknowledged.add if raw[i : i + 1] == b"+" else acknowledged.discard)(key)
             totals["acknowledged"] += raw[i : i + 1] == b"+"
-        backend = CpuBackend()
-        tier = open_tier(path, backend)
+        tier = opened(path, layout)
         wrong, right = wrong_blocks(tier)
         totals["wrong"] += wrong
         totals["lost"] += len(acknowledged - right)
         totals["kept"] = len(right)
         acknowledged &= right
-        tier.close()
-        backend.close(5)
+        close(tier)
     return totals
 
 
+def close(tier) -> None:
+    tier.close()
+    tier._backend.close(5)
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])))
+    print(json.dumps(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:6])))

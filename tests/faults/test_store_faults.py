@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 from kvtier.tiers.errors import KvTierError
+from kvtier.tiers.staged import StagedWorkers
 
 sys.path.insert(0, str(Path(__file__).parent))
-from blocks_of import CpuBackend, SystemCalls, key_of, open_tier, put, wrong_blocks
+from blocks_of import LARGE, LAYOUT, CpuBackend, SystemCalls, key_of, open_tier, put, wrong_blocks
 
 from kvtier.tiers.nvme.identity import PROBE_FILE
+from kvtier.tiers.nvme.journal import whole_frames
 from kvtier.tiers.nvme.layout import CRC_BYTES
-from kvtier.tiers.nvme.manifest import _frames, _replay
 
 
 @pytest.fixture
@@ -33,9 +34,9 @@ def backend():
 
 
 # ---------------------------------------------------------------------- kill -9
-def kill_loops(path, loops: int, seed: int, codec: str = "none") -> dict[str, int]:
+def kill_loops(path, loops: int, seed: int, codec: str = "none", size: str = "small") -> dict[str, int]:
     script = Path(__file__).parent / "kill_loop.py"
-    command = [sys.executable, script, path, str(loops), str(seed), codec]
+    command = [sys.executable, script, path, str(loops), str(seed), codec, size]
     env = os.environ | {
         "PYTHONPATH": str(script.parent),
         "OMP_NUM_THREADS": "1",
@@ -58,6 +59,12 @@ def test_killed_writers_of_compressed_blocks_lose_nothing_either(tmp_path, seed)
 def test_killed_writers_of_rounded_blocks_lose_nothing_either(tmp_path, seed):
     """And none is rounded twice: what comes back is one rounding of what was written, to the bit."""
     totals = kill_loops(tmp_path / "s", 5, seed, "int4")
+    assert totals["wrong"] == totals["lost"] == 0 and totals["acknowledged"] > 5 and totals["kept"] > 0, totals
+
+
+def test_killed_writers_of_large_blocks_lose_nothing_either(tmp_path, seed):
+    """As in use: past the page cache, in steps that change hands between threads."""
+    totals = kill_loops(tmp_path / "s", 15, seed, size="large")
     assert totals["wrong"] == totals["lost"] == 0 and totals["acknowledged"] > 5 and totals["kept"] > 0, totals
 
 
@@ -117,6 +124,14 @@ class FailingCalls(SystemCalls):
         self._fails()
         super().set_size(fd, size)
 
+    def replace(self, source, target):
+        self._fails()
+        super().replace(source, target)
+
+    def sync_directory(self, path):
+        self._fails()
+        super().sync_directory(path)
+
     def next_byte(self, fd, offset):
         self._fails()
         return super().next_byte(fd, offset)
@@ -169,35 +184,103 @@ def relocate(tier) -> None:
     tier.flush()
 
 
+def shrink(tier) -> None:
+    put(tier, tier.allocate(0, 4), list(range(400, 404)))
+    tier.shrink_journal()
+    tier.flush()
+
+
+def grow(tier) -> None:
+    """A session, and the metadata written anew for a store that became larger."""
+    tier.put_session("s", {"summary": {"n": 1}})
+    tier.flush()
+
+
 SCRIPTS = [fill, rewrite, read_all, sessions, many_commits, quarantine, relocate]
+
+
+def promised(tier, safe: set[bytes]) -> None:
+    """Keep `safe` up to date: what a flush that returned has promised, and nobody has given up since."""
+    flush, free = tier.flush, tier.free
+
+    def listed() -> set[bytes]:
+        return {stamp["key"].tobytes() for stamp in tier.recovered()[0][1]}
+
+    def flush_and_promise() -> None:
+        flush()
+        safe.update(listed())
+
+    def free_and_forget(group, slots) -> None:
+        keys = {stamp["key"].tobytes() for stamp in tier.stamps(group, slots)}
+        free(group, slots)
+        safe.difference_update(keys - listed())
+
+    tier.flush, tier.free = flush_and_promise, free_and_forget
+
+
+class AfterPowerLoss(SystemCalls):
+    def boot_id(self):
+        return "another boot"
+
+
+def kept_by_a_crash(tier, path, copy, backend, layout) -> set[bytes]:
+    """Keys that are right when the machine stops now."""
+    if tier._committer is not None:
+        tier._committer.close()  # the copy is of one moment
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(path, copy)
+    again = open_tier(copy, backend, calls=AfterPowerLoss(), layout=layout)
+    wrong, right = wrong_blocks(again)
+    again.close()
+    assert wrong == 0
+    return right
 
 
 @pytest.mark.parametrize(
     ("codec", "script", "how"),
     [("none", s, how) for s in SCRIPTS for how in ("EIO", "ENOSPC", "short")]
+    + [("none", shrink, "EIO"), ("none", shrink, "short"), ("none", grow, "EIO")]
     + [("split", s, "EIO") for s in (fill, rewrite, read_all)],
 )
 def test_a_fault_at_every_call_is_never_served_and_never_a_foreign_exception(tmp_path, backend, script, how, codec):
+    fail_at_every_call(tmp_path, backend, script, how, codec)
+
+
+@pytest.mark.parametrize(("script", "how"), [(fill, "EIO"), (read_all, "short")])
+def test_a_fault_at_every_call_that_goes_past_the_page_cache(tmp_path, monkeypatch, script, how):
+    """As in use: large blocks, in steps that change hands between threads."""
+    backend, begin, begun = CpuBackend(io_depth=1), StagedWorkers._begin, []
+    monkeypatch.setattr(StagedWorkers, "_begin", lambda *said: (begun.append(1), begin(*said)))
+    fail_at_every_call(tmp_path, backend, script, how, "none", LARGE)
+    assert begun
+    backend.close(5)
+
+
+def fail_at_every_call(tmp_path, backend, script, how, codec, layout=LAYOUT) -> None:
     pristine = tmp_path / "pristine"
-    tier = open_tier(pristine, backend, codec=codec)
+    tier = open_tier(pristine, backend, codec=codec, layout=layout)
     put(tier, tier.allocate(0, 20), list(range(500, 520)))
     tier.close()
+    slots = 512 if script is grow else 256
     for n in range(1, 500):
         path, calls = tmp_path / "s", FailingCalls(n, how)
         shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(pristine, path)
-        tier = None
+        tier, safe = None, {key_of(number) for number in range(500, 520)}
         try:
-            tier = open_tier(path, backend, calls=calls)
+            tier = open_tier(path, backend, slots=slots, calls=calls, layout=layout)
+            promised(tier, safe)
             script(tier)
             assert wrong_blocks(tier)[0] == 0
         except KvTierError:
             pass
         if tier is not None:
+            if how == "EIO":
+                assert safe <= kept_by_a_crash(tier, path, tmp_path / "crashed", backend, layout), f"call {n}"
             tier.close()
-        again = open_tier(path, backend)
+        again = open_tier(path, backend, slots=slots, layout=layout)
         wrong, right = wrong_blocks(again)
-        assert wrong == 0
+        assert wrong == 0 and safe <= right, f"call {n}"
         if not calls.failed:
             assert len(right) >= 17
             again.close()
@@ -322,7 +405,7 @@ def test_a_segment_that_a_power_loss_cut_short_is_made_anew(tmp_path, backend):
     shutil.copytree(tmp_path / "s", tmp_path / "copy", ignore=shutil.ignore_patterns("*.sock"))
     tier.close()
     raw = (tmp_path / "copy" / "manifest.log").read_bytes()
-    frames = [body for body, _ in _frames(raw)]
+    frames = [frame.body for frame in whole_frames(raw)]
     assert b"commit" in bytes(frames[-1])  # the process got no further than the record before it
     (tmp_path / "copy" / "manifest.log").write_bytes(raw[: len(raw) - len(frames[-1]) - 8])
     (file,) = (tmp_path / "copy" / "blocks.zarr" / "g0").glob("c.1.*")  # of both puts
@@ -351,8 +434,8 @@ def flip_bits(path, backend, times: int, seed: int, codec: str = "none") -> None
     meta = [path / "manifest.log", path / "store.json", *sorted((path / "blocks.zarr").rglob("zarr.json"))]
     sizes |= {file: file.stat().st_size for file in meta}
     pristine = {file: file.read_bytes() for file in sizes}
-    everything, torn = listed_right(path, backend)
-    assert len(everything) == 30 and torn == 0
+    everything, torn, is_noticed = listed_right(path, backend)
+    assert len(everything) == 30 and torn == 0 and not is_noticed
     weights = [6 / len(segments)] * len(segments) + [3, 1] + [1 / (len(meta) - 2)] * (len(meta) - 2)
     for _ in range(times):
         file = choose.choices(list(sizes), weights=weights)[0]
@@ -363,20 +446,20 @@ def flip_bits(path, backend, times: int, seed: int, codec: str = "none") -> None
             handle.write(raw)
         number = segments.index(file) if file in segments else -1
         part = part_of_segment(geometry, ends, number, at) if number >= 0 else "metadata"
-        is_cut = file.suffix == ".log" and _replay(bytes(raw))[1] < len(raw)  # noticed, also where no block hung on it
+        is_journal = file.suffix == ".log"
         is_same = file.suffix == ".json" and means_the_same(bytes(raw), pristine[file])
         try:
-            right, torn = listed_right(path, backend)
-            assert torn == (part == "index"), f"{file.name} at {at}"
+            right, torn, is_noticed = listed_right(path, backend)
+            assert torn == (part == "index") and is_noticed == is_journal, f"{file.name} at {at}"
             kept = right == everything
-            assert kept == (part in ("index", "nothing") or is_same) or is_cut, f"{file.name} at {at}"
+            assert kept == (part in ("index", "nothing") or is_same) or is_journal, f"{file.name} at {at}"
         except KvTierError:
             assert part == "metadata" and not is_same
         for one, whole in pristine.items():
             with open(one, "r+b") as handle:
                 handle.write(whole)
                 handle.truncate()
-    assert listed_right(path, backend) == (everything, 0)
+    assert listed_right(path, backend) == (everything, 0, False)
 
 
 def part_of_segment(geometry, ends: list[int], number: int, at: int) -> str:
@@ -396,8 +479,8 @@ def means_the_same(raw: bytes, before: bytes) -> bool:
         return False
 
 
-def listed_right(path, backend) -> tuple[set[bytes], int]:
-    """Keys of the blocks that are right, and how many broken indexes were noticed."""
+def listed_right(path, backend) -> tuple[set[bytes], int, bool]:
+    """Keys of the blocks that are right, how many broken indexes were noticed, and whether the journal was damaged."""
     tier = open_tier(path, backend, durability="none")
     try:
         wrong, right = wrong_blocks(tier)
@@ -405,7 +488,8 @@ def listed_right(path, backend) -> tuple[set[bytes], int]:
         right = right if tier.sessions() == {"a": {"n": 1}} else set()
     finally:
         tier.close()
-    return right, tier.status()["torn_indexes"]
+    status = tier.status()
+    return right, status["torn_indexes"], bool(status["journal_gaps"] or status["torn_journal_bytes"])
 
 
 def test_flipped_bits_are_misses_or_refusals_and_never_wrong_bytes(tmp_path, backend, seed):

@@ -31,9 +31,10 @@ from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.errors import ConfigError, KvTierError, ProtocolError
 from kvtier.tiers.layout import KVLayout, parse_bytes
 from kvtier.tiers.nvme import identity as store_identity
+from kvtier.tiers.nvme.journal import framed
 from kvtier.tiers.nvme.layout import Geometry, Trailer
 from kvtier.tiers.nvme.maintenance import stored_identity
-from kvtier.tiers.nvme.manifest import STAMP, _frame, _replay
+from kvtier.tiers.nvme.manifest import STAMP, _replay
 from kvtier.tiers.nvme.status import read_store_status
 from kvtier.tiers.nvme.store import NvmeTier, StoreIdentity
 
@@ -245,7 +246,7 @@ def journal(folder: Path) -> Iterator[Call]:
         {"op": "forget", "id": "a"},
         {"op": "commit"},
     ]
-    whole = b"".join(map(_frame, records))
+    whole = b"".join(map(framed, records))
 
     def call(choose: random.Random) -> None:
         how = choose.random()

@@ -2,8 +2,7 @@
 power loss that takes back what was not synced.
 
 What a sync refused stays in doubt for ever, as on Linux: a later sync that succeeds does not write those pages. Not
-simulated: names (renames of files count as durable at once; a segment that was never synced may be missing), and the
-identity and session-table files, which are written outside this seam.
+simulated: names (renames of files count as durable at once; a segment that was never synced may be missing).
 """
 
 from __future__ import annotations
@@ -35,6 +34,14 @@ class Unsynced:
         self.synced_size: dict[int, int] = {}
         self.unborn: set[int] = set()  # segments whose first sync is still to come
         self.boots = 0
+
+    def made(self, inode: int, *, is_segment: bool) -> None:
+        """A new file, perhaps under the number of one that is gone."""
+        for pages in (self.under, self.doomed):
+            pages.pop(inode, None)
+        self.synced_size[inode] = 0
+        if is_segment:
+            self.unborn.add(inode)
 
     def remember(self, fd: int, offset: int, nbytes: int) -> None:
         stat = os.fstat(fd)
@@ -115,9 +122,8 @@ class SimulatedDisk(SystemCalls):
         self._may_fail("open", path.name)
         fd = super().open(path, flags)
         self._names[fd] = path.name
-        if path.name == NEW_SEGMENT_FILE:
-            self._unsynced.unborn.add(os.fstat(fd).st_ino)
-            self._unsynced.synced_size[os.fstat(fd).st_ino] = 0
+        if flags & os.O_EXCL or path.name == NEW_SEGMENT_FILE:
+            self._unsynced.made(os.fstat(fd).st_ino, is_segment=path.name == NEW_SEGMENT_FILE)
         return fd
 
     def close(self, fd: int) -> None:
@@ -161,6 +167,13 @@ class SimulatedDisk(SystemCalls):
     def set_size(self, fd, size):
         self._may_fail("set_size", self._names.get(fd))
         super().set_size(fd, size)
+
+    def replace(self, source, target):
+        self._may_fail("replace", target.name)
+        super().replace(source, target)
+
+    def sync_directory(self, path):
+        self._may_fail("sync_directory", path.name)  # names count as durable at once
 
     def next_byte(self, fd, offset):
         self._may_fail("next_byte", self._names.get(fd))

@@ -8,7 +8,8 @@ import pytest
 
 from kvtier.tiers.errors import ConfigError
 from kvtier.tiers.nvme.files import SystemCalls
-from kvtier.tiers.nvme.manifest import STAMP, Manifest, _frame, replay
+from kvtier.tiers.nvme.journal import framed
+from kvtier.tiers.nvme.manifest import STAMP, Manifest, replay
 
 
 class Refusing(SystemCalls):
@@ -42,7 +43,7 @@ class Refusing(SystemCalls):
 
 
 def sessions(path) -> set[str]:
-    return set(replay(path).sessions)
+    return set(replay(path).listing.sessions)
 
 
 @pytest.fixture
@@ -70,7 +71,7 @@ def test_after_a_refused_sync_it_is_written_anew(journal):
     assert sessions(calls.path) == {"a", "b", "c"}
 
 
-def test_nothing_is_appended_behind_half_a_frame(journal):
+def test_nothing_is_appended_behind_half_aframed(journal):
     journal, calls = journal
     calls.refuses = ["append", "set_size"]
     with pytest.raises(OSError, match="injected"):
@@ -107,6 +108,6 @@ def test_a_rewrite_that_fails_leaves_the_journal_in_use(journal):
 )
 def test_a_whole_record_that_is_none_of_ours_is_said_so_and_lists_nothing(tmp_path, record):
     path = tmp_path / "manifest.log"
-    path.write_bytes(_frame({"op": "session", "id": "a", "record": {}}) + _frame(record))
+    path.write_bytes(framed({"op": "session", "id": "a", "record": {}}) + framed(record))
     with pytest.raises(ConfigError, match=r"record at byte \d+ is whole and none that this version writes"):
         Manifest.open(path)

@@ -170,25 +170,31 @@ def test_stock_zarr_reads_every_block_and_unwritten_slots_as_fill(tmp_path, back
         assert not np.asarray(array[int(slots.max()) + 1]).any()
 
 
-def test_tensorstore_reads_the_same(tmp_path, backend):
+def filled(path: Path, backend: CpuBackend) -> list[tuple[np.ndarray, np.ndarray]]:
+    """A closed store with blocks in every layer group, over several segments: slots and rows of each."""
+    tier = open_tier(path, backend)
+    written = [store(tier, 9, group, seed=group) for group in range(3)]
+    tier.close()
+    return written
+
+
+def test_tensorstore_reads_every_block(tmp_path, backend):
     ts = pytest.importorskip("tensorstore")
-    tier = open_tier(tmp_path / "s", backend)
-    slots, rows = store(tier, 4)
-    tier.close()
-    path = str(tmp_path / "s" / "blocks.zarr" / "g0")
-    array = ts.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}, read=True).result()
-    seen = np.asarray(array[int(slots[3])].read().result())
-    assert seen.tobytes() == rows[3].tobytes()
+    for group, (slots, rows) in enumerate(filled(tmp_path / "s", backend)):
+        path = str(tmp_path / "s" / "blocks.zarr" / f"g{group}")
+        array = ts.open({"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}, read=True).result()
+        seen = np.asarray(array[: int(slots.max()) + 1].read().result())
+        assert [seen[slot].tobytes() for slot in slots] == [row.tobytes() for row in rows]
 
 
-def test_xarray_reads_the_same(tmp_path, backend):
+def test_xarray_reads_every_block(tmp_path, backend):
     xarray = pytest.importorskip("xarray")
-    tier = open_tier(tmp_path / "s", backend)
-    slots, rows = store(tier, 4)
-    tier.close()
+    written = filled(tmp_path / "s", backend)
     with xarray.open_zarr(str(tmp_path / "s" / "blocks.zarr"), consolidated=False) as dataset:
         assert set(dataset) == {"g0", "g1", "g2"} and dataset["g0"].dims[:2] == ("g0_slot", "g0_layer")
-        assert dataset["g0"][int(slots[3])].values.tobytes() == rows[3].tobytes()
+        for group, (slots, rows) in enumerate(written):
+            seen = dataset[f"g{group}"].values
+            assert [seen[slot].tobytes() for slot in slots] == [row.tobytes() for row in rows]
 
 
 @pytest.mark.parametrize("where", ["block", "trailer", "foreign", "truncated", "gone"])

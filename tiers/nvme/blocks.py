@@ -33,7 +33,7 @@ Stamps = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class BlockCall:
-    """One call to the kernel: a run of blocks, each with its tail behind it."""
+    """One call to the kernel: a run of blocks, each with its tail behind it. `tails` may be more than there are blocks."""
 
     segment: Segment
     offset: int

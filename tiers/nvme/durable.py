@@ -42,7 +42,7 @@ class DurableListing:
     ) -> None:
         self._path, self._manifest, self._books, self._files = path, manifest, books, files
         self._syncs, self._on_distrust = durability != "none", on_distrust
-        self._table = SessionTable(path, manifest.listing.sessions)
+        self._table = SessionTable(path, manifest.listing.sessions, files.calls)
         self.lock = threading.Lock()
         self._commit_lock = threading.Lock()  # one commit at a time
         self._unsynced: dict[Segment, list[IntArray]] = {}  # slots written since the segment was last synced
@@ -121,21 +121,28 @@ class DurableListing:
                 if self._syncs:
                     unsynced, self._unsynced = self._unsynced, {}
                 pages = {segment: self._stored(segment) for segment in stale}
-            late = {segment for segment in sorted(stale) if not self._write_index(segment, pages[segment])}
-            touched = sorted(stale | unsynced.keys())
+            gone: set[Segment] = set()
+            late = {segment for segment in sorted(stale) if not self._write_index(segment, pages[segment], gone)}
+            touched = sorted((stale | unsynced.keys()) - gone)
             refused = {segment for segment in touched if not self._sync(segment)}
             for segment in refused:
                 self._distrust(segment, unsynced.get(segment, []))
             with self.lock:
-                self._stale_index |= late
+                self._stale_index |= late | refused
+            refused |= gone & unsynced.keys()
             try:
                 with self.lock:
                     table = self._table.snapshot()
-                    self._believe(touched, refused, unsynced)
+                    try:
+                        self._believe(touched, refused, unsynced)
+                    except OSError:  # they are synced and nothing says so: the next commit has them to settle again
+                        for segment in unsynced.keys() - refused:
+                            self._unsynced.setdefault(segment, []).extend(unsynced[segment])
+                        raise
                     if self._syncs:
                         self._manifest.sync()
                     if self._manifest.listing.is_settled:
-                        self._manifest.shrink()
+                        self._manifest.shrink_if_possible()
             except OSError as error:
                 self.failed_syncs += 1
                 raise TierUnavailableError(
@@ -178,9 +185,19 @@ class DurableListing:
             self._sync_journal_quietly()
 
     def shrink_journal(self) -> None:
-        """Rewrite the journal without history, whatever its size."""
-        with self.lock:
+        """Rewrite the journal without history, whatever its size. Raises TierUnavailableError."""
+        with self._recording():
             self._manifest.shrink(always=True)
+
+    @property
+    def journal_gaps(self) -> int:
+        """Damaged places that the journal had when it was opened."""
+        return self._manifest.gaps
+
+    @property
+    def torn_journal_bytes(self) -> int:
+        """What was cut off its end then."""
+        return self._manifest.torn_bytes
 
     def close(self) -> None:
         """Commit once more; who closes in order finds everything again, whatever the durability."""
@@ -245,7 +262,8 @@ class DurableListing:
             slots = np.setdiff1d(self._in_segment(segment, unsynced[segment]), written_again)
             self._manifest.believe(segment[0], slots)
 
-    def _write_index(self, segment: Segment, stored: npt.NDArray[np.uint64]) -> bool:
+    def _write_index(self, segment: Segment, stored: npt.NDArray[np.uint64], gone: set[Segment]) -> bool:
+        """Whether that need not be tried again. A segment that is none of ours any more lists nothing and is `gone`."""
         try:
             self._files.write_index(segment, stored)
         except FileNotFoundError:
@@ -254,7 +272,7 @@ class DurableListing:
             group, number = segment
             size = self._books[group].geometry.slots_per_segment
             self._distrust(segment, [np.arange(number * size, (number + 1) * size)])
-            return True
+            gone.add(segment)
         except OSError:
             self.failed_index_writes += 1
             return False

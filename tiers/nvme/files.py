@@ -1,14 +1,14 @@
 """Segment files: open, preallocated or sparse, read and written past the page cache where the file system allows it.
 
-One seam (`SystemCalls`) lies between us and the kernel, so that tests can make any call fail. Buffers that the kernel
-reads into or writes from are page aligned; whoever has others goes through a worker's own scratch buffer. Guards: a
-file of another size or with an index that is not ours was rewritten by somebody else, and nothing in it is trusted.
+Buffers that the kernel reads into or writes from are page aligned; whoever has others goes through a worker's own
+scratch buffer. Guards: a file of another size or with an index that is not ours was rewritten by somebody else, and
+nothing in it is trusted; neither is what went to a file that has lost its name since.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
+import logging
 import os
 import threading
 from collections import OrderedDict, deque
@@ -16,68 +16,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..layout import KVLayout
 from ..streams import IntArray, Rows, aligned_rows
+from .calls import SystemCalls as SystemCalls
 from .identity import NEW_SEGMENT_FILE, PROBE_FILE, segment_path
 from .layout import PAGE_BYTES, Geometry
 
-_LIBC = ctypes.CDLL(None, use_errno=True)
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2  # <linux/falloc.h>
 MAX_OPEN_FILES = 512
 DIRECT_MIN_BYTES = 256 << 10  # smaller blocks are many requests: the page cache then saves more than its copy costs
 Segment = tuple[int, int]  # layer group, number
-
-
-class SystemCalls:
-    """What we ask of the kernel. Each raises OSError."""
-
-    def open(self, path: Path, flags: int) -> int:
-        return os.open(path, flags, 0o600)
-
-    def close(self, fd: int) -> None:
-        os.close(fd)
-
-    def preadv(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
-        return os.preadv(fd, buffers, offset)
-
-    def pwritev(self, fd: int, buffers: Sequence[Any], offset: int) -> int:
-        return os.pwritev(fd, buffers, offset)
-
-    def append(self, fd: int, frame: memoryview) -> int:
-        return os.write(fd, frame)
-
-    def fdatasync(self, fd: int) -> None:
-        os.fdatasync(fd)
-
-    def fallocate(self, fd: int, size: int) -> None:
-        os.posix_fallocate(fd, 0, size)
-
-    def set_size(self, fd: int, size: int) -> None:
-        """A file of that size; what is not written takes no disk."""
-        os.ftruncate(fd, size)
-
-    def boot_id(self) -> str:
-        """Of the running kernel: what was written under the same one cannot have been lost to a power loss. "": unknown."""
-        try:
-            return _BOOT_ID.read_text().strip()
-        except OSError:
-            return ""
-
-    def next_byte(self, fd: int, offset: int) -> int:
-        """Where the first byte that takes disk lies, at the offset or behind it."""
-        return os.lseek(fd, offset, os.SEEK_DATA)
-
-    def punch(self, fd: int, offset: int, size: int) -> None:
-        """Give the disk under these bytes back; they read as zeros from now on."""
-        if _LIBC.fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, ctypes.c_int64(offset), ctypes.c_int64(size)):
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
+_LOG = logging.getLogger("kvtier.nvme")
 
 
 class ForeignSegmentError(OSError):
@@ -109,6 +61,8 @@ class SegmentFiles:
         self._grown: set[Path] = set()  # directories that took a new file since they were last synced
         self.torn: set[Segment] = set()  # their index has to be written anew; whoever does takes them out
         self.is_direct = direct and _takes_direct(root, calls)
+        if direct and not self.is_direct and any(each.block_bytes >= DIRECT_MIN_BYTES for each in geometries):
+            _LOG.warning("event=no_direct_io path=%s: this file system refuses it, the page cache is used", root)
 
     def path(self, segment: Segment) -> Path:
         group, number = segment
@@ -158,16 +112,21 @@ class SegmentFiles:
             pass
 
     def sync(self, segment: Segment) -> None:
-        """What was written to the segment survives a power loss once this returns, and so does its name."""
+        """What was written to the segment survives a power loss once this returns, and so does its name.
+
+        Raises ForeignSegmentError where the name is gone or another file's: nobody will find what was written.
+        """
         with self.use(segment) as fd:
             self.calls.fdatasync(fd)
+            if not self._has_its_name(segment, fd):
+                raise ForeignSegmentError(errno.ESTALE, f"{self.path(segment).name} was replaced while it was in use")
         folder = self.path(segment).parent
         with self._lock:
             is_grown = folder in self._grown
             self._grown.discard(folder)
         if is_grown:
             try:
-                sync_directory(folder)
+                self.calls.sync_directory(folder)
             except OSError:
                 self._grown.add(folder)
                 raise
@@ -219,13 +178,19 @@ class SegmentFiles:
             reserve = self.calls.set_size if geometry.is_encoded else self.calls.fallocate
             reserve(fd, geometry.segment_bytes)
             self._write_header(segment, fd, np.zeros(geometry.slots_per_segment, np.uint64))
-            new.replace(path)
+            self.calls.replace(new, path)
         except BaseException:
             self.calls.close(fd)
             new.unlink(missing_ok=True)
             raise
         self._grown.add(path.parent)
         return fd
+
+    def _has_its_name(self, segment: Segment, fd: int) -> bool:
+        try:
+            return os.path.samestat(os.stat(self.path(segment)), os.fstat(fd))
+        except FileNotFoundError:
+            return False
 
     def _write_header(self, segment: Segment, fd: int, stored: npt.NDArray[np.uint64]) -> None:
         geometry = self._geometries[segment[0]]
@@ -264,20 +229,24 @@ class Scratch(threading.local):
 
 
 class Tails:
-    """Aligned memory of calls under way, lent and taken back: as much is kept as was ever lent at once."""
+    """Aligned memory of calls under way, lent and taken back: as many pieces are kept as were ever lent at once, each of
+    the longest call that it served."""
 
     def __init__(self) -> None:
-        self._free: dict[tuple[int, ...], deque[npt.NDArray[np.uint8]]] = {}
+        self._free: dict[int, deque[npt.NDArray[np.uint8]]] = {}
 
     def lend(self, count: int, nbytes: int) -> npt.NDArray[np.uint8]:
-        """uint8 [count, nbytes]; what is in it means nothing."""
+        """uint8 [count or more, nbytes]; what is in it means nothing."""
         try:
-            return self._free[count, nbytes].popleft()
+            tails = self._free[nbytes].popleft()
+            if len(tails) >= count:
+                return tails
         except (KeyError, IndexError):
-            return aligned_rows(1, count * nbytes)[0].reshape(count, nbytes)
+            pass
+        return aligned_rows(1, count * nbytes)[0].reshape(count, nbytes)
 
     def give_back(self, tails: npt.NDArray[np.uint8]) -> None:
-        self._free.setdefault(tails.shape, deque()).append(tails)
+        self._free.setdefault(tails.shape[1], deque()).append(tails)
 
 
 def are_aligned(memory: Rows, rows: IntArray) -> bool:
@@ -307,12 +276,3 @@ def _takes_direct(root: Path, calls: SystemCalls) -> bool:
     finally:
         calls.close(fd)
         path.unlink(missing_ok=True)
-
-
-def sync_directory(path: Path) -> None:
-    """Names made or replaced in this directory survive a power loss once this returns. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

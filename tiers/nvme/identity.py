@@ -6,6 +6,7 @@ before anything is written.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -21,6 +22,7 @@ import xxhash
 from ..errors import ConfigError, StoreLockedError, StoreMismatchError
 from ..layout import KVLayout
 from .below import stores_below
+from .calls import REAL_CALLS, SystemCalls, replace_file
 from .codecs import check_codec, overhead_of
 from .layout import Geometry
 from .zarr_metadata import array_metadata, group_metadata
@@ -31,7 +33,8 @@ PROBE_FILE = "probe.tmp"  # written and removed at open, to see what the file sy
 SPARE_DIR = "blocks.new"  # Zarr metadata on its way
 NEW_SEGMENT_FILE = "segment.new"  # a segment until it is whole
 SESSIONS_DIR, SPARE_SESSIONS_FILE = "sessions.zarr", "sessions.new"  # see session_table.py
-_OURS = {STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR, "status.sock", "manifest.new", "store.json.new"}
+_OURS = {STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR, "status.sock", "store.json.new"}
+_OURS |= {"manifest.new", "manifest.damaged"}  # a snapshot on its way, and a copy of a journal that was damaged
 _OURS |= {"status.sock.page", "status.sock.page.new", "status.sock.history"}  # see pager/inspection
 _OURS |= {PROBE_FILE, NEW_SEGMENT_FILE, SPARE_DIR, SESSIONS_DIR, SPARE_SESSIONS_FILE}
 
@@ -51,25 +54,17 @@ class StoreIdentity:
         }
 
 
-def claim(path: Path, identity: StoreIdentity) -> tuple[int, bool]:
+def claim(path: Path, identity: StoreIdentity, calls: SystemCalls) -> tuple[int, bool]:
     """Make or check the directory and take its lock. Returns the lock's fd and whether the store is new.
 
     Raises: ConfigError (a file, foreign files, not writable), StoreLockedError, StoreMismatchError.
     """
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"nvme_path={str(path)!r} is a file; give a directory")
-    is_new = not (path / STORE_FILE).exists()
-    if is_new and path.is_dir():
-        foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in _OURS)
-        if foreign:
-            raise ConfigError(
-                f"nvme_path={str(path)!r} is not a kvtier store and not empty (it holds {foreign[0]!r}); give an empty "
-                "or new directory"
-            )
-    if not is_new:
-        check_identity(path, identity)
+    _is_new(path, identity)  # what has to be refused is refused before anything is made
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for folder in made:
+            _sync_parent(folder, calls)
         fd = os.open(path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o600)
     except OSError as error:
         raise ConfigError(f"nvme_path={str(path)!r} cannot be written: {error.strerror}") from error
@@ -79,9 +74,41 @@ def claim(path: Path, identity: StoreIdentity) -> tuple[int, bool]:
         owner = os.read(fd, 32).decode(errors="replace").strip() or "unknown"
         os.close(fd)
         raise StoreLockedError(f"store {path} is in use by process {owner}; end it or use another path") from None
-    os.ftruncate(fd, 0)
-    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
-    return fd, is_new
+    try:
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+        is_new = _is_new(path, identity)  # another process may have had it between the first look and the lock
+        if is_new:
+            path.chmod(0o700)
+        return fd, is_new
+    except OSError as error:
+        os.close(fd)
+        raise ConfigError(f"nvme_path={str(path)!r} cannot be written: {error.strerror}") from error
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _is_new(path: Path, identity: StoreIdentity) -> bool:
+    """Whether a store has yet to be made here. Raises as `claim` does."""
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"nvme_path={str(path)!r} is a file; give a directory")
+    if (path / STORE_FILE).exists():
+        check_identity(path, identity)
+        return False
+    foreign = sorted(entry.name for entry in path.iterdir() if entry.name not in _OURS) if path.is_dir() else []
+    if foreign:
+        raise ConfigError(
+            f"nvme_path={str(path)!r} is not a kvtier store and not empty (it holds {foreign[0]!r}); give an empty "
+            "or new directory"
+        )
+    return True
+
+
+def _sync_parent(folder: Path, calls: SystemCalls) -> None:
+    """Have the name of a folder last, where whoever made it may open what it lies in. Raises OSError."""
+    with contextlib.suppress(PermissionError):
+        calls.sync_directory(folder.parent)
 
 
 def check_identity(path: Path, identity: StoreIdentity) -> None:
@@ -140,35 +167,38 @@ def make_arrays(
     codecs: Sequence[str],
     about: Mapping[str, Any],
     segment_bytes: int,
+    calls: SystemCalls = REAL_CALLS,
 ) -> list[Geometry]:
-    """Write the Zarr metadata and, last, the identity file.
+    """Write the Zarr metadata and, last, the identity file; each lasts before the next is written.
 
     `about` describes the model to whoever opens the store without kvtier; it is kept in the group's attributes.
+    Raises OSError.
     """
     geometries = [
         Geometry.for_room(layout, n, overhead_of(codec, layout), segment_bytes)
         for layout, n, codec in zip(identity.layouts, num_slots, codecs, strict=True)
     ]
-    _write_metadata(path / ZARR_DIR, identity, geometries, num_slots, codecs, about)
+    _write_metadata(path / ZARR_DIR, identity, geometries, num_slots, codecs, about, calls)
     arrays = [
         {"slots_per_segment": geometry.slots_per_segment, "metadata_sum": _metadata_sum(path, index), "codec": codec}
         for index, (geometry, codec) in enumerate(zip(geometries, codecs, strict=True))
     ]
-    _write_whole(path / STORE_FILE, {**identity.to_dict(), "about": dict(about), "arrays": arrays})
+    _write_whole(path / STORE_FILE, {**identity.to_dict(), "about": dict(about), "arrays": arrays}, calls)
     return geometries
 
 
-def repair_metadata(path: Path, identity: StoreIdentity) -> bool:
-    """Write the Zarr metadata anew where it is not what we wrote. True when there was something to mend."""
+def repair_metadata(path: Path, identity: StoreIdentity, calls: SystemCalls = REAL_CALLS) -> bool:
+    """Write the Zarr metadata anew where it is not what we wrote. True when there was something to mend. Raises OSError."""
     stored, geometries = read_identity(path), stored_geometries(path, identity)
     if all(_is_ours(path, index, array) for index, array in enumerate(stored["arrays"])):
         return False
     folders = [path / ZARR_DIR / f"g{index}" for index in range(len(geometries))]
     slots = [_reached(folder, geometry) for folder, geometry in zip(folders, geometries, strict=True)]
     spare = path / SPARE_DIR
-    _write_metadata(spare, identity, geometries, slots, stored_codecs(path, identity), stored.get("about", {}))
+    _write_metadata(spare, identity, geometries, slots, stored_codecs(path, identity), stored.get("about", {}), calls)
     for part in (Path(), *(Path(folder.name) for folder in folders)):
-        (spare / part / "zarr.json").replace(path / ZARR_DIR / part / "zarr.json")
+        calls.replace(spare / part / "zarr.json", path / ZARR_DIR / part / "zarr.json")
+        calls.sync_directory(path / ZARR_DIR / part)
     shutil.rmtree(spare)
     return True
 
@@ -180,14 +210,15 @@ def _write_metadata(
     num_slots: list[int],
     codecs: Sequence[str],
     about: Mapping[str, Any],
+    calls: SystemCalls,
 ) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     said = {"version": _version(), "about": dict(about), **identity.to_dict()}
-    _write_json(folder, group_metadata(said))
+    _write_json(folder, group_metadata(said), calls)
     arrays = zip(identity.layouts, geometries, num_slots, codecs, strict=True)
     for index, (layout, geometry, slots, codec) in enumerate(arrays):
         slots = _whole_segments(slots, geometry)
-        _write_json(folder / f"g{index}", array_metadata(index, layout, geometry, slots, codec))
+        _write_json(folder / f"g{index}", array_metadata(index, layout, geometry, slots, codec), calls)
 
 
 def stored_geometries(path: Path, identity: StoreIdentity) -> list[Geometry]:
@@ -213,10 +244,12 @@ def stored_codecs(path: Path, identity: StoreIdentity | None = None) -> list[str
         raise ConfigError(f"store {path}: {STORE_FILE} does not say how its arrays are stored: {error}") from error
 
 
-def grow_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> list[Geometry]:
+def grow_arrays(
+    path: Path, identity: StoreIdentity, num_slots: list[int], calls: SystemCalls = REAL_CALLS
+) -> list[Geometry]:
     """Let the arrays' shapes reach at least num_slots.
 
-    Raises ConfigError when the store's Zarr metadata is not what we wrote.
+    Raises ConfigError when the store's Zarr metadata is not what we wrote, and OSError.
     """
     geometries = stored_geometries(path, identity)
     arrays = read_identity(path)["arrays"]
@@ -230,7 +263,7 @@ def grow_arrays(path: Path, identity: StoreIdentity, num_slots: list[int]) -> li
         array, wanted = json.loads(file.read_text()), _whole_segments(slots, geometry)
         if array["shape"][0] < wanted:
             array["shape"][0] = wanted
-            _write_json(file.parent, array)
+            _write_json(file.parent, array, calls)
     return geometries
 
 
@@ -276,18 +309,20 @@ def _sum_of(value: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(value, sort_keys=True).encode())
 
 
-def _write_whole(path: Path, fields: dict[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps({**fields, "sum": _sum_of(fields)}, indent=1))
-    temporary.replace(path)
+def _write_whole(path: Path, fields: dict[str, Any], calls: SystemCalls) -> None:
+    data = json.dumps({**fields, "sum": _sum_of(fields)}, indent=1).encode()
+    replace_file(calls, path, data, path.with_name(path.name + ".new"))
+    calls.sync_directory(path.parent)
 
 
-def _write_json(folder: Path, metadata: Mapping[str, Any]) -> None:
-    """A node's zarr.json, whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / "zarr.new"
-    temporary.write_text(json.dumps(metadata, indent=2))
-    temporary.replace(folder / "zarr.json")
+def _write_json(folder: Path, metadata: Mapping[str, Any], calls: SystemCalls) -> None:
+    """A node's zarr.json, whole or not at all, also after a power loss."""
+    is_made = not folder.exists()
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if is_made:
+        calls.sync_directory(folder.parent)
+    replace_file(calls, folder / "zarr.json", json.dumps(metadata, indent=2).encode(), folder / "zarr.new")
+    calls.sync_directory(folder)
 
 
 def _short(value: Any) -> str:

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 
 from ..cpu import CpuBackend
-from ..errors import ConfigError, StoreMismatchError
+from ..errors import ConfigError, StoreMismatchError, TierUnavailableError
 from ..streams import IntArray
 from .codecs import is_lossy
-from .identity import StoreIdentity, read_identity, repair_metadata, segment_path, stored_layouts
+from .identity import MANIFEST_FILE, StoreIdentity, read_identity, repair_metadata, segment_path, stored_layouts
+from .manifest import replay
+from .resting import RestingTier
 from .sealing import MIN_SECRET_BYTES, RecordSealer, is_sealed
 from .store import NvmeTier
 
@@ -39,8 +41,15 @@ class Report:
     copied_blocks: int = 0
     known_blocks: int = 0  # the target of a copy had them already
     sessions: int = 0
+    journal_gaps: int = 0  # damaged places; what was recorded there is lost
+    torn_journal_bytes: int = 0  # at its end, as a crash leaves them
+    torn_indexes: int = 0  # of segments: stock readers refuse those, blocks are as they were
     freed_bytes: int = 0
     repaired_metadata: int = 0  # 1 when Zarr metadata had to be written anew
+
+    @property
+    def is_damaged(self) -> bool:
+        return bool(self.bad_blocks or self.journal_gaps)
 
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -53,28 +62,26 @@ def stored_identity(path: Path) -> StoreIdentity:
 
 
 def check(path: Path, progress: Progress, *, repair: bool = False, secrets: Secrets = _NO_SECRETS) -> Report:
-    """Read every listed block. With `repair`, what is bad leaves the listing, indexes and metadata are written anew.
+    """Read every listed block; nothing is changed. With `repair`, what is bad leaves the listing, journal, indexes and
+    metadata are written anew.
 
     Raises ConfigError, before anything is called bad, for blocks that are encrypted under a secret that is not given.
     """
     report = Report()
-    if repair:
-        report.repaired_metadata = int(repair_metadata(path, stored_identity(path)))
+    if not repair:
+        with _looked_at(path, secrets) as resting:
+            _read_whole(resting, report, progress, secrets)
+            _tell_journal(report, resting)
+            report.torn_indexes = resting.torn_indexes
+        return report
+    report.repaired_metadata = int(repair_metadata(path, stored_identity(path)))
     with _opened(path, secrets=secrets) as (tier, _):
-        report.sessions = len(tier.sessions())
-        listed = tier.recovered()
-        _require_secrets(tier, secrets)
-        total = sum(len(slots) for slots, _ in listed)
-        for group, (slots, _) in enumerate(listed):
-            for part, _, ok in _read_all(tier, group, slots):
-                report.blocks += len(part)
-                report.bad_blocks += int((~ok).sum())
-                if repair and not ok.all():
-                    tier.quarantine(group, part[~ok])
-                    report.dropped_blocks += int((~ok).sum())
-                progress(report.blocks, total)
-        if repair:
-            tier.rewrite_indexes()
+        for group, bad in _read_whole(tier, report, progress, secrets):
+            tier.quarantine(group, bad)
+            report.dropped_blocks += len(bad)
+        tier.rewrite_indexes()
+        _tell_journal(report, tier)
+        report.torn_indexes = tier.status()["torn_indexes"]
     return report
 
 
@@ -106,7 +113,8 @@ def copy(
     """Copy blocks and sessions from one store into another of the same model, which is made where there is none.
 
     A new target is stored as the source is, or under `codec`; one that exists keeps its own.
-    Raises: StoreMismatchError when the two are of different models; ConfigError when the target has no room.
+    Raises: StoreMismatchError when the two are of different models; ConfigError when the target has no room;
+    TierUnavailableError when its disk refuses a block.
     """
     identity, is_new = stored_identity(source), not (target / "store.json").exists()
     if not is_new and stored_identity(target) != identity:
@@ -132,7 +140,12 @@ def copy(
                     places = into.allocate(group, len(good))
                     ticket = into.write(group, places, rows, good, origin.stamps(group, part)[good])
                     ticket.event.wait()
-                    report.copied_blocks += int(ticket.ok.sum())
+                    if ticket.event.error is not None or not ticket.ok.all():
+                        why = into.last_write_error or repr(ticket.event.error)
+                        raise TierUnavailableError(
+                            f"store {target} takes no more blocks: {why:.200}; the copy is not whole"
+                        )
+                    report.copied_blocks += len(good)
                     progress(report.blocks, total)
             for session_id, record in _records(origin, secrets):
                 into.put_session(*_as_in(into, session_id, record, secrets))
@@ -155,11 +168,9 @@ def _opened(
         identity = stored_identity(path)
     backend = CpuBackend()
     try:
-        held = [0] * len(identity.layouts)
-        if (path / "store.json").exists():
-            tier = NvmeTier.open(path, identity, num_slots=held, backend=backend)
-            held = [int(slots.max()) + 1 if len(slots) else 0 for slots, _ in tier.recovered()]
-            tier.close()
+        listing = replay(path / MANIFEST_FILE).listing
+        listed = [listing.group(i).slots() for i in range(len(identity.layouts))]
+        held = [int(slots.max()) + 1 if len(slots) else 0 for slots in listed]
         room = [a + b for a, b in zip(held, more_slots or [0] * len(held), strict=True)]
         tier = NvmeTier.open(path, identity, num_slots=room, backend=backend, codecs=codecs, secrets=secrets)
         try:
@@ -170,7 +181,44 @@ def _opened(
         backend.close(10.0)
 
 
-def _require_secrets(tier: NvmeTier, secrets: Secrets, *, of: NvmeTier | None = None) -> None:
+@contextmanager
+def _looked_at(path: Path, secrets: Secrets) -> Iterator[RestingTier]:
+    """The store as it lies there; nothing of it is changed."""
+    backend = CpuBackend()
+    try:
+        resting = RestingTier(path, stored_identity(path), backend, secrets)
+        try:
+            yield resting
+        finally:
+            resting.close()
+    finally:
+        backend.close(10.0)
+
+
+def _read_whole(
+    tier: NvmeTier | RestingTier, report: Report, progress: Progress, secrets: Secrets
+) -> list[tuple[int, IntArray]]:
+    """Read all that is listed. Slots of bad blocks, by layer group."""
+    report.sessions = len(tier.sessions())
+    listed = tier.recovered()
+    _require_secrets(tier, secrets)
+    total = sum(len(slots) for slots, _ in listed)
+    bad: list[tuple[int, IntArray]] = []
+    for group, (slots, _) in enumerate(listed):
+        for part, _, ok in _read_all(tier, group, slots):
+            report.blocks += len(part)
+            report.bad_blocks += int((~ok).sum())
+            if not ok.all():
+                bad.append((group, part[~ok]))
+            progress(report.blocks, total)
+    return bad
+
+
+def _tell_journal(report: Report, tier: NvmeTier | RestingTier) -> None:
+    report.journal_gaps, report.torn_journal_bytes = tier.journal_gaps, tier.torn_journal_bytes
+
+
+def _require_secrets(tier: NvmeTier | RestingTier, secrets: Secrets, *, of: NvmeTier | None = None) -> None:
     """Whoever's blocks are in `of` (or here) must be able to open or seal them here. Raises ConfigError."""
     if not tier.is_encrypted:
         return
@@ -205,7 +253,7 @@ def _as_in(tier: NvmeTier, session_id: str, record: dict[str, Any], secrets: Sec
     return RecordSealer(secrets).wrap(session_id, record) if tier.is_encrypted else (session_id, record)
 
 
-def _read_all(tier: NvmeTier, group: int, slots: IntArray) -> Iterator[tuple[IntArray, Any, Any]]:
+def _read_all(tier: NvmeTier | RestingTier, group: int, slots: IntArray) -> Iterator[tuple[IntArray, Any, Any]]:
     """Batches of slots, their rows, and which of them are good. Rows are used again for the next batch."""
     size = tier.block_bytes(group)
     batch = max(1, BATCH_BYTES // size)
@@ -214,6 +262,8 @@ def _read_all(tier: NvmeTier, group: int, slots: IntArray) -> Iterator[tuple[Int
         part = slots[start : start + batch]
         ticket = tier.read(group, part, rows, np.arange(len(part)), tier.stamps(group, part))
         ticket.event.wait()
+        if ticket.event.error is not None:  # nothing is known of these blocks, so none of them is bad
+            raise ticket.event.error
         yield part, rows, ticket.ok
 
 

@@ -1,28 +1,32 @@
-"""Manifest: an append-only journal of framed msgpack records that says which slots hold what, and the parked sessions.
+"""Manifest: an append-only journal of msgpack records that says which slots hold what, and the parked sessions.
 
-A frame is u32 length, u32 crc32c, body; block records hold arrays, so that a million of them replay in a fraction of a
-second. Replay stops at the first frame that is not whole and the file is cut there: what a crash tore off was never
-acknowledged. When half of a large journal is history it is rewritten as a snapshot (temporary file, fsync, rename).
+Block records hold arrays, so that a million of them replay in a fraction of a second. What a crash tore off the end was
+never acknowledged and is cut. What is broken before the end is damage: it costs what it listed and no more, is counted,
+logged, kept aside and gone with the next snapshot; a block behind it proves itself when it is read, as any. After a power
+loss both look alike, so records say how far the journal was synced (`safe`): before that it can only be damage, behind it
+nothing is believed that comes after a gap. When half of a large journal is history it is rewritten as a snapshot
+(temporary file, sync, rename).
 Guards what was acknowledged: a journal whose sync was refused is never trusted because a later sync succeeds, it is
 written anew; and nothing is appended behind a frame that a failed write left in part.
 """
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import crc32c
 import msgpack
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError
-from .files import SystemCalls, sync_directory
+from .calls import NEW_FILE, SystemCalls, append_all, replace_file
+from .journal import framed, is_cut_short, whole_frames
 
 STAMP = np.dtype(
     [
@@ -34,13 +38,12 @@ STAMP = np.dtype(
         ("stored_bytes", "<u8"),  # of the chunk and its crc, as Zarr's index lists them; set by whoever writes it
     ]
 )
-_FRAME = struct.Struct("<II")
-_MAX_FRAME_BYTES = 64 << 20
 _BATCH = 4096  # slots per record of a snapshot
 MAX_GROUPS, MAX_SLOTS = 1024, 1 << 28  # more is no store of ours: a petabyte of 4 MiB blocks
 _NO_RECORD = (ValueError, LookupError, TypeError, AttributeError, MemoryError, RecursionError, msgpack.UnpackException)
 SNAPSHOT_BYTES = 16 << 20  # a smaller journal is never rewritten
 IntArray = npt.NDArray[np.int64]
+_LOG = logging.getLogger("kvtier.nvme")
 
 
 @dataclass(slots=True)
@@ -136,17 +139,36 @@ class Listing:
             for settled in self.groups:
                 settled.settle()
 
+    def distrust_indexes(self) -> None:
+        """Nobody knows what the index pages say of what is not listed here."""
+        for group in self.groups:
+            group.changed[:] = True
+
     def group(self, index: int) -> GroupListing:
         while len(self.groups) <= index:
             self.groups.append(GroupListing())
         return self.groups[index]
 
 
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a journal's bytes say. `size`: of what is believed. `gaps`: damaged places, whole records behind all but a last."""
+
+    listing: Listing
+    size: int
+    gaps: int
+    torn_bytes: int  # behind `size`
+
+
 class Manifest:
     """The open journal; one writer, who holds the store's lock. `listing` is what it says, kept up to date."""
 
-    def __init__(self, path: Path, fd: int, listing: Listing, size: int, calls: SystemCalls) -> None:
-        self._path, self._fd, self.listing, self._size, self._calls = path, fd, listing, size, calls
+    def __init__(self, path: Path, fd: int, found: Replayed, calls: SystemCalls) -> None:
+        self._path, self._fd, self._calls = path, fd, calls
+        self.listing, self.gaps, self.torn_bytes = found.listing, found.gaps, found.torn_bytes
+        self._size, self._safe = found.size, 0  # bytes; of them, known to be synced
+        self._has_news = False  # since it last said how much is safe
+        self._shrink_from = SNAPSHOT_BYTES
         self._is_doubtful = False  # a sync was refused: what lies on the disk nobody knows
         self._is_torn = False  # part of a frame lies behind `_size`
 
@@ -155,12 +177,23 @@ class Manifest:
         """Replay, and cut off what is not whole. Raises OSError, and ConfigError for records that are none of ours."""
         calls = calls or SystemCalls()
         is_new = not path.exists()
-        listing, size = _replay(b"" if is_new else path.read_bytes())
+        raw = b"" if is_new else path.read_bytes()
+        found = _replay(raw, calls.boot_id())
+        if found.gaps:
+            _keep_aside(path, raw, found, calls)
         fd = calls.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.ftruncate(fd, size)
-        if is_new:
-            sync_directory(path.parent)
-        return cls(path, fd, listing, size, calls)
+        try:
+            if found.torn_bytes:
+                calls.set_size(fd, found.size)
+            if is_new:
+                calls.sync_directory(path.parent)
+        except OSError:
+            calls.close(fd)
+            raise
+        manifest = cls(path, fd, found, calls)
+        if found.gaps:
+            manifest.shrink_if_possible(always=True)
+        return manifest
 
     def put(self, group: int, slots: IntArray, stamps: npt.NDArray[Any]) -> None:
         self._append({"op": "put", "group": group, "slots": _packed(slots), "stamps": stamps.tobytes()})
@@ -185,7 +218,7 @@ class Manifest:
 
     def believe(self, group: int, slots: IntArray) -> None:
         """The bytes of these slots were synced."""
-        self._append({"op": "synced", "group": group, "slots": _packed(slots)})
+        self._append({"op": "synced", "group": group, "slots": _packed(slots), "safe": self._safe})
 
     def begin_boot(self, boot_id: str) -> None:
         """What follows is written under this boot of the machine."""
@@ -199,7 +232,7 @@ class Manifest:
 
     def commit(self) -> None:
         """Everything recorded so far is synced, and in the index pages too."""
-        self._append({"op": "commit"})
+        self._append({"op": "commit", "safe": self._safe})
 
     def sync(self) -> None:
         """What was recorded survives a power loss once this returns. Raises OSError."""
@@ -211,49 +244,72 @@ class Manifest:
         except OSError:
             self._is_doubtful = True
             raise
+        self._safe = self._size
 
     def shrink(self, *, always: bool = False) -> bool:
-        """Rewrite the journal as a snapshot where at least half of a large one is history. True when it did."""
+        """Rewrite the journal as a snapshot where at least half of a large one is history. True when it did.
+
+        Raises OSError; what was recorded goes on to count.
+        """
         live = sum(int(group.listed.sum()) for group in self.listing.groups) * (STAMP.itemsize + 8)
-        if not always and (self._size < SNAPSHOT_BYTES or self._size < 2 * live):
+        if not always and (self._size < self._shrink_from or self._size < 2 * live):
             return False
         temporary = self._path.with_suffix(".new")
-        with open(temporary, "wb") as file:
-            for record in _snapshot(self.listing):
-                file.write(_frame(record))
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
-        temporary.chmod(0o600)
-        fd = self._calls.open(temporary, os.O_WRONLY | os.O_APPEND)  # before the old one is gone: this can fail
+        temporary.unlink(missing_ok=True)
+        fd, size = self._calls.open(temporary, NEW_FILE), 0
         try:
-            temporary.replace(self._path)
-        except OSError:
+            for record in _snapshot(self.listing):
+                frame = framed(record)
+                append_all(self._calls, fd, frame)
+                size += len(frame)
+            frame = framed({"op": "safe", "safe": size})  # it gets its name once it is synced
+            append_all(self._calls, fd, frame)
+            self._calls.fdatasync(fd)
+            self._calls.replace(temporary, self._path)
+        except BaseException:
             self._calls.close(fd)
+            temporary.unlink(missing_ok=True)
             raise
         self._calls.close(self._fd)
-        self._fd, self._size, self._is_torn = fd, size, False
-        sync_directory(self._path.parent)
-        self._is_doubtful = False
+        self._fd, self._size, self._is_torn, self._has_news = fd, size + len(frame), False, False
+        self._is_doubtful = True  # a power loss could still bring the old one back
+        self._calls.sync_directory(self._path.parent)
+        self._is_doubtful, self._safe, self._shrink_from = False, self._size, SNAPSHOT_BYTES
         return True
 
+    def shrink_if_possible(self, *, always: bool = False) -> None:
+        """`shrink`; where the disk refuses, the journal is used as it is, and tried again when it has grown by as much."""
+        try:
+            self.shrink(always=always)
+        except OSError as error:
+            self._shrink_from = self._size + SNAPSHOT_BYTES
+            _LOG.warning("event=no_snapshot journal=%s reason=%s", self._path, error.strerror)
+
     def close(self) -> None:
+        """Say how much is safe, if that can be said, and take no more."""
+        try:
+            if self._has_news and self._safe == self._size:
+                self._append({"op": "safe", "safe": self._safe})
+        except OSError:
+            pass  # after a power loss, damage then counts as what that tore off
         self._calls.close(self._fd)
+        self._fd = -1
 
     def _append(self, record: dict[str, Any]) -> None:
         """Write one frame whole, or cut the file back to where it was. Raises OSError; nothing is listed then."""
-        frame = _frame(record)
-        left = memoryview(frame)
+        if self._fd < 0:
+            raise OSError(errno.EBADF, "the journal is closed")
+        frame = framed(record)
         if self._is_torn:
             self._cut()
         try:
-            while left:
-                left = left[self._calls.append(self._fd, left) :]
+            append_all(self._calls, self._fd, frame)
         except OSError:
             self._is_torn = True
             self._cut()
             raise
         self._size += len(frame)
+        self._has_news = True
         self.listing.apply(record)
 
     def _cut(self) -> None:
@@ -261,36 +317,63 @@ class Manifest:
         self._is_torn = False
 
 
-def replay(path: Path) -> Listing:
-    """What the file lists, up to its first torn frame; empty when there is no file. Raises ConfigError."""
-    return _replay(path.read_bytes() if path.exists() else b"")[0]
+def replay(path: Path, calls: SystemCalls | None = None) -> Replayed:
+    """What the file lists; nothing when there is no file. Changes nothing. Raises ConfigError."""
+    return _replay(path.read_bytes() if path.exists() else b"", (calls or SystemCalls()).boot_id())
 
 
-def _replay(raw: bytes) -> tuple[Listing, int]:
-    """The listing, and how many bytes of whole frames there are. Raises ConfigError."""
-    listing, position = Listing(), 0
-    for body, end in _frames(raw):
+def _replay(raw: bytes, boot: str = "") -> Replayed:
+    """`boot`: that of the machine now, which tells whether it can have lost power since. Raises ConfigError."""
+    listing, end, gaps = Listing(), 0, 0
+    safe: int | None = None
+    for frame in whole_frames(raw):
+        if frame.start > end:
+            gaps += 1
+            safe = _safe_bytes(raw, boot) if safe is None else safe
+            if frame.start > safe:
+                break
         try:
-            listing.apply(msgpack.unpackb(body, raw=False))
+            listing.apply(msgpack.unpackb(frame.body, raw=False))
         except _NO_RECORD as error:
             raise ConfigError(
-                f"manifest.log: the record at byte {position} is whole and none that this version writes ({error!r:.200}); "
-                "another program or a later version wrote it: open the store with that, or delete it"
+                f"manifest.log: the record at byte {frame.start} is whole and none that this version writes "
+                f"({error!r:.200}); another program or a later version wrote it: open the store with that, or delete it"
             ) from error
-        position = end
-    return listing, position
+        end = frame.end
+    else:
+        if end < len(raw) and not is_cut_short(raw, end) and boot and boot == listing.boot:
+            gaps += 1  # no write ends in a whole length of other bytes
+    if gaps:
+        listing.distrust_indexes()
+    return Replayed(listing, end, gaps, len(raw) - end)
 
 
-def _frames(raw: bytes) -> Iterator[tuple[memoryview, int]]:
-    view, position = memoryview(raw), 0
-    while position + _FRAME.size <= len(raw):
-        length, crc = _FRAME.unpack_from(raw, position)
-        end = position + _FRAME.size + length
-        body = view[position + _FRAME.size : end]
-        if not length or length > _MAX_FRAME_BYTES or len(body) < length or crc32c.crc32c(body) != crc:
-            return
-        yield body, end
-        position = end
+def _safe_bytes(raw: bytes, boot: str) -> int:
+    """How much of a journal was synced, or was never in a power loss: what is broken there is damage and nothing else."""
+    last, safe = "", 0
+    for frame in whole_frames(raw):
+        try:
+            record = msgpack.unpackb(frame.body, raw=False)
+            last = str(record["id"]) if record["op"] == "boot" else last
+            said = record.get("safe", 0)
+            safe = max(safe, min(said, frame.start)) if isinstance(said, int) else safe
+        except _NO_RECORD:
+            continue  # replay says so
+    return len(raw) if boot and boot == last else safe
+
+
+def _keep_aside(path: Path, raw: bytes, found: Replayed, calls: SystemCalls) -> None:
+    """A copy of a damaged journal, in place of the last such; the store goes on without if there is no room for it."""
+    kept = path.with_suffix(".damaged")
+    _LOG.error(
+        "event=journal_damaged journal=%s places=%d cut_bytes=%d: what was recorded there is lost, the rest is not; "
+        "a copy is kept as %s",
+        *(path, found.gaps, found.torn_bytes, kept.name),
+    )
+    try:
+        replace_file(calls, kept, raw, path.with_suffix(".new"))
+    except OSError as error:
+        _LOG.error("event=no_copy_of_damaged_journal reason=%s", error.strerror)
 
 
 def _group_number(value: Any) -> int:
@@ -304,11 +387,6 @@ def _slots(raw: bytes) -> IntArray:
     if len(slots) and not (slots.min() >= 0 and slots.max() < MAX_SLOTS):
         raise ValueError(f"slots from {slots.min()} to {slots.max()}")
     return slots
-
-
-def _frame(record: dict[str, Any]) -> bytes:
-    body = msgpack.packb(record, use_bin_type=True)
-    return _FRAME.pack(len(body), crc32c.crc32c(body)) + body
 
 
 def _snapshot(listing: Listing) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .calls import SystemCalls, replace_file
 from .identity import SESSIONS_DIR, SPARE_SESSIONS_FILE
 
 _HEAD = (
@@ -30,8 +31,8 @@ class SessionTable:
     Cost: one JSON line per session is kept as text, so a write is one join and one file.
     """
 
-    def __init__(self, path: Path, sessions: Mapping[str, Mapping[str, Any]]) -> None:
-        self._path = path
+    def __init__(self, path: Path, sessions: Mapping[str, Mapping[str, Any]], calls: SystemCalls) -> None:
+        self._path, self._calls = path, calls
         self._lines = {session_id: _line(session_id, record) for session_id, record in sessions.items()}
         is_needed = bool(sessions) or (path / SESSIONS_DIR).exists()  # a crash may have left an old one
         self._version, self._written = int(is_needed), 0
@@ -53,9 +54,8 @@ class SessionTable:
         spare = self._path / SPARE_SESSIONS_FILE
         try:
             (self._path / SESSIONS_DIR).mkdir(mode=0o700, exist_ok=True)
-            spare.write_text(_HEAD + ",\n".join(lines) + _TAIL)
-            spare.chmod(0o600)
-            spare.replace(self._path / SESSIONS_DIR / "zarr.json")
+            data = (_HEAD + ",\n".join(lines) + _TAIL).encode()
+            replace_file(self._calls, self._path / SESSIONS_DIR / "zarr.json", data, spare, is_synced=False)
         except OSError as error:
             _LOG.warning("event=no_session_table reason=%s", error.strerror)
 

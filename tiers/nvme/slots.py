@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -90,6 +91,10 @@ class SlotBook:
         empty = empty[self._used[empty] == 0]
         self._age[empty[empty != self._open]] = 0
         self.num_used -= len(slots)
+
+    def footprint(self, stamps: npt.NDArray[Any]) -> int:
+        """Bytes of disk under these blocks."""
+        return int(self.geometry.footprint(stamps["stored_bytes"]).sum())
 
     # ------------------------------------------------------------------ the ring
     def num_clean(self) -> int:

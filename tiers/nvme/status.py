@@ -19,7 +19,8 @@ def read_store_status(path: str | os.PathLike[str]) -> dict[str, Any]:
     where = Path(path)
     identity = read_identity(where)
     check_format(where, identity)
-    listing = replay(where / MANIFEST_FILE)
+    found = replay(where / MANIFEST_FILE)
+    listing = found.listing
     codecs, groups = stored_codecs(where), []
     layouts = stored_layouts(where, identity)
     if len(codecs) != len(layouts):
@@ -42,5 +43,6 @@ def read_store_status(path: str | os.PathLike[str]) -> dict[str, Any]:
         "model_fingerprint": str(identity.get("model_fingerprint", ""))[:16],
         "groups": groups,
         "sessions": len(listing.sessions),
+        "journal_gaps": found.gaps,
         "used_bytes": sum(group["bytes"] for group in groups),
     }

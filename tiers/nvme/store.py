@@ -7,9 +7,9 @@ exception and never served. How a listing becomes durable is durable.py's busine
 
 from __future__ import annotations
 
+import logging
 import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ import numpy.typing as npt
 
 from ..errors import ConfigError, TierUnavailableError
 from ..formats import BlockFormat
-from ..streams import AllDone, Backend, Event, IntArray, Rows
+from ..streams import Backend, IntArray, Rows
 from . import SEGMENT_BYTES
-from .blocks import BlockCall
 from .codecs import NONE, check_codecs, warn_of_others
 from .commit import Committer, Durability, check_durability
 from .durable import DurableListing
@@ -29,11 +28,14 @@ from .identity import MANIFEST_FILE, StoreIdentity, claim, grow_arrays, make_arr
 from .layout import Geometry
 from .manifest import STAMP, Manifest
 from .movers import Movers
-from .reading import IoTicket, Reader, bound
+from .reading import IoTicket, Reader
 from .segment_io import SegmentIo
-from .slots import NONE_OPEN, Run, SlotBook, plan_runs, segments_of
+from .slots import NONE_OPEN, SlotBook, segments_of
+from .writing import Writer
 
 __all__ = ["STAMP", "IoTicket", "NvmeTier", "StoreIdentity"]
+CLOSE_SECONDS = 30.0  # for writes under way
+_LOG = logging.getLogger("kvtier.nvme")
 
 
 class NvmeTier:
@@ -70,10 +72,10 @@ class NvmeTier:
         self._reader = Reader(backend.read_io, self._movers, self._books, identity.layouts)
         self._listing = DurableListing(path, manifest, self._books, self._files, durability, self._lost)
         self._lock = self._listing.lock  # of the books too
-        self._generation = 1 + max((int(b.listing.stamps["generation"].max(initial=0)) for b in self._books), default=0)
-        self._relocating = threading.Lock()
-        self.corrupt_blocks = self.moved_bytes = 0
+        self.corrupt_blocks = 0
         self._committer = Committer(self._listing.commit_quietly) if self._commits_by_itself() else None
+        told = self._committer.wrote if self._committer is not None else _nobody
+        self._writer = Writer(backend.write_io, self._movers, self._books, self._listing, durability, told)
         self._listing.recover()
 
     @classmethod
@@ -102,12 +104,14 @@ class NvmeTier:
         """
         where, chosen, slots = Path(path), check_durability(durability), list(num_slots)
         asked = check_codecs(codecs, identity.layouts)
-        fd, is_new = claim(where, identity)
+        calls = calls or SystemCalls()
+        fd, is_new = claim(where, identity, calls)
         try:
             if is_new:
-                made = make_arrays(where, identity, slots, asked or [NONE] * len(slots), about or {}, segment_bytes)
+                chosen_codecs = asked or [NONE] * len(slots)
+                made = make_arrays(where, identity, slots, chosen_codecs, about or {}, segment_bytes, calls)
             else:
-                made = grow_arrays(where, identity, slots)
+                made = grow_arrays(where, identity, slots, calls)
             kept = stored_codecs(where, identity)
             warn_of_others(where, kept, asked)
             return cls(
@@ -119,7 +123,7 @@ class NvmeTier:
                 fd,
                 chosen,
                 kept,
-                calls or SystemCalls(),
+                calls,
                 with_checksums,
                 secrets or {},
             )
@@ -184,7 +188,7 @@ class NvmeTier:
         """Bytes of disk under the listed blocks of a group."""
         with self._lock:
             listing = self._books[group].listing
-            return self._footprint(group, listing.stamps[listing.slots()])
+            return self._books[group].footprint(listing.stamps[listing.slots()])
 
     def stamps(self, group: int, slots: IntArray) -> npt.NDArray[Any]:
         """What the manifest says of these slots."""
@@ -209,31 +213,7 @@ class NvmeTier:
         parents: list[bytes] | None = None,
     ) -> IoTicket:
         """Write blocks; each is listed once all of this call's bytes are down. Source rows must not change meanwhile."""
-        ticket, stamps = IoTicket(len(slots)), stamps.copy()
-        self._number(stamps)
-        runs = list(plan_runs(self._books[group].geometry, slots))
-        left = [len(runs)]
-
-        def wrote(run: Run, is_whole: bool) -> None:
-            ticket.ok[run.part] = is_whole
-            with self._lock:
-                left[0] -= 1
-                is_last = left[0] == 0
-            if is_last:
-                ticket.checksums[:] = stamps["checksum"]
-                self._publish(group, slots, stamps, ticket)
-
-        def job(run: Run) -> None:
-            wrote(run, self._write_run(group, run, source, source_rows, stamps))
-
-        plain, queue = self._movers.plain, self._backend.write_io
-        waits_for_syncs = self._durability == "always"  # a thread that computes for others should not
-        if self._movers.of(group) is plain and not waits_for_syncs and plain.goes_straight(group, source, source_rows):
-            events = [self._in_steps(group, run, source, source_rows, stamps, wrote) for run in runs]
-        else:
-            events = [queue.submit(bound(job, run)) for run in runs]
-        ticket.event = AllDone(events)
-        return ticket
+        return self._writer.write(group, slots, source, source_rows, stamps)
 
     def read(
         self, group: int, slots: IntArray, target: Rows, target_rows: IntArray, stamps: npt.NDArray[Any]
@@ -276,14 +256,7 @@ class NvmeTier:
 
         Where the ticket says ok, give `slots` back afterwards, elsewhere `targets`; `unreadable` are not what is listed.
         """
-        ticket = IoTicket(len(slots))
-
-        def job() -> None:
-            with self._relocating:
-                self._relocate(group, slots, targets, ticket)
-
-        ticket.event = AllDone([self._backend.write_io.submit(job)])
-        return ticket
+        return self._writer.relocate(group, slots, targets)
 
     # ------------------------------------------------------------------ sessions and durability
     def put_session(self, session_id: str, record: dict[str, Any]) -> None:
@@ -348,6 +321,8 @@ class NvmeTier:
             "failed_index_writes": self._listing.failed_index_writes,
             "torn_indexes": self._listing.torn_indexes,
             "doubtful_blocks": self._listing.doubtful_blocks,
+            "journal_gaps": self.journal_gaps,
+            "torn_journal_bytes": self.torn_journal_bytes,
             "durability": self._durability,
             "codecs": self.codecs,
             "stored_bytes": [self.stored_bytes(group) for group in range(len(self._books))],
@@ -358,6 +333,16 @@ class NvmeTier:
     def learn(self, secrets: Mapping[int, bytes]) -> None:
         """Secrets of more namespaces, by owner tag. Those that are known stay: blocks are sealed with them."""
         self._movers.learn(secrets)
+
+    @property
+    def journal_gaps(self) -> int:
+        """Damaged places that the journal had when it was opened."""
+        return self._listing.journal_gaps
+
+    @property
+    def torn_journal_bytes(self) -> int:
+        """What was cut off its end then."""
+        return self._listing.torn_journal_bytes
 
     @property
     def codecs(self) -> list[str]:
@@ -373,14 +358,26 @@ class NvmeTier:
         return self._io.last_write_error
 
     @property
+    def moved_bytes(self) -> int:
+        """Bytes written again to make segments clean."""
+        return self._writer.moved_bytes
+
+    @property
     def write_amplification(self) -> float:
         """Bytes written over bytes that were put; what is above 1 was written again to make segments clean."""
         put = self._io.bytes_written - self.moved_bytes
         return self._io.bytes_written / put if put else 1.0
 
-    def close(self) -> None:
-        """Commit and let go of the lock."""
+    def close(self, timeout_s: float = CLOSE_SECONDS) -> None:
+        """Commit and let go of the lock, once what is being written is down.
+
+        Where a disk takes longer, lock and journal stay with this process, so that no other gets slots that bytes are still
+        on their way to; a later call tries again.
+        """
         if self._lock_fd < 0:
+            return
+        if not self._writer.wait(timeout_s):
+            _LOG.error("event=store_not_closed path=%s reason=writes under way: it stays locked", self._path)
             return
         if self._committer is not None:
             self._committer.close()
@@ -390,97 +387,14 @@ class NvmeTier:
         self._lock_fd = -1
 
     # ------------------------------------------------------------------ inside
-    def _number(self, stamps: npt.NDArray[Any]) -> None:
-        """Give every write a generation of its own."""
-        with self._lock:
-            stamps["generation"] = np.arange(self._generation, self._generation + len(stamps))
-            self._generation += len(stamps)
-
-    def _write_run(self, group: int, run: Run, source: Rows, source_rows: IntArray, stamps: npt.NDArray[Any]) -> bool:
-        part, is_empty = run.part, self._is_empty(group, run.segment)
-        return self._movers.of(group).write(group, run, source, source_rows[part], stamps[part], is_empty=is_empty)
-
-    def _in_steps(
-        self,
-        group: int,
-        run: Run,
-        source: Rows,
-        source_rows: IntArray,
-        stamps: npt.NDArray[Any],
-        wrote: Callable[[Run, bool], None],
-    ) -> Event:
-        """Queue the write of one run."""
-        mover, part = self._movers.plain, run.part
-        prepared: BlockCall
-        is_whole = False
-
-        def before() -> None:
-            nonlocal prepared
-            prepared = mover.before_write(group, run, source, source_rows[part], stamps[part])
-
-        def call() -> None:
-            nonlocal is_whole
-            is_whole = mover.call_write(prepared, is_empty=self._is_empty(group, run.segment))
-
-        def after() -> None:
-            mover.after_write(prepared)
-            wrote(run, is_whole)
-
-        return self._backend.write_io.submit_steps((before, call, after))
-
-    def _is_empty(self, group: int, segment: int) -> bool:
-        """Whether nothing is listed in the segment."""
-        book = self._books[group]
-        with self._lock:
-            return not book.listing.in_segment(segment, book.geometry.slots_per_segment).any()
-
-    def _publish(self, group: int, slots: IntArray, stamps: npt.NDArray[Any], ticket: IoTicket) -> None:
-        """List what was written whole; under `always`, make it durable before the call counts as done."""
-        good = ticket.ok.copy()
-        if not good.any():
-            return
-        try:
-            self._listing.put(group, slots[good], stamps[good])
-            if self._durability == "always":
-                self._listing.commit()
-        except (OSError, TierUnavailableError):
-            ticket.ok[:] = False
-            return
-        if self._committer is not None:
-            self._committer.wrote(self._footprint(group, stamps[good]))
-
-    def _relocate(self, group: int, slots: IntArray, targets: IntArray, ticket: IoTicket) -> None:
-        """New bytes are durable before the journal says so, and the journal before the old slots are used again."""
-        book, geometry = self._books[group], self._books[group].geometry
-        stamps = book.listing.stamps[slots].copy()
-        rows = self.spare_rows(group, len(slots))
-        places, good = np.arange(len(slots)), np.zeros(len(slots), bool)
-        for run in plan_runs(geometry, slots):
-            good[run.part] = self._movers.of(group).read(group, run, rows, places[run.part], stamps[run.part])
-        ticket.unreadable = ~good
-        self._number(stamps)
-        for run in plan_runs(geometry, targets):
-            good[run.part] &= self._write_run(group, run, rows, places, stamps)
-        try:
-            if self._durability != "none":
-                self._listing.wrote(group, targets)
-                self._listing.commit()
-            self._listing.move(group, slots[good], targets[good], stamps[good])
-        except (OSError, TierUnavailableError):
-            return
-        if self._durability != "none":
-            self._listing.commit_quietly()
-        self.moved_bytes += self._footprint(group, stamps[good])
-        ticket.ok[:] = good
-
     def _lost(self, group: int, slots: IntArray) -> None:
         """A segment cannot be relied upon: what it held is corrupt as far as anybody can tell."""
         self.corrupt_blocks += len(slots)
         self._movers.plain.forget(group, slots)
 
-    def _footprint(self, group: int, stamps: npt.NDArray[Any]) -> int:
-        """Bytes of disk under these blocks."""
-        return int(self._books[group].geometry.footprint(stamps["stored_bytes"]).sum())
-
     def _commits_by_itself(self) -> bool:
         return self._durability == "batch" and self._backend.name != "simulated"
+
+
+def _nobody(nbytes: int) -> None:
+    """Hears of listed bytes where no thread commits them."""
