@@ -105,6 +105,9 @@ class Foresight:
     def num_idle(self) -> int:
         return len(self._idle)
 
+    def knows(self, who: Hashable) -> bool:
+        return who in self._idle
+
     # ------------------------------------------------------------------ what happened
     def ended(self, who: Hashable, now_s: float, session: Session | None = None, request: Request = UNKNOWN) -> None:
         """A turn is over. `who` is how its next one will be known, `session` what `began` gave for this one."""
