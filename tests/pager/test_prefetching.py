@@ -147,6 +147,30 @@ def test_what_leaves_unread_is_wasted_and_turns_the_predictor_down(tmp_path):
     closed(rig)
 
 
+def test_a_host_copy_that_has_gone_on_to_the_device_tier_has_done_its_part(tmp_path):
+    for is_read in (True, False):
+        rig = opened(tmp_path / str(is_read))
+        cold(rig, tokens(0))
+        seq = rig.pager.begin()
+        rig.pager.append(seq, [*tokens(0), 1])
+        rig.pager.prefetch(seq)
+        go_on(rig)
+        assert rig.pager.match(tokens(0)).device_tokens == 16
+        group = rig.pager._core.groups[0]
+        ids = group.host.block[group.host.block >= 0]
+        group.drop_host_copies(ids, "test")
+        assert outcome(rig, "wasted") == 0
+        if is_read:
+            rig.pager.adopt(seq)
+        else:
+            group.evict(ids, "test")
+        assert (outcome(rig, "useful"), outcome(rig, "late"), outcome(rig, "wasted")) == (
+            (8, 0, 0) if is_read else (0, 0, 8)
+        )
+        assert group.thrift._open_bytes == 0
+        closed(rig)
+
+
 class Clock:
     now_s = 0.0
 

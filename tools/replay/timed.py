@@ -320,5 +320,6 @@ class TimedReplay:
             piece.job.is_cancelled = True
             tier.lent -= len(piece.blocks) - came
             self._found.prefetched_bytes -= (len(piece.blocks) - came) * self._block_bytes
+            tier.thrift.undone((len(piece.blocks) - came) * self._block_bytes)
             piece.blocks, piece.is_there, piece.is_late = piece.blocks[:came], True, True
             tier.fetched[piece.blocks] += 1
