@@ -92,6 +92,8 @@ class _Tier:
         return found
 
     def use(self, trace: Trace, number: int, chain: IntArray) -> None:
+        if not len(chain):
+            return
         was_held = self.held[chain]
         self.policy.on_chain(chain, was_held, trace.requests[number])
         self._used += len(chain) - int(np.count_nonzero(was_held))
