@@ -190,6 +190,7 @@ def _prefix(store: RestingStore, *, tokens: bytes, namespace: str = "default") -
 
 def _explain(store: RestingStore, *, about: str, limit: int = 50) -> dict[str, Any]:
     """Where it is; why went with the pager that decided it."""
+    check_limit(limit)
     is_session, now = about in store.listing.sessions, []
     for index, layout in enumerate([] if is_session else store.layouts):
         listed = store.listing.group(index)
