@@ -33,6 +33,7 @@ BATCH_BYTES = 8 << 20  # of one copy: what a demand copy may have to wait for
 MAX_WANTS = 1024
 MAX_PASSED = 8  # requests without room that others pass in one look: each costs a look-up of its chain
 MAX_IDLE = 1 << 14  # sessions waited for
+MAX_IDLE_KEYS = 1 << 20  # of their chains, some 80 MiB; who has been idle longest is given up first
 _LAST_KEYS = 64  # of a chain, among which the end of an earlier turn is looked for
 
 
@@ -54,6 +55,7 @@ class Prefetcher:
         self._wants: dict[Hashable, _Want] = {}
         self.foresight = Foresight(max_idle=MAX_IDLE)
         self._idle: dict[Hashable, _Want] = {}  # of sessions between two turns
+        self._idle_keys = 0
 
     # ------------------------------------------------------------------ what is wanted
     def start(self, seqs: Iterable[Sequence], *, for_anybody: bool = False) -> int:
@@ -125,11 +127,13 @@ class Prefetcher:
         size = self._core.block_size
         count = seq.num_computed // size
         seq.chain.extend(seq.keys, seq.token_ids[: count * size])
+        self._drop_idle(who)
         self._idle[who] = _Want(seq if is_open else None, seq.keys[:count], is_certain=False)
+        self._idle_keys += len(self._idle[who].keys)
         request = Request(self._core.clock(), len(seq.token_ids), 0)
         self.foresight.ended(who, request.now_s, seq.foreseen, request)
         seq.foreseen = None
-        while len(self._idle) > MAX_IDLE:
+        while len(self._idle) > MAX_IDLE or self._idle_keys > MAX_IDLE_KEYS:
             self.forget(next(iter(self._idle)))
 
     def ended_chain(self, seq: Sequence) -> None:
@@ -142,7 +146,7 @@ class Prefetcher:
 
     def began(self, who: Hashable, seq: Sequence) -> None:
         """The next turn of a session begins in this sequence."""
-        self._idle.pop(who, None)
+        self._drop_idle(who)
         self._wants.pop(who, None)
         session: Session | None = self.foresight.began(who, self._core.clock())
         if session is not None:
@@ -157,9 +161,14 @@ class Prefetcher:
                 return
 
     def forget(self, who: Hashable) -> None:
-        self._idle.pop(who, None)
+        self._drop_idle(who)
         self._wants.pop(who, None)
         self.foresight.forget(who)
+
+    def _drop_idle(self, who: Hashable) -> None:
+        want = self._idle.pop(who, None)
+        if want is not None:
+            self._idle_keys -= len(want.keys)
 
     # ------------------------------------------------------------------ one want
     def _serve(self, who: Hashable, want: _Want) -> tuple[int, bool]:

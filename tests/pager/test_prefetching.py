@@ -349,3 +349,19 @@ def test_each_block_is_brought_up_once_for_a_prediction(tmp_path, monkeypatch):
         group.evict(np.flatnonzero((d.page >= 0) & d.in_device(np.arange(len(d.page)))), "test")
     assert 8 <= outcome(rig, "started") <= left + 1
     closed(rig)
+
+
+def test_so_many_keys_of_idle_sessions_are_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(prefetching, "MAX_IDLE_KEYS", 10)
+    rig = opened(tmp_path, pages=40, host=40)
+    for name, blocks in (("a", 4), ("b", 3), ("a", 4), ("c", 3), ("d", 2)):
+        parked(rig, name, tokens(0, blocks))
+    prefetcher = rig.pager._prefetcher
+    assert list(prefetcher._idle) == ["a", "c", "d"] and prefetcher._idle_keys == 9
+    assert not prefetcher.foresight.knows("b") and prefetcher.foresight.knows("d")
+    prefetcher.forget("a")
+    rig.pager.resume("d")
+    assert list(prefetcher._idle) == ["c"] and prefetcher._idle_keys == 3
+    parked(rig, "long", tokens(0, 11))  # alone more than is remembered
+    assert not prefetcher._idle and prefetcher._idle_keys == 0
+    closed(rig)
