@@ -182,9 +182,7 @@ class Foresight:
             self._refresh()
 
     def _wait(self, idle: _Idle) -> None:
-        if (
-            len(self._heap) > 2 * len(self._idle) + _SPARE_ENTRIES
-        ):  # of sessions that went on, and nobody asks who is due
+        if len(self._heap) > 2 * len(self._idle) + _SPARE_ENTRIES:  # most went on, and nobody asks who is due
             self._heap = [entry for entry in self._heap if self._idle.get(entry[2].who) is entry[2]]
             heapq.heapify(self._heap)
         heapq.heappush(self._heap, (idle.start_s + idle.pace * _ENDS_S[idle.age], next(self._serial), idle))
