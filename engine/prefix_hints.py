@@ -38,7 +38,7 @@ class PrefixHints:
         with self._call():
             seq, _ = self._find(token_ids)
             try:
-                return self._pager.prefetch(seq)
+                return self._pager.prefetch(seq, for_anybody=True)
             finally:
                 self._pager.finish(seq)
 

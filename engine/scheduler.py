@@ -148,8 +148,7 @@ class Scheduler:
         now_s = self.clock()
         if self.waiting and now_s - self._looked_s >= LOOK_EVERY_S:
             self._looked_s = now_s
-            for request in self._queue()[:LOOK_AHEAD]:
-                self._pager.prefetch(request.seq)
+            self._pager.prefetch([request.seq for request in self._queue()[:LOOK_AHEAD]])
 
     def ran(self, work: Work, seconds: float) -> None:
         """These spans were computed in so many seconds."""

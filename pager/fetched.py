@@ -1,7 +1,8 @@
 """Marks of prefetched blocks: brought to a tier before anybody asked, and not read there yet. And what became of them.
 
 A mark is a bit per tier in the directory. It ends when the block is used (useful, or late while its copy is still on the way)
-or leaves that tier (wasted); each is counted once, and told to the group's thrift.
+or leaves that tier (wasted); each is counted once, and told to the group's thrift. What went on from the host to the device
+tier shares the fate of its copy there: its host copy has done its part and may go.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def used(group: BlockGroup, blocks: IntArray) -> None:
     for tier, bit in _ALL:
         mine = blocks[(marks & bit) > 0]
         if len(mine):
-            there = d.in_device(mine) if tier == "device" else d.in_host(mine)
+            there = d.in_device(mine) if tier == "device" else d.in_host(mine) | d.in_device(mine)
             _settle(group, tier, "useful", int(there.sum()))
             _settle(group, tier, "late", int((~there).sum()))
     d.fetched[blocks] = 0
@@ -43,12 +44,19 @@ def used(group: BlockGroup, blocks: IntArray) -> None:
 
 def left(group: BlockGroup, blocks: IntArray, tier: str) -> None:
     """These leave that tier."""
-    bit = BIT.get(tier, 0)
     d = group.directory
-    mine = blocks[(d.fetched[blocks] & bit) > 0] if bit else blocks[:0]
-    if len(mine):
-        d.fetched[mine] &= np.uint8(~bit & 0xFF)
-        _settle(group, tier, "wasted", len(mine))
+    marks = d.fetched[blocks]
+    if tier == "host":
+        _waste(group, blocks[marks == BIT["host"]], "host")
+    elif tier == "device":
+        up = blocks[(marks & BIT["device"]) > 0]
+        _waste(group, up, "device")
+        _waste(group, up[(d.fetched[up] > 0) & (d.host_slot[up] < 0)], "host")
+
+
+def _waste(group: BlockGroup, blocks: IntArray, tier: str) -> None:
+    group.directory.fetched[blocks] &= np.uint8(~BIT[tier] & 0xFF)
+    _settle(group, tier, "wasted", len(blocks))
 
 
 def _settle(group: BlockGroup, tier: str, outcome: str, count: int) -> None:

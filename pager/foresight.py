@@ -26,6 +26,7 @@ from .policies.reuse import AGE_ENDS_S, NUM_AGES, NUM_FEATURES, LifeTable, Risk,
 
 MAX_IDLE = 1 << 18  # sessions waited for; who has been idle longest is given up first
 _UPDATE_EVERY = 256  # ends and beginnings of turns
+_SPARE_ENTRIES = 64  # of the heap, that may be over
 _ENDS_S: list[float] = AGE_ENDS_S.tolist()
 _STARTS_S = [0.0, *_ENDS_S[:-1]]
 _MEDIAN_STEP = 0.03  # of the logarithm of the usual think time, per think time
@@ -105,6 +106,9 @@ class Foresight:
     def num_idle(self) -> int:
         return len(self._idle)
 
+    def knows(self, who: Hashable) -> bool:
+        return who in self._idle
+
     # ------------------------------------------------------------------ what happened
     def ended(self, who: Hashable, now_s: float, session: Session | None = None, request: Request = UNKNOWN) -> None:
         """A turn is over. `who` is how its next one will be known, `session` what `began` gave for this one."""
@@ -178,6 +182,9 @@ class Foresight:
             self._refresh()
 
     def _wait(self, idle: _Idle) -> None:
+        if len(self._heap) > 2 * len(self._idle) + _SPARE_ENTRIES:  # most went on, and nobody asks who is due
+            self._heap = [entry for entry in self._heap if self._idle.get(entry[2].who) is entry[2]]
+            heapq.heapify(self._heap)
         heapq.heappush(self._heap, (idle.start_s + idle.pace * _ENDS_S[idle.age], next(self._serial), idle))
 
     def _judge(self, idle: _Idle, now_s: float) -> None:

@@ -546,14 +546,16 @@ class Pager:
             for group, table in zip(self._core.groups, self._core.sequence(seq).tables, strict=True):
                 hints.pin(group, table.ids[table.ids >= 0], until_s)
 
-    def prefetch(self, seq: int) -> int:
-        """This sequence, or a request with its known tokens, runs soon: bring up what it will read, before anybody waits.
+    def prefetch(self, seqs: int | Sequence[int], *, for_anybody: bool = False) -> int:
+        """These sequences, or requests with their known tokens, run soon: bring up what they will read, before anybody waits.
 
-        Takes room that is free or holds cache that nobody refers to, a little at a time, in the order of calls. Returns
-        how many copies started now.
+        Takes room that is free or holds cache that nobody refers to, a little at a time, in this order and that of the last
+        calls. With `for_anybody` it goes on when they have ended: somebody will come with these tokens. Returns how many
+        copies started now.
         """
         with self._core.locked():
-            return self._prefetcher.start(self._core.sequence(seq))
+            named = [self._core.sequence(seq) for seq in ([seqs] if isinstance(seqs, int) else seqs)]
+            return self._prefetcher.start(named, for_anybody=for_anybody)
 
     def take_turns(self, seqs: Sequence[int]) -> None:
         """These sequences run in turns from now on, and those of the last call no longer, unless they are among these.
@@ -645,7 +647,7 @@ class Pager:
         state, parked = self._parking.resume(session_id, namespace)
         with self._core.locked():
             self._prefetcher.began(session_id, state)
-            self._prefetcher.start(state)
+            self._prefetcher.start([state])
         return state.id, parked
 
     def forget(self, session_id: str, *, released: bool = False) -> None:

@@ -5,14 +5,17 @@
               that there has been such room, for that is how long it can be expected to stay
 
 Wants are served in order, the certain ones first, a few bytes in flight at a time, and not at all while a lease waits for a
-copy; so demand queues behind one small batch at most. What is taken in by mistake is counted, and the predictor turns
-itself down (thrift.py). The pager's lock is held by whoever calls.
+copy; so demand queues behind one small batch at most. A request that finds no room is passed by, and asked first when there
+is some. A hint or a likely session that finds none is given up, and brings each block up once: foresight names a session again
+at its next age, and thrift decides anew. What is taken in by mistake is counted, and the predictor turns itself down
+(thrift.py). The pager's lock is held by whoever calls.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+import math
+from collections.abc import Hashable, Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,7 +31,9 @@ from .thrift import LEAST_CHANCE
 IN_FLIGHT_BYTES = 64 << 20  # of prefetches, at once
 BATCH_BYTES = 8 << 20  # of one copy: what a demand copy may have to wait for
 MAX_WANTS = 1024
+MAX_PASSED = 8  # requests without room that others pass in one look: each costs a look-up of its chain
 MAX_IDLE = 1 << 14  # sessions waited for
+MAX_IDLE_KEYS = 1 << 20  # of their chains, some 80 MiB; who has been idle longest is given up first
 _LAST_KEYS = 64  # of a chain, among which the end of an earlier turn is looked for
 
 
@@ -39,6 +44,7 @@ class _Want:
     seq: Sequence | None
     keys: list[bytes]
     is_certain: bool
+    left: float = math.inf  # copies that it may start; without a bound a request waits for them
 
 
 class Prefetcher:
@@ -49,16 +55,25 @@ class Prefetcher:
         self._wants: dict[Hashable, _Want] = {}
         self.foresight = Foresight(max_idle=MAX_IDLE)
         self._idle: dict[Hashable, _Want] = {}  # of sessions between two turns
+        self._idle_keys = 0
 
     # ------------------------------------------------------------------ what is wanted
-    def start(self, seq: Sequence) -> int:
-        """This sequence runs soon. Returns how many copies were started now; the rest follows as there is room."""
-        keys: list[bytes] = []
-        if not seq.num_computed:
-            size = self._core.block_size
-            seq.chain.extend(seq.keys, seq.token_ids[: len(seq.token_ids) // size * size])
-            keys = seq.keys
-        return self._want(seq.id, _Want(seq, keys, is_certain=True))
+    def start(self, seqs: Iterable[Sequence], *, for_anybody: bool = False) -> int:
+        """These run soon, in this order, after those named before. Returns how many copies were started now.
+
+        The rest follows as there is room; with `for_anybody` also when the sequences have ended, for it is their prefix
+        that is asked for.
+        """
+        size, named = self._core.block_size, dict[Hashable, _Want]()
+        for seq in seqs:
+            keys: list[bytes] = []
+            if for_anybody or not seq.num_computed:
+                count = (seq.num_computed or len(seq.token_ids)) // size
+                seq.chain.extend(seq.keys, seq.token_ids[: count * size])
+                keys = seq.keys[:count] if for_anybody else seq.keys
+            want = _Want(seq, keys, is_certain=True)
+            named[seq.id] = self._once(want) if for_anybody else want
+        return self._want(named)
 
     def read(self, group: BlockGroup, blocks: IntArray) -> int:
         """Nvme -> host, for somebody who will ask soon. Returns how many copies were started."""
@@ -66,15 +81,15 @@ class Prefetcher:
 
     def pump(self) -> int:
         """Go on with what is wanted, as far as there is room and nobody waits. Returns how many copies were started."""
-        started = 0
-        for certain in (True, False):
-            for who, want in [(who, want) for who, want in self._wants.items() if want.is_certain == certain]:
-                copies, is_over = self._serve(want)
-                started += copies
-                if is_over:
-                    del self._wants[who]
-                elif not copies:
-                    return started  # in order: nobody passes who waits for room
+        started = passed = 0
+        for who, want in sorted(self._wants.items(), key=lambda item: not item[1].is_certain):
+            if passed > MAX_PASSED or not any(map(self._budget, self._core.groups)):
+                break
+            copies, is_over = self._serve(who, want)
+            started += copies
+            passed += not (copies or is_over)
+            if is_over:
+                del self._wants[who]
         return started
 
     def tick(self) -> None:
@@ -85,15 +100,26 @@ class Prefetcher:
             stay_s = now_s - max(group.tight_s for group in self._core.groups)
             for who, chance in self.foresight.due(now_s, stay_s, LEAST_CHANCE):
                 if who in self._idle and thrift.may_start(chance):
-                    self._want(who, self._idle[who])
+                    self._want({who: self._once(self._idle[who])})
         if self._wants:
             self.pump()
 
-    def _want(self, who: Hashable, want: _Want) -> int:
-        if who not in self._wants and len(self._wants) >= MAX_WANTS:
-            return 0
-        self._wants[who] = want
+    def _want(self, named: dict[Hashable, _Want]) -> int:
+        """Behind those that are wanted already."""
+        for who, want in named.items():
+            self._wants.pop(who, None)
+            if len(self._wants) < MAX_WANTS:
+                self._wants[who] = want
         return self.pump()
+
+    def _once(self, want: _Want) -> _Want:
+        """The same, with as many copies left as bring each of its blocks up from where it is now."""
+        left = 0
+        for group in self._core.groups:
+            blocks, d = self._blocks(group, want), group.directory
+            below = blocks[~d.in_device(blocks)]
+            left += len(below) + int((~d.in_host(below)).sum())
+        return replace(want, left=left)
 
     # ------------------------------------------------------------------ turns of sessions
     def ended(self, who: Hashable, seq: Sequence, *, is_open: bool = False) -> None:
@@ -101,11 +127,13 @@ class Prefetcher:
         size = self._core.block_size
         count = seq.num_computed // size
         seq.chain.extend(seq.keys, seq.token_ids[: count * size])
+        self._drop_idle(who)
         self._idle[who] = _Want(seq if is_open else None, seq.keys[:count], is_certain=False)
+        self._idle_keys += len(self._idle[who].keys)
         request = Request(self._core.clock(), len(seq.token_ids), 0)
         self.foresight.ended(who, request.now_s, seq.foreseen, request)
         seq.foreseen = None
-        while len(self._idle) > MAX_IDLE:
+        while len(self._idle) > MAX_IDLE or self._idle_keys > MAX_IDLE_KEYS:
             self.forget(next(iter(self._idle)))
 
     def ended_chain(self, seq: Sequence) -> None:
@@ -118,7 +146,7 @@ class Prefetcher:
 
     def began(self, who: Hashable, seq: Sequence) -> None:
         """The next turn of a session begins in this sequence."""
-        self._idle.pop(who, None)
+        self._drop_idle(who)
         self._wants.pop(who, None)
         session: Session | None = self.foresight.began(who, self._core.clock())
         if session is not None:
@@ -133,22 +161,34 @@ class Prefetcher:
                 return
 
     def forget(self, who: Hashable) -> None:
-        self._idle.pop(who, None)
+        self._drop_idle(who)
         self._wants.pop(who, None)
         self.foresight.forget(who)
 
+    def _drop_idle(self, who: Hashable) -> None:
+        want = self._idle.pop(who, None)
+        if want is not None:
+            self._idle_keys -= len(want.keys)
+
     # ------------------------------------------------------------------ one want
-    def _serve(self, want: _Want) -> tuple[int, bool]:
-        """Copies started, and whether nothing is left to do."""
+    def _serve(self, who: Hashable, want: _Want) -> tuple[int, bool]:
+        """Copies started, and whether it is over: nothing is left to do, or nobody waits for it and it cannot go on."""
         if want.seq is not None and want.seq.id not in self._core.sequences:
+            if not want.is_certain or want.left == math.inf:
+                return 0, True
+            want.seq = None  # its prefix was asked for
+        if not want.is_certain and not self.foresight.knows(who):
             return 0, True
-        started, missing = 0, 0
+        started = missing = coming = 0
         for group in self._core.groups:
-            blocks = self._blocks(group, want)
-            below = blocks[~group.directory.in_device(blocks)]
-            started += self._bring(group, below, want.is_certain)
+            blocks, d = self._blocks(group, want), group.directory
+            below = blocks[~d.in_device(blocks)]
             missing += len(below)
-        return started, not missing
+            if want.left > started:
+                started += self._bring(group, below, want.is_certain)
+            coming += int(((d.page[below] >= 0) | (d.host_slot[below] >= 0) & ~d.in_host(below)).sum())
+        want.left -= started
+        return started, not missing or (want.left < math.inf and not started and not coming)
 
     def _blocks(self, group: BlockGroup, want: _Want) -> IntArray:
         """What its next token sees, as far as it is anywhere."""

@@ -85,6 +85,10 @@ class Thrift:
     def started(self, nbytes: int) -> None:
         self._open_bytes += nbytes
 
+    def undone(self, nbytes: int) -> None:
+        """Of what was started so much was called off before it came."""
+        self._open_bytes = max(0, self._open_bytes - nbytes)
+
     def useful(self, nbytes: int, *, is_late: bool = False) -> None:
         if is_late:
             self.late_bytes += nbytes

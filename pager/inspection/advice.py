@@ -19,6 +19,7 @@ from .reuse import ReuseSampler, Use
 
 if TYPE_CHECKING:
     from ..core import Core
+    from ..group import BlockGroup
 
 TIER_NAMES = ("device", "host", "nvme")
 FACTORS = (0.25, 0.5, 1.0, 1.5, 2.0, 4.0)
@@ -93,27 +94,38 @@ def advise(core: Core, *, tier: str = "host", factor: float = 2.0) -> dict[str, 
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """Blocks of the first layer group that each tier holds, and those that lie in device and host at once."""
+    """Blocks of the first layer group that each tier holds, and those that lie in device and host at once.
+
+    Bytes are of all layer groups: that is what a tier's setting counts.
+    """
 
     own: dict[str, int]
     twice: int
-    block_bytes: dict[str, int]
+    tier_bytes: dict[str, int]
 
     @classmethod
     def of(cls, core: Core) -> _Sizes:
         group = core.groups[0]
         d = group.directory
         blocks = d.live()
-        own = {"device": len(group.pages), "host": len(group.host)}
-        own["nvme"] = core.nvme.num_slots(group.index) if core.nvme is not None else 0
         twice = int((d.in_device(blocks) & d.in_host(blocks)).sum())
-        return cls(own, twice, {tier: group.tier_bytes(tier) for tier in TIER_NAMES})
+        own = [_slots(core, one) for one in core.groups]
+        sizes = {
+            tier: sum(held[tier] * one.tier_bytes(tier) for held, one in zip(own, core.groups, strict=True))
+            for tier in TIER_NAMES
+        }
+        return cls(own[0], twice, sizes)
 
     def down_to(self, tier: str, changed: str, factor: float) -> float:
         """Distinct blocks at or above `tier` when one tier is so many times as large."""
         names = TIER_NAMES[: TIER_NAMES.index(tier) + 1]
         total = sum(self.own[name] * (factor if name == changed else 1.0) for name in names)
         return max(0.0, total - (self.twice if tier != "device" else 0))
+
+
+def _slots(core: Core, group: BlockGroup) -> dict[str, int]:
+    on_nvme = core.nvme.num_slots(group.index) if core.nvme is not None else 0
+    return {"device": len(group.pages), "host": len(group.host), "nvme": on_nvme}
 
 
 def _row(
@@ -123,7 +135,7 @@ def _row(
     rate = sampler.hit_rate(blocks) or 0.0
     return {
         "factor": factor,
-        "tier_bytes": int(sizes.own[tier] * factor) * sizes.block_bytes[tier],
+        "tier_bytes": int(sizes.tier_bytes[tier] * factor),
         "blocks": int(blocks),
         "hit_rate": rate,
         "band": 1.96 * math.sqrt(rate * (1 - rate) / max(sampled, 1.0)),

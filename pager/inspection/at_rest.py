@@ -22,7 +22,7 @@ from ..keys import KeyChain
 from ..sessions import SessionEntry
 from .events import tags_of
 from .places import LETTERS, NOT_HELD, NVME
-from .views import MAX_LIMIT, parse_tag, shown_tag
+from .views import check_limit, check_offset, parse_tag, shown_tag
 
 SCHEMA = 1
 MIN_FREE_SHARE = 0.02  # of the file system
@@ -74,6 +74,7 @@ def answer(path: Path, verb: str, arguments: Mapping[str, Any]) -> dict[str, Any
 def _sessions(
     store: RestingStore, *, sort: str = "tokens", namespace: str = "", limit: int = 50, offset: int = 0
 ) -> dict[str, Any]:
+    limit, offset = check_limit(limit), check_offset(offset)
     rows = [_session_row(store, entry) for entry in _entries(store) if namespace in ("", entry.namespace)]
     rows.sort(key=(lambda row: row["name"]) if sort == "name" else (lambda row: -row["tokens"]))
     return {"sessions": rows[offset : offset + limit], "total": len(rows), "offset": offset}
@@ -135,6 +136,7 @@ def _blocks(
 ) -> dict[str, Any]:
     if state:
         raise ConfigError(f"state={state!r}: a store at rest knows no states; ask a running pager")
+    limit, offset = check_limit(limit), check_offset(offset)
     rows, total = [], 0
     for index in range(len(store.layouts)) if group < 0 else [group]:
         listed = store.listing.group(index)
@@ -144,7 +146,7 @@ def _blocks(
             keep = tags == parse_tag(key)
             slots, tags = slots[keep], tags[keep]
         total += len(slots)
-        for slot, tag in list(zip(slots.tolist(), tags.tolist(), strict=True))[: offset + min(limit, MAX_LIMIT)]:
+        for slot, tag in list(zip(slots.tolist(), tags.tolist(), strict=True))[: offset + limit]:
             rows.append(_block_row(index, slot, tag, int(listed.stamps["tokens"][slot])))
     if sort == "tokens":
         rows.sort(key=lambda row: -row["tokens"])
@@ -188,6 +190,7 @@ def _prefix(store: RestingStore, *, tokens: bytes, namespace: str = "default") -
 
 def _explain(store: RestingStore, *, about: str, limit: int = 50) -> dict[str, Any]:
     """Where it is; why went with the pager that decided it."""
+    check_limit(limit)
     is_session, now = about in store.listing.sessions, []
     for index, layout in enumerate([] if is_session else store.layouts):
         listed = store.listing.group(index)

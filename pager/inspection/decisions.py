@@ -10,7 +10,7 @@ import numpy as np
 from ...tiers.errors import ConfigError
 from .events import KIND, KINDS, TIERS
 from .places import find_place, owners
-from .views import MAX_LIMIT, find_owner, parse_tag, shown_tag
+from .views import MAX_LIMIT, check_limit, find_owner, parse_tag, shown_tag
 
 if TYPE_CHECKING:
     from ..core import Core
@@ -20,6 +20,7 @@ SHOWN_KEYS = 4  # of a batch, as examples
 
 def explain(core: Core, *, about: str, limit: int = 50) -> dict[str, Any]:
     """The recent decisions about one block (eight hexadecimal digits) or about the blocks of a session, newest last."""
+    limit = check_limit(limit)
     with core.lock:
         now_s, ring = core.clock(), core.observer.events
         is_session = any(owner.name == about for owner in owners(core))
@@ -59,7 +60,7 @@ def _ghost(core: Core, text: str, now_s: float) -> dict[str, Any] | None:
 
 
 def trace(core: Core, *, since: int = -1, limit: int = 200, types: str = "") -> dict[str, Any]:
-    """Batches of decisions from a serial number on; `next` is where to go on. -1: the last few."""
+    """Batches of decisions from a serial number on; `next` is where to go on. -1: the last `limit` of these kinds."""
     wanted = [name for name in types.split(",") if name]
     for name in wanted:
         if name not in KIND:
@@ -67,11 +68,12 @@ def trace(core: Core, *, since: int = -1, limit: int = 200, types: str = "") -> 
     limit = min(max(limit, 1), MAX_LIMIT)
     with core.lock:
         now_s, ring = core.clock(), core.observer.events
-        first = ring.num_written - min(limit, 20) if since < 0 else since
-        batches = ring.batches(max(first, 0))
-        lost = max(0, ring.first_serial - first) if since >= 0 else 0
+        batches = ring.batches(max(since, 0))
+        lost = max(0, ring.first_serial - since) if since >= 0 else 0
         if wanted:
             batches = batches[np.isin(batches["kind"], [KIND[name] for name in wanted])]
+        if since < 0:
+            batches = batches[-limit:]
         rows = []
         for batch in batches[:limit]:
             row = ring.row(batch) | {"keys": _examples(ring.blocks_of(batch, SHOWN_KEYS)[1])}

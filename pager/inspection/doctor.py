@@ -56,6 +56,10 @@ def undersized_tier(core: Core) -> Iterator[Finding]:
     tokens, missed = sum(lost.values()), seen["missed_tokens"]
     if tokens < 16 * core.block_size or tokens < missed / 5:
         return
+    refused = int(core.counters.get("refused_blocks", tier="nvme", reason="budget"))
+    if refused and lost["nvme"] <= tokens / 2:  # most never got there
+        yield _budget_finding(core, tokens - lost["nvme"], missed, refused)
+        return
     tier = "nvme" if core.nvme is not None else "host"
     yield Finding(
         f"{tier} tier too small",
@@ -63,6 +67,19 @@ def undersized_tier(core: Core) -> Iterator[Finding]:
         f"{tokens:,} of {missed:,} missed tokens had been evicted for want of room in the last {RECENT_S / 60:.0f} min",
         f"raise {tier}_bytes (`pager-inspect advise` says what it would buy)"
         + ("" if core.nvme is not None else ", or give it an nvme_path"),
+        "thrash",
+    )
+
+
+def _budget_finding(core: Core, tokens: int, missed: int, refused: int) -> Finding:
+    slots = sum(core.nvme.num_slots(group.index) for group in core.groups) if core.nvme is not None else 0
+    used = sum(int(group.directory.nvme_valid.sum()) for group in core.groups)
+    return Finding(
+        "write budget of nvme too small",
+        "warn",
+        f"{tokens:,} of {missed:,} missed tokens were dropped above nvme in the last {RECENT_S / 60:.0f} min; the write budget "
+        f"has refused {refused:,} blocks since the start, {used:,} of {slots:,} slots are in use",
+        "raise nvme_write_bytes_per_s or nvme_write_bytes_per_day, or host_bytes to keep them above",
         "thrash",
     )
 

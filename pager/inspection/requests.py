@@ -74,6 +74,8 @@ def _union_s(spans: list[tuple[float, float]]) -> float:
 
 def why(core: Core, *, request: str = "", slowest: int = 0) -> dict[str, Any]:
     """One request by number or name ("" is the last), or the slowest few of those that are remembered."""
+    if slowest < 0:
+        raise ConfigError(f"slowest={slowest}: need 1 or more, or 0 for one request")
     with core.lock:
         records, now_s = list(core.observer.requests), core.clock()
     if not records:

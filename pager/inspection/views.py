@@ -118,23 +118,20 @@ def blocks(
     _one_of("state", state, ("", *BLOCK_STATES))
     if not -1 <= group < len(core.groups):
         raise ConfigError(f"group={group}: this pager has layer groups 0 to {len(core.groups) - 1}")
-    limit, now_s, found, totals = _limit(limit), core.clock(), [], dict.fromkeys(PLACES[:3], 0)
-    total = 0
-    for held in core.groups if group < 0 else [core.groups[group]]:
+    limit, offset, now_s = check_limit(limit), check_offset(offset), core.clock()
+    asked = core.groups if group < 0 else [core.groups[group]]
+    found = []
+    for held in asked:
         with core.lock:
             ids, place = _chosen(held, tier, state, key)
-            rank = _rank(held, ids, sort)
-        total += len(ids)
-        for index, count in enumerate(np.bincount(place, minlength=4)[:3].tolist()):
-            totals[PLACES[index]] += count
-        order = _first(rank if reverse else -rank, offset + limit)
-        with core.lock:
-            found += [
-                (float(rank[i]), _block_row(core, held, int(ids[i]), int(place[i]), now_s)) for i in order.tolist()
-            ]
-    found.sort(key=lambda pair: pair[0], reverse=not reverse)
-    rows = [row for _, row in found[offset : offset + limit]]
-    return {"blocks": rows, "total": total, "offset": offset, "by_tier": totals}
+            found.append((ids, place, _rank(held, ids, sort)))
+    ids, place, rank = (np.concatenate(column) for column in zip(*found, strict=True))
+    whose = np.repeat(np.arange(len(asked)), [len(one[0]) for one in found])
+    shown = _first(rank if reverse else -rank, offset + limit)[offset:].tolist()
+    with core.lock:
+        rows = [_block_row(core, asked[whose[i]], int(ids[i]), int(place[i]), now_s) for i in shown]
+    by_tier = dict(zip(PLACES[:3], np.bincount(place, minlength=4).tolist(), strict=False))
+    return {"blocks": rows, "total": len(ids), "offset": offset, "by_tier": by_tier}
 
 
 def _chosen(group: BlockGroup, tier: str, state: str, key: str) -> tuple[IntArray, IntArray]:
@@ -167,9 +164,11 @@ def _rank(group: BlockGroup, ids: IntArray, sort: str) -> Any:
 
 
 def _first(rank: Any, n: int) -> IntArray:
-    """Indices of the n lowest, in order."""
+    """Indices of the n lowest, in order; of equals the first, so that one page goes on where the one before ended."""
     if n < len(rank):
-        chosen = np.argpartition(rank, n - 1)[:n]
+        last = np.partition(rank, n - 1)[n - 1]
+        below = np.flatnonzero(rank < last)
+        chosen = np.sort(np.concatenate([below, np.flatnonzero(rank == last)[: n - len(below)]]))
         return chosen[np.argsort(rank[chosen], kind="stable")]
     return np.argsort(rank, kind="stable")
 
@@ -279,14 +278,20 @@ def parse_tag(text: str) -> int:
 
 
 def _page(rows: list[dict[str, Any]], name: str, limit: int, offset: int) -> dict[str, Any]:
-    limit = _limit(limit)
+    limit, offset = check_limit(limit), check_offset(offset)
     return {name: rows[offset : offset + limit], "total": len(rows), "offset": offset}
 
 
-def _limit(limit: int) -> int:
+def check_limit(limit: int) -> int:
     if not 1 <= limit <= MAX_LIMIT:
-        raise ConfigError(f"limit={limit}: need 1 to {MAX_LIMIT}; use offset for the next page")
+        raise ConfigError(f"limit={limit}: need 1 to {MAX_LIMIT}; sessions and blocks go on at offset")
     return limit
+
+
+def check_offset(offset: int) -> int:
+    if offset < 0:
+        raise ConfigError(f"offset={offset}: need 0 or more, the rows to skip")
+    return offset
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -1,10 +1,10 @@
 """Our own rule: who is least likely to be used again soon, per block and second, leaves first; where that is no better
 than recency, who was used longest ago.
 
-It learns online, from what a pager sees: how often a chain was continued, how long its prompts and answers are, how much
-they grew, how long its user thought, where chains part. `reuse` holds what is learned, `segments` what chains there are,
-`shelf` what an order keeps of them: one shelf is what is held, the other a shadow of what the other order would hold. The
-order whose shelf saves more is in force; recency is until the other one has proven itself.
+It learns online, from what a pager sees: how often a chain was continued, how long its prompts are and, in a replay alone,
+its answers (a pager tells no policy), how long its user thought, where chains part. `reuse` holds what is learned, `segments`
+what chains there are, `shelf` what an order keeps of them: one shelf is what is held, the other a shadow of what the other
+order would hold. The order whose shelf saves more is in force; recency is until the other one has proven itself.
 
 State is per segment of a chain, so the work per request does not grow with its blocks. Before either order come released
 blocks, and ends of prompts that fill no block (only the same prompt again could use one).
@@ -98,7 +98,8 @@ class Auto(Policy):
     """In a replay whole requests are told (`on_chain`), with the trace's times, and `coldest` is what is held.
 
     A pager at work gives a `clock`. It tells prefixes that were found (`on_hit`), steps with all blocks that they read
-    (`on_access`) and new blocks; requests are worked out from them. It asks `victims` among blocks of its own choosing,
+    (`on_access`) and new blocks; requests are worked out from them, so a step that comes more than five seconds after the
+    last one of its chain counts as a turn. It asks `victims` among blocks of its own choosing,
     so here both shelves are shadows.
     """
 

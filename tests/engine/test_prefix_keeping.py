@@ -11,10 +11,12 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kvtier import KVLayout, PrefixCache
+from kvtier.pager import prefetching
 from kvtier.tiers.errors import ConfigError, StoreLockedError, TierFullError
 
 from .prefix_rig import DOCUMENT, Caches, check, run, stock_past
@@ -63,6 +65,28 @@ def test_a_released_prompt_makes_room_before_older_ones_and_a_prefetch_moves_wha
         with pytest.raises(ConfigError, match="at least one token"):
             verb([])
     check(cache)
+    cache.close()
+
+
+def test_a_prefetch_brings_all_that_is_stored_of_a_prompt_though_it_takes_more_than_one_step(tmp_path, monkeypatch):
+    layout = KVLayout(2, 2, 16, dtype="float32", block_size=16)
+    monkeypatch.setattr(prefetching, "IN_FLIGHT_BYTES", 3 * layout.block_bytes)
+    sizes = dict(device_bytes=32 * layout.block_bytes, host_bytes=64 * layout.block_bytes, nvme_bytes="16MiB")
+    cache = PrefixCache.open(tmp_path / "s", layout=layout, model_fingerprint="x", **sizes)
+    cache.store(range(128), torch.zeros((2, 2, 2, 128, 16)))
+    cache.flush()
+    pager, core = cache._pager, cache._pager._core
+    (group,), d = core.groups, core.groups[0].directory
+    with core.lock:
+        blocks = np.flatnonzero(d.nvme_valid & (d.refs == 0))
+        group.drop_host_copies(blocks[d.host_slot[blocks] >= 0], "test")
+        group.evict(blocks[d.page[blocks] >= 0], "test")
+    assert pager.match(range(128)).nvme_tokens == 128
+    assert cache.prefetch(range(128)) == 3
+    for _ in range(16):
+        pager.poll()
+        pager.drain()
+    assert pager.match(range(128)).device_tokens == 128
     cache.close()
 
 

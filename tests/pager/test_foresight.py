@@ -89,6 +89,14 @@ def test_only_so_many_are_waited_for():
     assert len(foresight._heap) <= 100
 
 
+def test_memory_stays_where_nobody_asks_who_is_due():
+    foresight = Foresight()
+    for number in range(5000):
+        foresight.ended(number % 10, float(number))
+    assert foresight.num_idle == 10 and len(foresight._heap) <= 100
+    assert {entry[2].who for entry in foresight._heap} == set(range(10))  # each of them is still waited for
+
+
 def test_waste_makes_it_ask_for_more_and_use_for_less():
     one = Thrift()
     for _ in range(200):

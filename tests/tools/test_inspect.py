@@ -59,6 +59,7 @@ def test_exit_codes_say_who_should_act(pager, tmp_path):
         ("explain", "zzz"): 2,
         ("session", "nobody"): 2,
         ("blocks", "--limit", "5000"): 2,
+        ("record", "--seconds", "0.1", "--out", tmp_path / "none" / "x"): 2,
         ("frobnicate",): 2,
     }
     for words, code in cases.items():

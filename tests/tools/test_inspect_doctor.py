@@ -47,6 +47,17 @@ def test_a_tiny_host_tier_over_nvme_is_named_by_what_is_read_again(tmp_path):
         assert "had been read before" in found(pager)["host tier too small"]
 
 
+def test_a_write_budget_that_keeps_blocks_off_the_disk_is_named_and_not_the_disk(tmp_path):
+    with running(
+        tmp_path, host_bytes=12 * BLOCK_BYTES, device_bytes=40 * BLOCK_BYTES, nvme_write_bytes_per_s=1
+    ) as pager:
+        for _ in range(4):
+            pager.do("[pager.finish(compute([n] * 400)) for n in range(5)]")
+        told = found(pager)
+        assert "write budget of nvme too small" in serious(pager) and "nvme tier too small" not in told
+        assert " slots are in use" in told["write budget of nvme too small"]
+
+
 def test_a_starved_write_back_is_named(tmp_path):
     """Every host slot is pinned by clients, so no dirty page can be written down."""
     with running(tmp_path, store=False, host_bytes=8 * BLOCK_BYTES, device_bytes=24 * BLOCK_BYTES) as pager:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TextIO
 
 from ...pager.inspection.asking import ConfigError, Target
 from . import answers, arguments, screens
@@ -162,11 +162,18 @@ def _stat(context: Context) -> int:
 def _record(context: Context) -> int:
     """Rows until interrupted or for --seconds; what is unfinished then comes last."""
     target, given = context.target(), context.arguments
-    with nullcontext(sys.stdout) if given.out in (None, "-") else open(given.out, "w") as out:
+    with nullcontext(sys.stdout) if given.out in (None, "-") else _opened(given.out) as out:
         rows, told = _follow_requests(target, given.seconds, out)
     lost = f", {told['lost']} lost" if told["lost"] else ""
     print(f"{rows} requests{lost}; blocks of {told['block_size']} tokens", file=sys.stderr)
     return 0
+
+
+def _opened(path: str) -> TextIO:
+    try:
+        return open(path, "w")
+    except OSError as error:
+        raise ConfigError(f"--out {path!r} cannot be written: {error.strerror}") from error
 
 
 def _follow_requests(target: Target, seconds: float | None, out: Any) -> tuple[int, dict[str, Any]]:

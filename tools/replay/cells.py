@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,12 @@ class Plan:
     sinks: int = 4
     case: str = "as is"
     has_prefetch: bool = False
+
+    def __post_init__(self) -> None:
+        if self.has_prefetch and not self.shares.get("device"):
+            raise ConfigError(
+                "--prefetch plays copies into the device tier: give it a share, as --tiers device=10%,host=40%"
+            )
 
 
 def capacities_of(text: str, trace: Trace) -> list[Capacity]:
@@ -151,8 +158,8 @@ def _row(
 def _waits(trace: Trace, plan: Plan, capacity: Capacity, name: str, freed: list[IntArray] | None) -> dict[str, float]:
     """In virtual time, by demand alone and with prefetch."""
     sizes = _sizes(plan, capacity)
-    least = min(sizes.values())
-    sizes = {tier: sizes.get(tier, least) for tier in TIERS}  # a tier that is not there holds what the next one does
+    for above, tier in itertools.pairwise(TIERS):
+        sizes.setdefault(tier, sizes[above])  # one that is not there holds what the one above it holds, and no more
     alone, both = (
         TimedReplay(trace, name, sizes, plan.machine, mode, freed).run()
         for mode in (Mode(), Mode(queue=True, next_turn=True))

@@ -25,7 +25,8 @@ release: true (ours) says that the chain will not be used again. --convert makes
 A capacity of 5% is 5 % of the footprint, the number of distinct blocks in the trace, as blocks and rounded down (one at
 least); a plain number is blocks. A request hits the longest prefix of its blocks that is held, at most its input_length
 tokens; then all its blocks are held and the policy says who leaves. token_hit_rate is tokens hit over tokens asked for.
-"belady" is the most that any policy could hit. What is called modelled follows from the rates given below.
+"belady" hits the most blocks that any policy could; where prompts end in nearly empty blocks another may hit more tokens.
+"importance" is lru here, for a trace has no attention mass. What is called modelled follows from the rates given below.
 
 --prefetch replays each cell twice in virtual time, by demand alone and with what waits in the queue and next turns of
 sessions brought up before: mean waits for blocks, and the share of prefetched bytes that nobody read. Give rates at

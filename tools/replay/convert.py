@@ -13,6 +13,7 @@ from typing import Any
 
 from ...pager.keys import KeyChain
 from ...tiers.errors import ConfigError
+from .trace import number_of
 
 
 def convert(source: Path, target: Path, block_tokens: int) -> int:
@@ -21,7 +22,7 @@ def convert(source: Path, target: Path, block_tokens: int) -> int:
         raise ConfigError(f"--block-size {block_tokens}: must be at least 1 token")
     chains: dict[str, KeyChain] = {}
     try:
-        lines = source.read_text().splitlines()
+        lines = source.read_text().split("\n")  # other ends of lines may stand in a text
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{str(source)!r} cannot be read: {error}") from error
     written = []
@@ -46,8 +47,9 @@ def _converted(line: str, where: str, size: int, chains: dict[str, KeyChain]) ->
     chain.extend(keys, tokens[: len(tokens) // size * size])
     if len(tokens) % size:
         keys.append(chain.seal(keys[-1] if keys else None, tokens[len(tokens) // size * size :]))
-    made: dict[str, Any] = {"timestamp": one["timestamp"]} if "timestamp" in one else {}
-    made |= {"input_length": len(tokens), "output_length": one.get("output_length", 0)}
+    made: dict[str, Any] = {"input_length": len(tokens), "output_length": number_of(one, "output_length", 0, where)}
+    if one.get("timestamp") is not None:
+        made["timestamp"] = number_of(one, "timestamp", 0, where)
     return made | {"hash_ids": [int.from_bytes(key[:8], "big") >> 1 for key in keys]}
 
 

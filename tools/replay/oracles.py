@@ -1,8 +1,9 @@
 """What could be had with knowledge of the future: bounds, never policies.
 
-`belady` is the optimum for blocks of one size: whoever is used again last leaves first, the deepest of equals; a block
+`belady` is the optimum in blocks, of one size: whoever is used again last leaves first, the deepest of equals; a block
 that would leave at once is not taken in. Each use of a block uses its ancestors, so this keeps prefixes whole, which
-makes it the true bound. `releases` is one perfect bit per block and request: no later request uses it.
+makes it the true bound of blocks. In tokens another choice can hit more where the last blocks of prompts are nearly empty,
+for these count as much as full ones. `releases` is one perfect bit per block and request: no later request uses it.
 Source: Belady (IBM Systems Journal 5(2), 1966); Mattson and others (1970) for the proof.
 """
 

@@ -92,6 +92,8 @@ class _Tier:
         return found
 
     def use(self, trace: Trace, number: int, chain: IntArray) -> None:
+        if not len(chain):
+            return
         was_held = self.held[chain]
         self.policy.on_chain(chain, was_held, trace.requests[number])
         self._used += len(chain) - int(np.count_nonzero(was_held))
@@ -320,5 +322,6 @@ class TimedReplay:
             piece.job.is_cancelled = True
             tier.lent -= len(piece.blocks) - came
             self._found.prefetched_bytes -= (len(piece.blocks) - came) * self._block_bytes
+            tier.thrift.undone((len(piece.blocks) - came) * self._block_bytes)
             piece.blocks, piece.is_there, piece.is_late = piece.blocks[:came], True, True
             tier.fetched[piece.blocks] += 1

@@ -10,8 +10,8 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import math
 import random
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from ...tiers.errors import ConfigError
 
 _USUAL_SIZES = tuple(1 << power for power in range(15))
 _GAP_S = 1.0  # between requests of a trace that has no times
+_MOST = 1e15  # of a time or a length, either way: far above any, and sums of it fit 64 bits
 Progress = Callable[[int, int], None]
 
 
@@ -151,9 +152,9 @@ def _lines(path: Path) -> Iterator[Recorded]:
         text = (gzip.decompress(raw) if raw[:2] == b"\x1f\x8b" else raw).decode()
     except FileNotFoundError as error:
         raise ConfigError(f"trace {str(path)!r} is not there; give a JSON-lines file, plain or gzip") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise ConfigError(f"trace {str(path)!r} cannot be read: {error}; give JSON lines, plain or gzip") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield _recorded(line, number, path)
 
@@ -169,17 +170,18 @@ def _recorded(line: str, number: int, path: Path) -> Recorded:
         raise ConfigError(
             f"{where}: hash_ids={ids!r:.60} must be a list of numbers or strings; kvtier replay --convert makes them of tokens"
         )
-    at_ms = _number(one, "timestamp", (number - 1) * _GAP_S * 1e3, where)
-    tokens, output = _number(one, "input_length", -1, where), _number(one, "output_length", 0, where)
+    at_ms = number_of(one, "timestamp", (number - 1) * _GAP_S * 1e3, where)
+    tokens, output = number_of(one, "input_length", -1, where), number_of(one, "output_length", 0, where)
     return Recorded(at_ms, tuple(ids), int(tokens), int(output), one.get("release") is True)
 
 
-def _number(one: dict[str, Any], name: str, default: float, where: str) -> float:
+def number_of(one: dict[str, Any], name: str, default: float, where: str) -> float:
+    """Raises: ConfigError naming the line."""
     value = one.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{where}: {name}={value!r:.60} must be a finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -_MOST <= value <= _MOST:
+        raise ConfigError(f"{where}: {name}={value!r:.60} must be a finite number, at most {_MOST:g}")
     return value
 
 

@@ -179,6 +179,7 @@ def test_what_if_gives_both_cases_and_a_table_names_them(trace_file, capsys):
         (["--tiers", "ram=1"], "--tiers ram=1"),
         (["--what-if", "host=2"], "--what-if host=2"),
         (["--what-if", "device=0,host=0,nvme=0"], "no tier is left"),
+        (["--what-if", "device=0", "--prefetch"], "--prefetch plays copies into the device tier"),
         (["--block-size", "0"], "--block-size 0"),
         (["--prefill-tokens-per-s", "0"], "--prefill-tokens-per-s 0"),
     ],
@@ -187,6 +188,20 @@ def test_bad_input_is_one_clear_line(trace_file, more, message, capsys):
     assert cli.main(["replay", str(trace_file), *more]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("kvtier: error: ") and err.count("\n") == 1 and message in err
+
+
+@pytest.mark.parametrize(
+    ("missing", "sizes"), [("nvme", (3, 12, 12)), ("host", (3, 3, 30)), ("host=0,nvme", (3, 3, 3)), ("", (3, 12, 30))]
+)
+def test_a_tier_that_is_not_there_holds_what_the_one_above_it_holds(monkeypatch, missing, sizes):
+    """So without nvme blocks still wait for the host tier's link."""
+    trace, told, timed = of_chains([[10 * n + i for i in range(5)] for n in range(6)] * 2), [], cells.TimedReplay
+    monkeypatch.setattr(cells, "TimedReplay", lambda *given: told.append(given[2]) or timed(*given))
+    shares = changed(split_of("device=10%,host=40%"), f"{missing}=0") if missing else split_of("device=10%,host=40%")
+    plan = cells.Plan(["lru"], [cells.Capacity("30", 30)], shares, Machine(), has_bound=False, has_prefetch=True)
+    (row,) = cells.run(trace, plan, lambda done, total: None)
+    assert told == [dict(zip(("device", "host", "nvme"), sizes, strict=True))] * 2
+    assert (row["modelled_demand_wait_mean_s"] > 0) == (row["token_hit_rate"] > 0)
 
 
 def test_an_empty_trace_is_refused(tmp_path, capsys):

@@ -7,6 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kvtier.pager.policies.registry import LIVE_NAMES
+from kvtier.pager.thrift import Thrift
 from kvtier.tools.bench.prefetch import without_pattern
 from kvtier.tools.replay.links import CHUNK_BYTES, Link
 from kvtier.tools.replay.model import Machine
@@ -73,6 +75,24 @@ def test_parked_sessions_that_always_come_back_are_there_before():
     ahead, found = mean_wait(trace, Mode(park_s=3.0, next_turn=True), roomy)
     assert alone > 0 and ahead < 0.5 * alone
     assert found.wasted_share < 0.2 and found.prefetched_bytes > 0
+
+
+def test_what_was_called_off_on_its_way_is_neither_open_nor_wasted():
+    slow = replace(MACHINE, host_bytes_per_s=2e6)
+    replay = TimedReplay(sessions(6, 40, 60.0), "lru", SIZES | {"device": 1000}, slow, Mode(park_s=3.0, next_turn=True))
+    called_off, undone = [], Thrift.undone
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Thrift, "undone", lambda one, nbytes: called_off.append(nbytes) or undone(one, nbytes))
+        found = replay.run()
+    assert sum(called_off) > 0
+    assert all(one._open_bytes == 0 for one in found.thrift.values())
+
+
+@pytest.mark.parametrize("policy", [name for name in LIVE_NAMES if name != "sliding_window"])
+def test_a_request_without_blocks_waits_for_none(policy):
+    lines = [Recorded(1e3 * n, (n, n + 1) if n % 2 else (), 32 * (n % 2), 1, False) for n in range(6)]
+    found = TimedReplay(trace_of("t", lines, 16), policy, SIZES, MACHINE, Mode(True, True, 2.0)).run()
+    assert found.wait_s[::2].tolist() == [0.0] * 3
 
 
 def test_full_tiers_are_left_alone():

@@ -64,6 +64,8 @@ def test_an_id_that_a_chain_has_twice_counts_once(tmp_path):
         ('{"hash_ids": [1.5]}', "line 2: hash_ids"),
         ('{"hash_ids": [1], "timestamp": "noon"}', "line 2: timestamp='noon' must be a finite number"),
         ('{"hash_ids": [1], "input_length": NaN}', "line 2: input_length=nan"),
+        ('{"hash_ids": [1], "input_length": 1e30}', "line 2: input_length=1e.30 must be"),
+        (f'{{"hash_ids": [1], "timestamp": {"9" * 400}}}', "line 2: timestamp=9+ must be"),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(tmp_path, line, message):
@@ -75,9 +77,39 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path, line, message):
 def test_files_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "cut.gz").write_bytes(gzip.compress(b'{"hash_ids": [1]}\n' * 100)[:-9])
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for name, message in (("none", "is not there"), ("cut.gz", "cannot be read"), ("binary", "cannot be read")):
-        with pytest.raises(ConfigError, match=message):
-            read(tmp_path / name)
+    body = bytearray(gzip.compress(b'{"hash_ids": [1]}\n' * 100))
+    body[12:20] = b"\xff" * 8
+    (tmp_path / "bad.gz").write_bytes(body)
+    assert "is not there" in refused(tmp_path / "none")
+    for name in ("cut.gz", "bad.gz", "binary"):
+        assert "cannot be read" in refused(tmp_path / name)
+
+
+def refused(path) -> str:
+    with pytest.raises(ConfigError) as caught:
+        read(path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("end", ["\u2028", "\u0085"])
+def test_a_line_ends_at_a_newline_and_nowhere_else(tmp_path, end):
+    line = {"hash_ids": [f"a{end}b"], "prompt": f"some{end}text"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(line, ensure_ascii=False) + "\r\n\n")
+    assert len(read(tmp_path / "t.jsonl").chains) == 1
+    assert convert(tmp_path / "t.jsonl", tmp_path / "out.jsonl", 4) == 1
+
+
+@pytest.mark.parametrize(
+    "more", [{"timestamp": "x"}, {"output_length": "x"}, {"timestamp": True}, {"output_length": []}]
+)
+def test_what_a_replay_would_refuse_is_not_converted(tmp_path, more):
+    source = written(tmp_path / "in.jsonl", [{"tokens": [1, 2, 3], "timestamp": None, "output_length": None}])
+    assert (
+        convert(source, tmp_path / "out.jsonl", 2) == 1 and read(tmp_path / "out.jsonl").requests[0].output_tokens == 0
+    )
+    written(source, [{"tokens": [1, 2, 3]}, {"tokens": [1, 2]} | more])
+    with pytest.raises(ConfigError, match=f"line 2: {next(iter(more))}="):
+        convert(source, tmp_path / "out.jsonl", 2)
 
 
 def test_parts_and_shuffled_starts_keep_the_requests(tmp_path):
