@@ -99,6 +99,7 @@ class World:
         self.computed: dict[int, int] = {}
         self.namespace: dict[int, str] = {}
         self.sessions: dict[str, Saved] = {}
+        self.in_doubt: dict[str, Saved] = {}  # gone at the last start, which could not make that last
         self.lives = 0
         self.has_lost_power = False
         self.disk: SimulatedDisk
@@ -198,18 +199,25 @@ class World:
                 assert have == computed, f"sequence {seq}: {have} tokens count as computed, {computed} were"
 
     def check_sessions(self) -> None:
-        """After a start: every session is one that a crash may leave, and whole where nothing failed."""
+        """After a start: every session is one that a crash may leave, and whole where nothing failed.
+
+        A start that could not sync the journal has shown what the next power loss may take back.
+        """
         found = self.pager._core.sessions
+        has_lasted = self.pager._core.nvme is None or not self.pager._core.nvme.status()["failed_syncs"]
+        self.sessions, self.in_doubt = self.in_doubt | self.sessions, {}
         for session_id, saved in list(self.sessions.items()):
             entry = found.get(session_id)
             is_now = None if entry is None else (tuple(entry.token_ids), entry.num_computed, entry.namespace)
             assert is_now in saved.may_be, f"session {session_id} came back as {is_now}, not as one of {saved.may_be}"
             if entry is None:
                 del self.sessions[session_id]
+                if not has_lasted:
+                    self.in_doubt[session_id] = saved
                 continue
             if saved.is_whole and self.is_strict:
                 self._check_whole(session_id, entry)
-            self.sessions[session_id] = Saved([is_now], is_whole=saved.is_whole)
+            self.sessions[session_id] = Saved([is_now] if has_lasted else saved.may_be, is_whole=saved.is_whole)
         assert set(found) == set(self.sessions), "a session came from nowhere"
 
     def _check_whole(self, session_id: str, entry: Any) -> None:

@@ -278,3 +278,25 @@ def test_what_only_looks_like_frames_is_not_taken_for_one_and_holds_nobody_up(mo
     bait = (b"\xff\xff\0\0" + b"\1" * 4 + b"\x83\xa2op") * 20_000  # lengths that fit
     assert list(whole_frames(bait + whole)) == []
     assert 1 << 20 < sum(looked_at) < 1 << 21
+
+
+def test_a_journal_whose_sync_was_refused_is_written_anew_by_the_process_after(tmp_path):
+    """The kernel forgets pages that it could not write: a later sync says yes, and a power loss takes them."""
+    path = tmp_path / "manifest.log"
+    first = Manifest.open(path, Refusing("fdatasync", "manifest.log", 1))
+    first.put_session("s", {"token_ids": [1]})
+    with pytest.raises(OSError, match="injected"):
+        first.sync()
+    os.close(first._fd)  # killed before it could write the journal anew
+    second = Manifest.open(path)
+    assert "s" in second.listing.sessions
+    before = path.stat().st_ino
+    second.sync()
+    assert path.stat().st_ino != before, "pages that nobody writes any more were taken for synced"
+    second.close()
+    third, before = Manifest.open(path), path.stat().st_ino
+    third.put_session("t", {"token_ids": [2]})
+    third.sync()
+    assert path.stat().st_ino == before, "a journal that was closed in order was written anew"
+    third.close()
+    assert set(replay(path).listing.sessions) == {"s", "t"} and replay(path).is_closed

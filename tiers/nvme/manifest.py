@@ -158,6 +158,7 @@ class Replayed:
     size: int
     gaps: int
     torn_bytes: int  # behind `size`
+    is_closed: bool  # in order: whoever wrote it had all of it synced
 
 
 class Manifest:
@@ -167,9 +168,11 @@ class Manifest:
         self._path, self._fd, self._calls = path, fd, calls
         self.listing, self.gaps, self.torn_bytes = found.listing, found.gaps, found.torn_bytes
         self._size, self._safe = found.size, 0  # bytes; of them, known to be synced
-        self._has_news = False  # since it last said how much is safe
+        self._has_news = False  # since it was last closed in order
         self._shrink_from = SNAPSHOT_BYTES
-        self._is_doubtful = False  # a sync was refused: what lies on the disk nobody knows
+        # a sync was refused, perhaps that of a process which was killed then: what lies on the disk nobody knows, and a later
+        # sync that succeeds says nothing of it
+        self._is_doubtful = found.size > 0 and not found.is_closed
         self._is_torn = False  # part of a frame lies behind `_size`
 
     @classmethod
@@ -271,7 +274,7 @@ class Manifest:
             temporary.unlink(missing_ok=True)
             raise
         self._calls.close(self._fd)
-        self._fd, self._size, self._is_torn, self._has_news = fd, size + len(frame), False, False
+        self._fd, self._size, self._is_torn, self._has_news = fd, size + len(frame), False, True
         self._is_doubtful = True  # a power loss could still bring the old one back
         self._calls.sync_directory(self._path.parent)
         self._is_doubtful, self._safe, self._shrink_from = False, self._size, SNAPSHOT_BYTES
@@ -286,10 +289,10 @@ class Manifest:
             _LOG.warning("event=no_snapshot journal=%s reason=%s", self._path, error.strerror)
 
     def close(self) -> None:
-        """Say how much is safe, if that can be said, and take no more."""
+        """Say that all is safe, if that can be said, and take no more."""
         try:
             if self._has_news and self._safe == self._size:
-                self._append({"op": "safe", "safe": self._safe})
+                self._append({"op": "safe", "safe": self._safe, "is_closed": True})
         except OSError:
             pass  # after a power loss, damage then counts as what that tore off
         self._calls.close(self._fd)
@@ -324,7 +327,7 @@ def replay(path: Path, calls: SystemCalls | None = None) -> Replayed:
 
 def _replay(raw: bytes, boot: str = "") -> Replayed:
     """`boot`: that of the machine now, which tells whether it can have lost power since. Raises ConfigError."""
-    listing, end, gaps = Listing(), 0, 0
+    listing, end, gaps, is_closed = Listing(), 0, 0, False
     safe: int | None = None
     for frame in whole_frames(raw):
         if frame.start > end:
@@ -333,7 +336,9 @@ def _replay(raw: bytes, boot: str = "") -> Replayed:
             if frame.start > safe:
                 break
         try:
-            listing.apply(msgpack.unpackb(frame.body, raw=False))
+            record = msgpack.unpackb(frame.body, raw=False)
+            listing.apply(record)
+            is_closed = record.get("is_closed") is True and record["safe"] == frame.start
         except _NO_RECORD as error:
             raise ConfigError(
                 f"manifest.log: the record at byte {frame.start} is whole and none that this version writes "
@@ -345,7 +350,7 @@ def _replay(raw: bytes, boot: str = "") -> Replayed:
             gaps += 1  # no write ends in a whole length of other bytes
     if gaps:
         listing.distrust_indexes()
-    return Replayed(listing, end, gaps, len(raw) - end)
+    return Replayed(listing, end, gaps, len(raw) - end, is_closed and end == len(raw))
 
 
 def _safe_bytes(raw: bytes, boot: str) -> int:
