@@ -160,6 +160,12 @@ class Attachments:
             self.num_stale += 1
             raise StaleLeaseError(f"epoch {epoch} is over; this attachment has epoch {attachment.epoch}")
 
+    def share(self, tenant: str | None, nbytes: int) -> tuple[int, list[Connection]]:
+        """A tenant's part of so many bytes, of which each that is attached has as much, and the tenant's connections."""
+        attached = self.by_connection.items()
+        own = [connection for connection, attachment in attached if attachment.tenant.name == tenant]
+        return nbytes // max(1, len({attachment.tenant.name for _, attachment in attached})), own
+
     # ------------------------------------------------------------------ going
     def show_out(self) -> None:
         """After a reload: who may no longer have what its connection was given, loses the connection at once.

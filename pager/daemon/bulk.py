@@ -63,12 +63,8 @@ class BlockTransfers:
             send()
 
     def _has_room(self, tenant: str) -> bool:
-        names, unsent = set[str](), 0
-        for connection, attachment in self._attachments.by_connection.items():
-            names.add(attachment.tenant.name)
-            if attachment.tenant.name == tenant:
-                unsent += connection.unsent_bytes
-        return unsent <= MAX_UNSENT_BYTES // max(1, len(names))
+        part, own = self._attachments.share(tenant, MAX_UNSENT_BYTES)
+        return sum(connection.unsent_bytes for connection in own) <= part
 
     def drained(self) -> None:
         """Some connection's replies have been read."""

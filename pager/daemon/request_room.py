@@ -46,9 +46,6 @@ class RequestRoom:
         return None if attachment is None else attachment.tenant.name
 
     def _has_room(self, connection: Connection, nbytes: int) -> bool:
-        tenant, names, kept = self._tenant(connection), set[str](), 0
-        for other, attachment in self._attachments.by_connection.items():
-            names.add(attachment.tenant.name)
-            if attachment.tenant.name == tenant:
-                kept += other.request_bytes + (0 if other is connection else other.buffer_bytes)
-        return not kept or kept + nbytes <= MAX_BYTES // max(1, len(names))
+        part, own = self._attachments.share(self._tenant(connection), MAX_BYTES)
+        kept = sum(other.request_bytes + (0 if other is connection else other.buffer_bytes) for other in own)
+        return not kept or kept + nbytes <= part

@@ -17,9 +17,8 @@ import msgpack
 _HEAD = struct.Struct("<II")
 _MARK = b"\xa2op"  # how a body goes on after the byte that says how many fields there are
 _MAX_FRAME_BYTES = 64 << 20
-_MAX_LOOKED_AT = (
-    4 * _MAX_FRAME_BYTES
-)  # bytes summed in search of one frame: what only looks like frames holds nobody up
+# bytes summed in search of one frame: what only looks like frames holds nobody up
+_MAX_LOOKED_AT = 4 * _MAX_FRAME_BYTES
 
 
 @dataclass(frozen=True, slots=True)

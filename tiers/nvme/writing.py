@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -88,7 +88,7 @@ class Writer:
             with self._relocating:
                 self._relocate(group, slots, targets, ticket)
 
-        ticket.event = self._noted(self._queue.submit(each) for each in (job,))
+        ticket.event = self._noted([self._queue.submit(job)])
         return ticket
 
     def wait(self, timeout_s: float) -> bool:
@@ -98,7 +98,7 @@ class Writer:
         return AllDone(begun).wait(timeout_s)
 
     # ------------------------------------------------------------------ inside
-    def _noted(self, begun: Any) -> AllDone:
+    def _noted(self, begun: Iterable[Event]) -> AllDone:
         """The events of one call, remembered as they are made: the queue may refuse a later one."""
         events: list[Event] = []
         try:
