@@ -49,7 +49,7 @@ from .stores import open_nvme, stored_block_size
 from .tier_formats import check_available, host_formats, roundings
 
 if TYPE_CHECKING:
-    from ..tiers.nvme.files import SystemCalls
+    from ..tiers.nvme.calls import SystemCalls
     from .client.remote import Remote
 
 _IDLE_LOOK_S = 0.5  # the background thread looks this often even when nothing signals progress

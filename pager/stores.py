@@ -17,7 +17,7 @@ from .sizing import split_blocks
 from .tier_formats import check_kept, store_codecs
 
 if TYPE_CHECKING:
-    from ..tiers.nvme.files import SystemCalls
+    from ..tiers.nvme.calls import SystemCalls
     from ..tiers.nvme.store import NvmeTier
 
 NVME_DISK_SHARE = 0.8  # of the free disk, when nvme_bytes is not given

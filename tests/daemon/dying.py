@@ -20,7 +20,7 @@ import numpy as np
 from kvtier.pager.client.orders import CopyOrders
 from kvtier.pager.daemon.connection import Connection
 from kvtier.tiers import cpu
-from kvtier.tiers.nvme.files import SystemCalls
+from kvtier.tiers.nvme.calls import SystemCalls
 
 SLOW_S = 0.002  # of a copy that is ordered
 

@@ -12,7 +12,7 @@ from kvtier.pager.inspection.asking import Target
 from kvtier.pager.inspection.doctor import findings
 from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.errors import Busy
-from kvtier.tiers.nvme.files import SystemCalls
+from kvtier.tiers.nvme.calls import SystemCalls
 
 from ..pager.harness import LAYOUT, Rig
 from . import service_process

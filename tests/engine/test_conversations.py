@@ -13,7 +13,7 @@ from kvtier.engine.conversations import Conversations
 from kvtier.engine.loop import EngineLoop
 from kvtier.engine.session import Session
 from kvtier.tiers.errors import Busy, ConfigError, TierFullError, UnknownSessionError
-from kvtier.tiers.nvme.files import SystemCalls
+from kvtier.tiers.nvme.calls import SystemCalls
 
 from .test_families import stock, tiny
 from .test_loop import Heard

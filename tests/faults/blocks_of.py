@@ -9,7 +9,7 @@ import numpy as np
 
 from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.layout import KVLayout
-from kvtier.tiers.nvme.files import SystemCalls
+from kvtier.tiers.nvme.calls import SystemCalls
 from kvtier.tiers.nvme.frames import PagesCodec
 from kvtier.tiers.nvme.store import STAMP, NvmeTier, StoreIdentity
 from kvtier.tiers.streams import aligned_rows

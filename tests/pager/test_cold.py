@@ -15,7 +15,7 @@ import pytest
 from kvtier.pager import cold, reclaim
 from kvtier.pager.config import PagerConfig, load_config
 from kvtier.tiers.errors import ConfigError, TierFullError, TierUnavailableError
-from kvtier.tiers.nvme.files import SystemCalls
+from kvtier.tiers.nvme.calls import SystemCalls
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import BLOCK, LAYOUT, Rig

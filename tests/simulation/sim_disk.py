@@ -15,7 +15,7 @@ from pathlib import Path
 
 from sim_events import Trace
 
-from kvtier.tiers.nvme.files import SystemCalls
+from kvtier.tiers.nvme.calls import SystemCalls
 from kvtier.tiers.nvme.identity import NEW_SEGMENT_FILE, PROBE_FILE
 
 PAGE = 4096

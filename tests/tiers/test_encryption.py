@@ -12,7 +12,6 @@ import crc32c
 import numpy as np
 import pytest
 
-from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.errors import ConfigError
 from kvtier.tiers.nvme import maintenance, sealing
 from kvtier.tiers.nvme.codecs import ENCRYPTED, check_codecs, overhead_of
@@ -26,13 +25,6 @@ from .test_nvme_codecs import IDENTITY, NUM_SLOTS, blocks, load, load_layer, seg
 
 ALICE, BOB = owner_tag("alice"), owner_tag("bob")
 SECRETS = {ALICE: b"a" * 32, BOB: b"b" * 32}
-
-
-@pytest.fixture
-def backend():
-    backend = CpuBackend()
-    yield backend
-    backend.close(5)
 
 
 def open_tier(path, backend, codec="aes", secrets=SECRETS, **options) -> NvmeTier:

@@ -7,7 +7,7 @@ import errno
 import pytest
 
 from kvtier.tiers.errors import ConfigError
-from kvtier.tiers.nvme.files import SystemCalls
+from kvtier.tiers.nvme.calls import SystemCalls
 from kvtier.tiers.nvme.journal import framed
 from kvtier.tiers.nvme.manifest import STAMP, Manifest, replay
 

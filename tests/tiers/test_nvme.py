@@ -13,7 +13,7 @@ import pytest
 from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.errors import ConfigError, StoreLockedError, StoreMismatchError, TierFullError
 from kvtier.tiers.layout import KVLayout
-from kvtier.tiers.nvme.files import SystemCalls
+from kvtier.tiers.nvme.calls import SystemCalls
 from kvtier.tiers.nvme.layout import Geometry
 from kvtier.tiers.nvme.slots import MANY_RUNS, RUN_SLOTS, plan_runs
 from kvtier.tiers.nvme.status import read_store_status
@@ -26,13 +26,6 @@ MLA = KVLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_size=4, dtype="f
 PAGED = KVLayout(num_layers=2, num_kv_heads=1, head_dim=32, block_size=16, dtype="float32")  # two pages
 IDENTITY = StoreIdentity("model", (LAYOUT, BF16, MLA))
 NUM_SLOTS = [70, 20, 10]
-
-
-@pytest.fixture
-def backend():
-    backend = CpuBackend()
-    yield backend
-    backend.close(5)
 
 
 def open_tier(path, backend, identity=IDENTITY, num_slots=NUM_SLOTS, durability="batch", calls=None) -> NvmeTier:

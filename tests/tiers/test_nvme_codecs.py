@@ -12,11 +12,10 @@ import sys
 import numpy as np
 import pytest
 
-from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.errors import ConfigError, StoreMismatchError
 from kvtier.tiers.layout import KVLayout
 from kvtier.tiers.nvme import codecs, maintenance
-from kvtier.tiers.nvme.files import SystemCalls
+from kvtier.tiers.nvme.calls import SystemCalls
 from kvtier.tiers.nvme.status import read_store_status
 from kvtier.tiers.nvme.store import NvmeTier, StoreIdentity
 
@@ -30,13 +29,6 @@ IDENTITY = StoreIdentity("model", (FULL, WINDOW, LARGE, MLA))
 NUM_SLOTS = [70, 20, 40, 20]
 ENCODING = ["lz4", "zstd", "split"]
 MIXED = ["zstd", "none", "split", "lz4"]
-
-
-@pytest.fixture
-def backend():
-    backend = CpuBackend()
-    yield backend
-    backend.close(5)
 
 
 def open_tier(path, backend, codec=None, **options) -> NvmeTier:

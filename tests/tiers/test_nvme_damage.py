@@ -18,14 +18,7 @@ from kvtier.tiers.nvme.journal import framed, whole_frames
 from kvtier.tiers.nvme.manifest import Manifest, replay
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "faults"))
-from blocks_of import CpuBackend, SystemCalls, key_of, open_tier, put, wrong_blocks
-
-
-@pytest.fixture
-def backend():
-    backend = CpuBackend()
-    yield backend
-    backend.close(5)
+from blocks_of import SystemCalls, key_of, open_tier, put, wrong_blocks
 
 
 class Refusing(SystemCalls):

@@ -27,13 +27,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "faults"))
 from blocks_of import LAYOUT, CpuBackend, SystemCalls, bytes_of, key_of, open_tier, put, wrong_blocks
 
 
-@pytest.fixture
-def backend():
-    backend = CpuBackend()
-    yield backend
-    backend.close(5)
-
-
 def begin(tier: NvmeTier, slots: np.ndarray, numbers: list[int]):
     """A write of rows that go to the disk as they lie."""
     stamps, rows = np.zeros(len(slots), STAMP), aligned_rows(len(slots), LAYOUT.block_bytes)

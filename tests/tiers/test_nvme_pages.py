@@ -8,7 +8,6 @@ import os
 import numpy as np
 import pytest
 
-from kvtier.tiers.cpu import CpuBackend
 from kvtier.tiers.errors import ConfigError
 from kvtier.tiers.formats import block_formats
 from kvtier.tiers.host import HostMemory
@@ -25,13 +24,6 @@ LAYOUT = KVLayout(num_layers=4, num_kv_heads=2, head_dim=64, block_size=64, dtyp
 IDENTITY = StoreIdentity("model", (LAYOUT,))
 TAIL = 5  # tokens of a block that is none yet
 HACK2_STEP, INT4_STEP, INT8_STEP = 3.0, 0.5, 0.05  # of what standard_normal draws
-
-
-@pytest.fixture
-def backend():
-    backend = CpuBackend()
-    yield backend
-    backend.close(5)
 
 
 def open_tier(path, backend, codec: str | None = "int4", slots: int = 48) -> NvmeTier:

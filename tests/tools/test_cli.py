@@ -13,7 +13,7 @@ from kvtier import KVLayout, Pager, PagerConfig
 from kvtier.pager import cold
 from kvtier.pager.lease import Span
 from kvtier.tiers.errors import KvTierError
-from kvtier.tiers.nvme.files import SystemCalls
+from kvtier.tiers.nvme.calls import SystemCalls
 from kvtier.tools import cli, inspect, pagerd
 from kvtier.tools.demo import _faster
 

@@ -94,7 +94,7 @@ def test_a_slow_disk_is_named(tmp_path):
     with running(tmp_path) as pager:
         pager.do(
             "import time\n"
-            "from kvtier.tiers.nvme.files import SystemCalls\n"
+            "from kvtier.tiers.nvme.calls import SystemCalls\n"
             "real = SystemCalls.pwritev\n"
             "def slow(self, fd, buffers, offset):\n"
             "    time.sleep(0.05)\n"
@@ -157,7 +157,7 @@ def test_a_disk_that_refuses_writes_is_named(tmp_path):
     with running(tmp_path) as pager:
         pager.do(
             "import errno\n"
-            "from kvtier.tiers.nvme.files import SystemCalls\n"
+            "from kvtier.tiers.nvme.calls import SystemCalls\n"
             "def refuse(self, fd, buffers, offset):\n"
             "    raise OSError(errno.ENOSPC, 'no space left')\n"
             "SystemCalls.pwritev = refuse"

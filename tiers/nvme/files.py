@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from ..layout import KVLayout
 from ..streams import IntArray, Rows, aligned_rows
-from .calls import SystemCalls as SystemCalls
+from .calls import SystemCalls
 from .identity import NEW_SEGMENT_FILE, PROBE_FILE, segment_path
 from .layout import PAGE_BYTES, Geometry
 

@@ -20,10 +20,11 @@ from ..errors import ConfigError, TierUnavailableError
 from ..formats import BlockFormat
 from ..streams import Backend, IntArray, Rows
 from . import SEGMENT_BYTES
+from .calls import SystemCalls
 from .codecs import NONE, check_codecs, warn_of_others
 from .commit import Committer, Durability, check_durability
 from .durable import DurableListing
-from .files import SegmentFiles, SystemCalls
+from .files import SegmentFiles
 from .identity import MANIFEST_FILE, StoreIdentity, claim, grow_arrays, make_arrays, stored_codecs
 from .layout import Geometry
 from .manifest import STAMP, Manifest
