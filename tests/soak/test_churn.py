@@ -33,6 +33,7 @@ from ..daemon.running import wait_for
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=2, head_dim=16, block_size=16, dtype="float32")
 MOST_GROWTH_BYTES = 16 << 20
 WARM_UP = 10  # rounds in which caches fill
+LATE_THREADS = 4  # a pool starts a thread when all it has are busy, which may first happen after the warm-up
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ class Held:
 
 
 def stays_flat(once: Callable[[int], None], rounds: int, warm_up: int = WARM_UP) -> Held:
-    """Run so often; what is held after the warm-up is held at the end, memory within a bound."""
+    """Run so often; what is held after the warm-up is held at the end: memory within a bound, threads but for a pool's last."""
+    assert rounds > LATE_THREADS  # a thread left per round must show
     for number in range(warm_up):
         once(number)
     before = Held.now()
@@ -61,7 +63,7 @@ def stays_flat(once: Callable[[int], None], rounds: int, warm_up: int = WARM_UP)
     after = Held.now()
     print(f"{rounds} rounds: {before} -> {after}")
     assert after.descriptors <= before.descriptors, (before, after)
-    assert after.threads <= before.threads, (before, after)
+    assert after.threads <= before.threads + LATE_THREADS, (before, after)
     assert after.resident_bytes - before.resident_bytes < MOST_GROWTH_BYTES, (before, after)
     return after
 
