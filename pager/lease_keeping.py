@@ -143,6 +143,7 @@ class LeaseKeeper:
                 if block >= 0 and group.directory.key[block] is None:
                     if group.directory.bind(block, seq.keys[i], parent, size):
                         core.ghosts.forget(seq.keys[i])
+                        group.policy.named(block, seq.keys[i])
                     else:
                         self._use_twin(group, table, i, seq.keys[i])
 

@@ -143,7 +143,7 @@ class Quotas:
             own = np.flatnonzero(owners == owner)
             above = max(0, self.used_bytes(tier, owner) - floor) // _block_bytes(group, tier)
             if above < len(own):
-                may_go[own] = np.isin(blocks[own], group.policy.victims(above, blocks[own]))
+                may_go[own] = np.isin(blocks[own], group.policy.of(tier).victims(above, blocks[own]))
         return blocks[may_go]
 
     # ------------------------------------------------------------------ ceilings
@@ -174,7 +174,7 @@ class Quotas:
             count = self._num_by_rate(group, owner, len(own))
             room = self.room(group, "nvme", owner)
             if room is not None:
-                victims = group.policy.victims(max(0, count - room), self.unreferenced(group, owner))
+                victims = group.policy.of("nvme").victims(max(0, count - room), self.unreferenced(group, owner))
                 evicted.append(victims)
                 count = min(count, max(0, room + len(victims)))
             admitted[own[count:]] = False

@@ -124,10 +124,11 @@ class Sharing:
         new = np.flatnonzero(known < 0)
         blocks = d.create(depth[index[new]], owner)
         d.bind_many(blocks, [keys[i] for i in new.tolist()], tokens[index[new]])
-        group.note_new(blocks)
         known[new] = blocks
         d.nvme_slot[known] = handles
         d.nvme_valid[known] = True
+        group.note_new(blocks)
+        group.policy.entered("nvme", known)
 
     # ------------------------------------------------------------------ the heartbeat
     def beat(self) -> None:
@@ -237,6 +238,7 @@ class Sharing:
         handles.free(d.nvme_slot[blocks])
         d.nvme_slot[blocks] = NOWHERE
         d.nvme_valid[blocks] = False
+        group.policy.left("nvme", blocks, evicted=False)
         group.dirty_if_alone(blocks)
         group.forget_lost(blocks, "nvme")
         group.unname_lost(blocks)

@@ -51,10 +51,10 @@ class Holdings:
         """Take free slots: STAGING, for blocks that have no name yet."""
         group = self.group
         blocks = group.directory.create(np.zeros(len(slots), np.int64), owner)
-        group.note_new(blocks)
         group.ref(blocks)
         group.host.stage(slots, blocks)
         group.directory.host_slot[blocks] = slots
+        group.note_new(blocks)
         self.reserved[slots] = True
 
     def lease(self, slots: IntArray) -> None:
@@ -91,6 +91,7 @@ class Holdings:
         self.reserved[slots] = False
         group.host.drop(slots)
         group.directory.host_slot[blocks] = NOWHERE
+        group.policy.left("host", blocks, evicted=False)
         group.unref(blocks)
 
     # ------------------------------------------------------------------ commits
@@ -115,7 +116,8 @@ class Holdings:
         for i in np.flatnonzero(taken).tolist():
             self._name(int(blocks[i]), keys[i], parents[i], int(tokens[i]), int(owners[i]))
         at, named = slots[taken], blocks[taken]
-        group.touch_chain(named, d.depth[named])
+        group.policy.depth[named] = d.depth[named]
+        group.touch(named)
         group.host.publish(at)
         self.reserved[at] = False
         self.lease(at)

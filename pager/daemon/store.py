@@ -179,7 +179,25 @@ class SharedStore:
                     end = len(has) if has.all() else int(np.argmin(has))
             if prefix and counts:
                 self.counts.looked_up(client, keys, found[0][:end])
+                self._found_again([blocks[:end] for blocks in found])
             return np.stack([self._answer(client, i, blocks[:end], hold) for i, blocks in enumerate(found)])
+
+    def used(
+        self, client: Client, keys: list[bytes], num_tokens: int, by_tier: tuple[int, int, int], *, is_turn: bool
+    ) -> None:
+        """What a client says of a request of its own; what that found counts as used once more, a further turn does not."""
+        with self.core.lock:
+            self.counts.used(client, keys, num_tokens, by_tier, is_turn=is_turn)
+            if not is_turn:
+                keys = keys[: sum(by_tier) // self.core.block_size]
+                self._found_again([self._visible(client, index, keys) for index in range(len(self.core.groups))])
+
+    def _found_again(self, found: list[IntArray]) -> None:
+        """A request found these, by layer group, in the order of their chain; negative where it need not have one."""
+        for group, blocks in zip(self.core.groups, found, strict=True):
+            depth = np.flatnonzero(blocks >= 0)
+            if len(depth):
+                group.touch_chain(blocks[depth], depth)
 
     def _answer(self, client: Client, index: int, blocks: IntArray, hold: bool) -> npt.NDArray[np.uint8]:
         d, has = self.core.groups[index].directory, blocks >= 0
@@ -269,6 +287,8 @@ class SharedStore:
             for i in own.tolist():
                 if results[i]:
                     self.core.ghosts.forget(keys[i])
+                    if (block := group.directory.by_key.get(keys[i])) is not None:  # a private one has no name any more
+                        group.policy.named(block, keys[i])
                 else:
                     results[i] = self._commit_twin(client, index, keys[i], hold)
             return results, group.host.generation[slots].copy()

@@ -187,7 +187,7 @@ class Verbs:
         by_tier = message.device_tokens, message.host_tokens, message.nvme_tokens
         if sum(by_tier) > message.tokens:
             raise ProtocolError(f"USED: {sum(by_tier)} tokens found of {message.tokens}")
-        store.counts.used(client, keys_in(message.keys), message.tokens, by_tier, is_turn=message.is_turn)
+        store.used(client, keys_in(message.keys), message.tokens, by_tier, is_turn=message.is_turn)
         return m.Noted()
 
     # ------------------------------------------------------------------ copies that clients order
