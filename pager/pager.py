@@ -37,6 +37,7 @@ from .lookups import begin_turn, count_lookup
 from .page_table import Sequence as TokenSequence
 from .page_table import num_blocks_of
 from .parking import Parking
+from .policies.base import FloatArray
 from .prefetching import Prefetcher
 from .prefix import Match, adopt, adopt_tail, bring_back_s, next_cached_block, peek, residency, rewind
 from .reading import BlockReader, HeldBlocks
@@ -203,6 +204,11 @@ class Pager:
     def policy(self) -> str:
         """Name of the order in which blocks leave a tier."""
         return self._core.config.policy
+
+    @property
+    def weighs_mass(self) -> bool:
+        """Whether the policy wants to know how much attention blocks draw (`note_mass`)."""
+        return self.policy == "importance"
 
     @property
     def counters(self) -> Counters:
@@ -515,6 +521,20 @@ class Pager:
             lease.release()
             raise
         return lease
+
+    def note_mass(self, lease: Lease, group: int, span: int, mass: FloatArray) -> None:
+        """How much attention the newest token of a span gave to each block that its table lists, in any unit; [width].
+
+        While the lease is held. Without a policy that weighs it nothing changes.
+        """
+        held = lease.groups[group]
+        blocks = self._core.groups[group].pages.block[
+            held.tables[span][: num_blocks_of(held.kv_lens[span], self.block_size)]
+        ]
+        mass = mass[: len(blocks)]
+        if len(mass) and (most := float(mass.max())) > 0:
+            with self._core.lock:
+                self._core.groups[group].policy.on_mass(blocks, mass / most)
 
     # ------------------------------------------------------------------ K/V in and out without a model step
     def read_blocks(self, seq: int, group: int, *, timeout_s: float = 30.0) -> Generator[HeldBlocks]:
