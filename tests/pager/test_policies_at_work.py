@@ -126,3 +126,39 @@ def test_victims_of_a_large_pool_come_from_a_part_that_moves_on(monkeypatch):
         seen |= set(group.leaving.first_pages(1).tolist())
     assert max(asked) <= 2 < len(clean) and len(seen) > 1
     assert len(group.leaving.first_pages(len(clean))) == len(clean)  # as many as there are, when so many are asked for
+
+
+@pytest.mark.parametrize("name", ["auto", "lru", "arc"])
+def test_of_windowed_layers_what_is_out_of_every_window_leaves_before_what_somebody_will_read(name):
+    rig = Rig(9, pages=24, host=80, layouts=[LAYOUT, WINDOWED], policy=name)
+    waiting = rig.start(list(range(500, 512)))
+    rig.prefill(waiting)
+    running = rig.start(list(range(40)))
+    rig.prefill(running)
+    rig.settle()
+    windowed, sequences = rig.pager._core.groups[1], rig.pager._core.sequences
+    rig.pager.drain()
+    rig.pager._core.write_back(windowed, 100, "writeback")
+    rig.settle()
+    in_windows = np.concatenate([sequences[seq].tables[1].ids for seq in (waiting, running)])
+    clean = windowed.pages.block[windowed.leaving.evictable()]
+    out = clean[~np.isin(clean, in_windows)]
+    assert len(out) > 2 and np.isin(clean, in_windows).any()
+    order = windowed.leaving.first_pages(len(clean))
+    assert set(order[: len(out)].tolist()) == set(out.tolist())  # though all of these were used after those that wait
+    rig.say(running, [1, 2, 3])
+    assert rig.wrong == []
+
+
+def test_a_block_that_another_window_still_sees_is_not_the_first_to_leave():
+    rig = Rig(10, pages=24, host=80, layouts=[LAYOUT, WINDOWED])
+    first = rig.start(list(range(12)))
+    rig.prefill(first)
+    second = rig.pager.fork(first)
+    rig.pager.append(second, list(range(100, 120)))
+    rig.prefill(second)
+    windowed, sequences = rig.pager._core.groups[1], rig.pager._core.sequences
+    seen = sequences[first].tables[1].ids
+    seen = seen[seen >= 0]
+    left = sequences[second].tables[1].ids[: len(seen)]
+    assert (left < 0).any() and not windowed.directory.is_demoted[seen].any()
