@@ -29,6 +29,9 @@ class Leaving:
     def __init__(self, group: BlockGroup) -> None:
         self._group = group
         self._hand = 0  # page at which the next search begins
+        self.is_host_first = (
+            False  # no tier above the host: what is not used soon leaves there, as elsewhere the device
+        )
 
     # ------------------------------------------------------------------ device pages
     def clean_pages(self) -> int:
@@ -116,6 +119,10 @@ class Leaving:
             blocks = blocks[d.owner[blocks] == of]
         blocks = group.quotas.spare(group, "host", blocks, asker)
         coming = group.working.holds(blocks) & ~d.in_device(blocks)  # read from nvme on their way up
+        if self.is_host_first and d.is_demoted[blocks].any():
+            stays = ~d.is_demoted[blocks]
+            yield from self._by_cost(blocks[~stays], keep_clean)
+            blocks, coming = blocks[stays], coming[stays]
         yield from self._by_cost(blocks[~coming], keep_clean)
         if not keep_clean and coming.any():  # a dirty page has to go down, or somebody would wait for ever
             yield from self._by_cost(blocks[coming], keep_clean)

@@ -30,6 +30,7 @@ from ..states import IntArray, SlotState
 from ..stores import open_nvme
 from ..wire.messages import (
     ABSENT,
+    DEMOTE,
     HELD_ALREADY,
     HOLDS,
     IN_MEMORY,
@@ -37,6 +38,7 @@ from ..wire.messages import (
     NOT_THERE,
     ON_DISK,
     OVER_LIMIT,
+    PIN,
     PREFETCH,
     REFUSED,
     RELEASE,
@@ -64,6 +66,8 @@ class SharedStore:
         self.keeper = Keeper(core, self.clients)
         self.prefetcher, self.counts = Prefetcher(core), RequestCounts(core, self._visible)
         core.holders.append(self)
+        for group in core.groups:
+            group.leaving.is_host_first = True
 
     @classmethod
     def open(
@@ -147,6 +151,16 @@ class SharedStore:
                 self._note_writers(client, holdings.group.index, np.flatnonzero(holdings.reserved))
                 holdings.end()
             self.clients.pop(client, None)
+            for holdings in client.holdings:
+                self._unpin(holdings)
+
+    def _unpin(self, gone: Holdings) -> None:
+        """What a client pinned is pinned no longer than others have pinned it."""
+        blocks, d = gone.pinned(), gone.group.directory
+        until_s = np.zeros(len(blocks))
+        for client in self.clients:
+            until_s = np.maximum(until_s, client.holdings[gone.group.index].pinned_until(blocks))
+        d.pinned_until[blocks] = until_s
 
     def _holdings(self, index: int) -> Holdings:
         group = self.core.groups[index]
@@ -332,7 +346,7 @@ class SharedStore:
             blocks = self.core.groups[index].directory.find(keys)
             client.holdings[index].unhold(blocks[blocks >= 0])
 
-    def hint(self, client: Client, keys: list[bytes], hint: str) -> None:
+    def hint(self, client: Client, keys: list[bytes], hint: str, ttl_s: float = 0.0) -> None:
         """What a client says of a chain, as far as it may see it. Blocks that another client refers to stay as they are."""
         with self.core.locked():
             for index, group in enumerate(self.core.groups):
@@ -343,6 +357,24 @@ class SharedStore:
                     hints.release(group, blocks[client.holdings[index].is_alone_with(blocks)])
                 elif hint == PREFETCH:
                     self.prefetcher.read(group, blocks)
+                elif hint == DEMOTE:
+                    hints.demote(group, blocks := blocks[client.holdings[index].is_alone_with(blocks)])
+                    d = group.directory
+                    self.core.sink_blocks(group, blocks[d.in_host(blocks) & (d.nvme_slot[blocks] < 0)], "writeback")
+                elif hint == PIN:
+                    self._pin(client, index, blocks, self.core.clock() + ttl_s)
+
+    def _pin(self, client: Client, index: int, blocks: IntArray, until_s: float) -> None:
+        """From the root on, as many as the quota of their namespace and the tier's size let in."""
+        group = self.core.groups[index]
+        is_pinned = group.directory.pinned_until > self.core.clock()
+        room = len(group.host) // HOLD_SHARE - int((is_pinned & group.directory.is_live).sum())
+        for own in self.core.quotas.by_owner(group, blocks[~is_pinned[blocks]]):
+            left = self.core.quotas.pins_left(int(group.directory.owner[own[0]]))
+            own = own[: max(0, room if left is None else min(room, left))]
+            client.holdings[index].pin(own, until_s)
+            room -= len(own)
+        client.holdings[index].pin(blocks[is_pinned[blocks]], until_s)
 
     def row(self, client: Client, index: int, slot: int, *, to_write: bool) -> memoryview:
         """The bytes of a slot that the client has. Raises ProtocolError when it has not."""
