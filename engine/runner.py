@@ -16,6 +16,7 @@ from ..tiers.errors import ConfigError
 from . import attention
 from .attention import STEP, Bound, Step, layers_of
 from .hf import ModelSpec
+from .mass import StepMass
 from .modes import Parts
 
 Progress = Callable[[int, int], None]
@@ -49,6 +50,7 @@ class ModelRunner:
         both = np.array([tokens, [at for s in spans for at in range(s.start, s.end)]], np.int64)
         input_ids, positions = to_device(both, self._device).split(1)
         step = Step(lease, self.spec, self._layers, pager.block_size, self._dtype, reads, parts, self._bound)
+        step.mass = StepMass.of(lease, spans, reads) if pager.weighs_mass else None
         keep = 0 if step.reads_all else step.rows_on(self._device) if reads else self._first_row  # 0 means all
         token = STEP.set(step)
         try:
@@ -62,6 +64,8 @@ class ModelRunner:
             )
         finally:
             STEP.reset(token)
+        if step.mass is not None:
+            step.mass.tell(pager)
         logits: Tensor = out.logits[0]
         return logits
 
