@@ -10,15 +10,14 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..tiers.cpu import IO_DEPTH
 from ..tiers.errors import ConfigError
 from ..tiers.formats import FormatText, is_policy, parse_policy
 from ..tiers.host import check_huge_pages
 from ..tiers.layout import FULL, format_bytes, parse_bytes
 from ..tiers.numa import check_numa
-from ..tiers.nvme import SEGMENT_BYTES
 from ..tiers.nvme.codecs import NONE, check_codec, check_mix
 from ..tiers.nvme.commit import check_durability
+from ..tiers.nvme.disk_settings import MAX_IO_DEPTH, MAX_SEGMENT_BYTES, MIN_SEGMENT_BYTES, settings_for
 from ..tiers.nvme.sealing import MIN_SECRET_BYTES
 from ..tiers.owners import owner_tag
 from .policies.registry import check_live_policy
@@ -42,8 +41,7 @@ DAEMON_SETTINGS = (
     *("log_format", "log_level", "limits", "namespaces"),
 )
 TRANSFERS = ("client", "ipc")
-MAX_IO_DEPTH = 256
-MIN_SEGMENT_BYTES, MAX_SEGMENT_BYTES = 1 << 20, 1 << 30
+MEASURED = "auto"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +57,10 @@ class PagerConfig:
     nvme_bytes: Size | None = None  # None: as much as the disk gives
     durability: str = "batch"  # none, batch (group commit every 64 MiB or 0.1 s) or always
     # one codec for all layer groups, one each, or by the group's name; None: a store's own, and none in a new one
-    nvme_queue_depth: int = IO_DEPTH  # requests in flight on the disk, each way; `kvtier doctor` measures which is best
-    nvme_segment_bytes: Size = SEGMENT_BYTES  # of the files of a new store
+    # requests in flight on the disk, each way, and the size of a new store's files; auto: as `kvtier doctor --tune` measured
+    # on that disk, else 12 and 32 MiB
+    nvme_queue_depth: int | str = MEASURED
+    nvme_segment_bytes: Size = MEASURED
     nvme_write_bytes_per_s: Size | None = None  # budgets for cache; what is parked or persisted is always written
     nvme_write_bytes_per_day: Size | None = None
     nvme_codec: str | Sequence[str] | Mapping[str, str] | None = None
@@ -190,9 +190,31 @@ class PagerConfig:
     def quotas(self) -> dict[str, NamespaceQuota]:
         return {namespace: self.quota(namespace) for namespace in self.namespace_quotas}
 
-    @property
+    def queue_depth(self) -> int:
+        """Requests in flight on the disk; looks at the disk's own settings where it may."""
+        if isinstance(self.nvme_queue_depth, int):
+            return self.nvme_queue_depth
+        return settings_for(self.nvme_path).queue_depth
+
     def segment_size(self) -> int:
+        """Bytes per segment of a new store; looks likewise."""
+        if self.nvme_segment_bytes == MEASURED:
+            return settings_for(self.nvme_path).segment_bytes
         return parse_bytes(self.nvme_segment_bytes, name="nvme_segment_bytes")
+
+    def _check_disk_settings(self) -> None:
+        depth, size = self.nvme_queue_depth, self.nvme_segment_bytes
+        if depth != MEASURED and (type(depth) is not int or not 1 <= depth <= MAX_IO_DEPTH):
+            raise ConfigError(
+                f"nvme_queue_depth={depth!r}: need 1 to {MAX_IO_DEPTH} requests in flight, or {MEASURED!r}"
+            )
+        if size == MEASURED:
+            return
+        if not MIN_SEGMENT_BYTES <= parse_bytes(size, name="nvme_segment_bytes") <= MAX_SEGMENT_BYTES:
+            raise ConfigError(
+                f"nvme_segment_bytes={size!r}: need {format_bytes(MIN_SEGMENT_BYTES)} to "
+                f"{format_bytes(MAX_SEGMENT_BYTES)}, or {MEASURED!r}"
+            )
 
     def validate(self) -> PagerConfig:
         """Check everything that can be checked without a disk or a device. Raises ConfigError."""
@@ -252,15 +274,7 @@ class PagerConfig:
         for setting in ("namespace_quotas", "namespace_secrets"):
             if not isinstance(getattr(self, setting), Mapping):
                 raise ConfigError(f"{setting}={getattr(self, setting)!r}: give a mapping from namespace to value")
-        if not isinstance(self.nvme_queue_depth, int) or not 1 <= self.nvme_queue_depth <= MAX_IO_DEPTH:
-            raise ConfigError(
-                f"nvme_queue_depth={self.nvme_queue_depth!r}: need 1 to {MAX_IO_DEPTH} requests in flight"
-            )
-        if not MIN_SEGMENT_BYTES <= self.segment_size <= MAX_SEGMENT_BYTES:
-            raise ConfigError(
-                f"nvme_segment_bytes={self.nvme_segment_bytes!r}: need {format_bytes(MIN_SEGMENT_BYTES)} to "
-                f"{format_bytes(MAX_SEGMENT_BYTES)}"
-            )
+        self._check_disk_settings()
         if not isinstance(self.host_prefault, bool):
             raise ConfigError(f"host_prefault={self.host_prefault!r}: choose true or false")
         check_huge_pages(self.host_huge_pages)

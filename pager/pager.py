@@ -107,7 +107,7 @@ class Pager:
             config.selection_size,
         )
         owned = backend is None
-        backend = backend or get_backend(config.backend, io_depth=config.nvme_queue_depth)
+        backend = backend or get_backend(config.backend, io_depth=config.queue_depth())
         nvme = None
         try:
             if config.require_pinned and not backend.pinned:
@@ -159,7 +159,7 @@ class Pager:
         features = wanted if share_memory else (BYTES,)
         greeting = Greeting(name, token or read_token(config.pager_token_file), features, ca_file=config.pager_ca)
         owned = backend is None
-        backend = backend or get_backend(config.backend, io_depth=config.nvme_queue_depth)
+        backend = backend or get_backend(config.backend, io_depth=config.queue_depth())
         try:
             core, remote = Remote.connect(
                 address,

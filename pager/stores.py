@@ -63,7 +63,7 @@ def open_nvme(
         num_slots=slots,
         backend=backend,
         durability=config.durability,
-        segment_bytes=config.segment_size,
+        segment_bytes=config.segment_size(),
         codecs=codecs,
         about=about,
         secrets=config.secrets_by_owner(),

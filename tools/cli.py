@@ -118,7 +118,9 @@ def _parser(words: Sequence[str]) -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what this machine has, and what each missing thing costs")
     doctor.add_argument("--path", default=".", metavar="PATH", help="where a store would be")
     doctor.add_argument(
-        "--tune", action="store_true", help="measure how the kernels are best cut on this device, and keep it"
+        "--tune",
+        action="store_true",
+        help="measure how the kernels are best cut on this device and what suits the disk at PATH, and keep it",
     )
     doctor.add_argument("--json", action="store_true")
     doctor.set_defaults(run=_doctor)

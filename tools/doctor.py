@@ -9,22 +9,22 @@ import mmap
 import os
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import date
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 
 from ..tiers.backends import cuda_missing
-from ..tiers.cpu import IO_DEPTH
 from ..tiers.errors import ConfigError
 from ..tiers.kernel_calls import memory_policy, populate
 from ..tiers.layout import format_bytes
 from ..tiers.machine import Machine
 from ..tiers.memory import address_of, aligned_rows
 from ..tiers.numa import Placement
-from ..tiers.nvme import SEGMENT_BYTES
-from ..tiers.nvme.calibrate import probe_disk
+from ..tiers.nvme.calibrate import calibrate, probe_disk
 from ..tiers.nvme.codecs import CODECS
+from ..tiers.nvme.disk_settings import DISK_FILE, keep, settings_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,9 @@ def run_doctor(arguments: argparse.Namespace) -> int:
     checks: list[Callable[[], Finding]] = [_torch, _cuda, _cupy, _triton, _codecs, _memory, _memlock]
     checks += [_huge_pages, _reserved_pages, _prefault, _numa, _tuning]
     if arguments.tune:
-        _tune()
+        if importlib.util.find_spec("torch") is not None:
+            _tune()
+        _calibrate(path)
     findings = [check() for check in checks] + [_disk(path), *_disk_speed(path)]
     if arguments.json:
         print(json.dumps([asdict(finding) for finding in findings]))
@@ -182,10 +184,7 @@ def _disk_speed(path: Path) -> list[Finding]:
     except OSError as error:
         reason = error.strerror or str(error)
         return [Finding("disk probe", False, reason, "no store can be kept here", "give --path on a writable disk")]
-    depth, size = probe.best_depth, probe.best_segment_bytes
-    rates = (
-        f"write {max(probe.write_rates.values()) / 1e9:.1f} GB/s, read {max(probe.read_rates.values()) / 1e9:.1f} GB/s"
-    )
+    rates = f"write {probe.write_rate / 1e9:.1f} GB/s, read {probe.read_rate / 1e9:.1f} GB/s"
     return [
         Finding.of(
             "O_DIRECT",
@@ -195,21 +194,41 @@ def _disk_speed(path: Path) -> list[Finding]:
             "put the store on ext4 or xfs on a local disk",
         ),
         Finding("disk speed", True, f"{rates} in bursts, in requests of 2 MiB"),
-        Finding.of(
-            "queue depth",
-            probe.read_rates[IO_DEPTH] >= 0.9 * probe.read_rates[depth],
-            f"reads are best from {depth} requests in flight; the default is {IO_DEPTH}",
-            f"reads reach {probe.read_rates[IO_DEPTH] / probe.read_rates[depth]:.0%} of what they could",
-            f"nvme_queue_depth={depth}",
-        ),
-        Finding.of(
-            "segments",
-            probe.segment_rates[SEGMENT_BYTES] >= 0.9 * probe.segment_rates[size],
-            f"new ones are filled best from {format_bytes(size)} on; the default is {format_bytes(SEGMENT_BYTES)}",
-            f"writes to new segments reach {probe.segment_rates[SEGMENT_BYTES] / probe.segment_rates[size]:.0%}",
-            f"nvme_segment_bytes={format_bytes(size).replace(' ', '')!r}, before the store is made",
-        ),
+        _disk_settings(path),
     ]
+
+
+def _disk_settings(path: Path) -> Finding:
+    """How stores here use the disk, and whether that was measured."""
+    chosen = settings_for(path)
+    found = f"queue depth {chosen.queue_depth}, segments of {format_bytes(chosen.segment_bytes)}"
+    if chosen.source is None:
+        return Finding("disk settings", True, f"{found}; the defaults (`kvtier doctor --tune --path {path}` measures)")
+    try:
+        measured = json.loads(chosen.source.read_text())["measured"]
+        figures = "; ".join(f"{name}: {_rates(measured[name])}" for name in ("write", "read", "fill"))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        figures = "without figures"
+    return Finding("disk settings", True, f"{found}; measured ({chosen.source}) {figures}")
+
+
+def _rates(rates: Mapping[str, float]) -> str:
+    return ", ".join(f"{key} {rate / 1e9:.2f}" for key, rate in rates.items()) + " GB/s"
+
+
+def _calibrate(path: Path) -> None:
+    """Measure what suits the disk here and keep it there. Raises ConfigError where it cannot be kept."""
+    try:
+        found = calibrate(path)
+        measured = {
+            "write": found.write_rates,  # bytes per second, by queue depth
+            "read": found.read_rates,
+            "fill": {format_bytes(size): rate for size, rate in found.segment_rates.items()},
+            "day": date.today().isoformat(),
+        }
+        keep(path, found.queue_depth, found.segment_bytes, measured)
+    except OSError as error:
+        raise ConfigError(f"--tune: {path / DISK_FILE} cannot be made: {error.strerror or error}") from error
 
 
 def _huge_pages() -> Finding:

@@ -78,7 +78,7 @@ class SharedStore:
     ) -> SharedStore:
         """`config` gives this model's part of the memory and disk. Raises: ConfigError, StoreMismatchError,
         StoreLockedError."""
-        backend = SharingBackend(io_depth=config.nvme_queue_depth)
+        backend = SharingBackend(io_depth=config.queue_depth())
         none = [0] * len(layouts)
         sizes = Sizes(
             [_NO_DEVICE_PAGES] * len(layouts),

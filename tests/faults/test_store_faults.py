@@ -465,7 +465,12 @@ def flip_bits(path, backend, times: int, seed: int, codec: str = "none") -> None
 
 
 def part_of_segment(geometry, ends: list[int], number: int, at: int) -> str:
-    """What a byte of a segment file belongs to, where the first slots hold blocks that end, trailer and all, there."""
+    """What a byte of a segment file belongs to, where the first slots hold blocks that end, trailer and all, there.
+
+    The last file, made ahead, holds none: it is made anew when a put finds it spoiled.
+    """
+    if number * geometry.slots_per_segment >= len(ends):
+        return "nothing"
     if at < geometry.header_bytes:
         return "index" if at < 16 * geometry.slots_per_segment + 4 else "nothing"
     slot, where = divmod(at - geometry.header_bytes, geometry.stride)

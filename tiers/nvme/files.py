@@ -23,7 +23,7 @@ import numpy.typing as npt
 from ..layout import KVLayout
 from ..streams import IntArray, Rows, aligned_rows
 from .calls import SystemCalls
-from .identity import NEW_SEGMENT_FILE, PROBE_FILE, segment_path
+from .identity import AHEAD_SEGMENT_FILE, NEW_SEGMENT_FILE, PROBE_FILE, segment_path
 from .layout import PAGE_BYTES, Geometry
 
 MAX_OPEN_FILES = 512
@@ -59,6 +59,7 @@ class SegmentFiles:
         self._lock = threading.Lock()
         self._open: OrderedDict[Segment, _Open] = OrderedDict()
         self._grown: set[Path] = set()  # directories that took a new file since they were last synced
+        self._ahead = threading.Lock()  # one segment at a time is made ahead
         self.torn: set[Segment] = set()  # their index has to be written anew; whoever does takes them out
         self.is_direct = direct and _takes_direct(root, calls)
         if direct and not self.is_direct and any(each.block_bytes >= DIRECT_MIN_BYTES for each in geometries):
@@ -94,6 +95,29 @@ class SegmentFiles:
                 held.users -= 1
                 if held.is_over and not held.users:
                     self.calls.close(held.fd)
+
+    def make_ahead(self, segment: Segment) -> None:
+        """Make the file that puts will fill next, beside those that are under way, so that none of them waits for it.
+
+        Where that fails nothing is said: the put that needs the file will try itself.
+        """
+        path = self.path(segment)
+        if path.exists() or not self._ahead.acquire(blocking=False):
+            return
+        try:
+            spare = self._root / AHEAD_SEGMENT_FILE
+            fd = self._make_as(spare, segment, self._flags(segment[0]))
+            self.calls.close(fd)
+            with self._lock:
+                if path.exists():  # a put was faster
+                    spare.unlink()
+                else:
+                    self.calls.replace(spare, path)
+                    self._grown.add(path.parent)
+        except OSError as error:
+            _LOG.debug("event=no_segment_ahead segment=%s error=%s", path.name, error)
+        finally:
+            self._ahead.release()
 
     def write_index(self, segment: Segment, stored: npt.NDArray[np.uint64]) -> None:
         """Say in the shard's index which of its slots hold blocks, by their stored bytes."""
@@ -153,7 +177,7 @@ class SegmentFiles:
                 self.calls.close(self._open.pop(segment).fd)
 
     def _open_file(self, segment: Segment, create: bool, is_empty: bool, check_index: bool) -> int:
-        path, flags = self.path(segment), os.O_RDWR | (os.O_DIRECT if self.bypasses_cache(segment[0]) else 0)
+        path, flags = self.path(segment), self._flags(segment[0])
         try:
             fd = self.calls.open(path, flags)
         except FileNotFoundError:
@@ -169,21 +193,34 @@ class SegmentFiles:
             raise
         return fd
 
+    def _flags(self, group: int) -> int:
+        return os.O_RDWR | (os.O_DIRECT if self.bypasses_cache(group) else 0)
+
     def _make(self, segment: Segment, path: Path, flags: int) -> int:
-        """Under another name until it is whole: who is killed meanwhile leaves no half segment."""
-        geometry, new = self._geometries[segment[0]], self._root / NEW_SEGMENT_FILE
-        new.unlink(missing_ok=True)
-        fd = self.calls.open(new, flags | os.O_CREAT)
+        new = self._root / NEW_SEGMENT_FILE
+        fd = self._make_as(new, segment, flags)
         try:
-            reserve = self.calls.set_size if geometry.is_encoded else self.calls.fallocate
-            reserve(fd, geometry.segment_bytes)
-            self._write_header(segment, fd, np.zeros(geometry.slots_per_segment, np.uint64))
             self.calls.replace(new, path)
         except BaseException:
             self.calls.close(fd)
             new.unlink(missing_ok=True)
             raise
         self._grown.add(path.parent)
+        return fd
+
+    def _make_as(self, spare: Path, segment: Segment, flags: int) -> int:
+        """Under another name until it is whole: who is killed meanwhile leaves no half segment. Raises OSError."""
+        geometry = self._geometries[segment[0]]
+        spare.unlink(missing_ok=True)
+        fd = self.calls.open(spare, flags | os.O_CREAT)
+        try:
+            reserve = self.calls.set_size if geometry.is_encoded else self.calls.fallocate
+            reserve(fd, geometry.segment_bytes)
+            self._write_header(segment, fd, np.zeros(geometry.slots_per_segment, np.uint64))
+        except BaseException:
+            self.calls.close(fd)
+            spare.unlink(missing_ok=True)
+            raise
         return fd
 
     def _has_its_name(self, segment: Segment, fd: int) -> bool:

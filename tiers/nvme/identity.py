@@ -24,6 +24,7 @@ from ..layout import KVLayout
 from .below import stores_below
 from .calls import REAL_CALLS, SystemCalls, replace_file
 from .codecs import check_codec, overhead_of
+from .disk_settings import DISK_FILE
 from .layout import Geometry
 from .zarr_metadata import array_metadata, group_metadata
 
@@ -32,11 +33,12 @@ STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR = "store.json", "LOCK", "manifest
 PROBE_FILE = "probe.tmp"  # written and removed at open, to see what the file system takes
 SPARE_DIR = "blocks.new"  # Zarr metadata on its way
 NEW_SEGMENT_FILE = "segment.new"  # a segment until it is whole
+AHEAD_SEGMENT_FILE = "segment.ahead"  # likewise, of one that nobody waits for yet
 SESSIONS_DIR, SPARE_SESSIONS_FILE = "sessions.zarr", "sessions.new"  # see session_table.py
 _OURS = {STORE_FILE, LOCK_FILE, MANIFEST_FILE, ZARR_DIR, "status.sock", "store.json.new"}
 _OURS |= {"manifest.new", "manifest.damaged"}  # a snapshot on its way, and a copy of a journal that was damaged
 _OURS |= {"status.sock.page", "status.sock.page.new", "status.sock.history"}  # see pager/inspection
-_OURS |= {PROBE_FILE, NEW_SEGMENT_FILE, SPARE_DIR, SESSIONS_DIR, SPARE_SESSIONS_FILE}
+_OURS |= {PROBE_FILE, NEW_SEGMENT_FILE, AHEAD_SEGMENT_FILE, SPARE_DIR, SESSIONS_DIR, SPARE_SESSIONS_FILE, DISK_FILE}
 
 
 @dataclass(frozen=True, slots=True)

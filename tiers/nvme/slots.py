@@ -102,6 +102,12 @@ class SlotBook:
         known = min(len(self._age), self.num_segments)
         return self.num_segments - int(np.count_nonzero(self._age[:known]))
 
+    def next_clean(self) -> int:
+        """The segment that is filled when the open one is full; NONE_OPEN where none is clean. Its file may be missing."""
+        clean = np.flatnonzero(self._age == 0)
+        number = int(clean[0]) if len(clean) else len(self._age)
+        return number if self._end(number) else NONE_OPEN
+
     def sealed(self) -> IntArray:
         """Segments that hold blocks and are not being filled, oldest first."""
         found = np.flatnonzero(self._age[: self.num_segments] > 0)
@@ -145,10 +151,9 @@ class SlotBook:
         return behind + self.num_clean() * self.geometry.slots_per_segment + is_cut_clean * self._end(cut)
 
     def _open_next(self) -> bool:
-        """Go on to the first clean segment; its file is likely to be there already."""
-        clean = np.flatnonzero(self._age == 0)
-        number = int(clean[0]) if len(clean) else len(self._age)
-        if self._end(number) == 0:
+        """Go on to the first clean segment."""
+        number = self.next_clean()
+        if number == NONE_OPEN:
             return False
         self._reach(number + 1)
         if self._open != NONE_OPEN and self._used[self._open] == 0:

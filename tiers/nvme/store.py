@@ -76,7 +76,7 @@ class NvmeTier:
         self.corrupt_blocks = 0
         self._committer = Committer(self._listing.commit_quietly) if self._commits_by_itself() else None
         told = self._committer.wrote if self._committer is not None else _nobody
-        self._writer = Writer(backend.write_io, self._movers, self._books, self._listing, durability, told)
+        self._writer = Writer(backend.write_io, self._files, self._movers, self._books, self._listing, durability, told)
         self._listing.recover()
 
     @classmethod

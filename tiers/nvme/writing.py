@@ -7,22 +7,25 @@ that nobody lets go of the store while bytes are still on their way into it.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import TierUnavailableError
+from ..errors import QueueFullError, TierUnavailableError
 from ..streams import AllDone, Event, IntArray, IoQueue, Rows
 from .blocks import BlockCall
 from .commit import Durability
 from .durable import DurableListing
+from .files import SegmentFiles
 from .movers import Movers
 from .reading import IoTicket, bound
-from .slots import Run, SlotBook, plan_runs
+from .slots import NONE_OPEN, Run, SlotBook, plan_runs
 
 Stamps = npt.NDArray[Any]
 
@@ -33,18 +36,20 @@ class Writer:
     def __init__(
         self,
         queue: IoQueue,
+        files: SegmentFiles,
         movers: Movers,
         books: Sequence[SlotBook],
         listing: DurableListing,
         durability: Durability,
         told: Callable[[int], None],
     ) -> None:
-        self._queue, self._movers, self._books, self._listing = queue, movers, books, listing
+        self._queue, self._files, self._movers, self._books, self._listing = queue, files, movers, books, listing
         self._durability, self._told = durability, told
         self._lock = listing.lock  # of the books too
         self._generation = 1 + max((int(b.listing.stamps["generation"].max(initial=0)) for b in books), default=0)
         self._relocating, self._noting = threading.Lock(), threading.Lock()
         self._begun: deque[Event] = deque()  # in order of submission; over ones are let go from the front
+        self._prepared = [NONE_OPEN] * len(books)  # the segment whose file was last asked for ahead of its use
         self.moved_bytes = 0
 
     def write(self, group: int, slots: IntArray, source: Rows, source_rows: IntArray, stamps: Stamps) -> IoTicket:
@@ -78,6 +83,7 @@ class Writer:
         else:
             begun = (self._queue.submit(bound(job, run)) for run in runs)
         ticket.event = self._noted(begun)
+        self._prepare_next(group)
         return ticket
 
     def relocate(self, group: int, slots: IntArray, targets: IntArray) -> IoTicket:
@@ -98,6 +104,16 @@ class Writer:
         return AllDone(begun).wait(timeout_s)
 
     # ------------------------------------------------------------------ inside
+    def _prepare_next(self, group: int) -> None:
+        """Behind what was just queued: the file of the segment that comes next."""
+        with self._lock:
+            number = self._books[group].next_clean()
+        if number in (NONE_OPEN, self._prepared[group]):
+            return
+        self._prepared[group] = number
+        with contextlib.suppress(QueueFullError, TierUnavailableError):  # the put that needs it makes it
+            self._noted([self._queue.submit(partial(self._files.make_ahead, (group, number)))])
+
     def _noted(self, begun: Iterable[Event]) -> AllDone:
         """The events of one call, remembered as they are made: the queue may refuse a later one."""
         events: list[Event] = []
