@@ -115,7 +115,7 @@ def _nothing_moves(group: BlockGroup, reserved: IntArray) -> Iterator[Fact]:
 
 def _fact(rule: str, what: str, is_wrong: np.ndarray, ids: IntArray | None = None) -> Fact:
     """`ids` are what the flags are about, in their order; without it the flags' own places are."""
-    places = np.flatnonzero(is_wrong)
+    places = is_wrong.nonzero()[0]
     broken = (places if ids is None else ids[places]).tolist()
     return Fact(rule, what, broken, len(is_wrong))
 

@@ -26,8 +26,10 @@ NOWHERE = -1
 SEVERAL = -1  # namespaces whose bytes may be in one slot; no tag is negative
 
 
-# numpy compares an array with an IntEnum element by element in int64, with a uint8 fifteen times as fast
+# numpy compares an array with an IntEnum element by element in int64, with a uint8 fifteen times as fast; and it looks for
+# __array_ufunc__ each time, which an Enum that has none is slow to deny
 class PageState(np.uint8, Enum):
+    __array_ufunc__ = np.ndarray.__array_ufunc__
     FREE = 0
     FILLING = 1  # a copy-in is on its way
     RESIDENT = 2  # valid, and a lower tier holds the same bytes
@@ -37,6 +39,7 @@ class PageState(np.uint8, Enum):
 
 
 class SlotState(np.uint8, Enum):
+    __array_ufunc__ = np.ndarray.__array_ufunc__
     NONE = 0
     STAGING = 1
     VALID = 2

@@ -9,6 +9,7 @@ compute stream raises is a test's own mistake and is raised.
 from __future__ import annotations
 
 import random
+import weakref
 from collections import deque
 from collections.abc import Callable
 
@@ -22,10 +23,11 @@ Step = Callable[[], bool]  # runs once more; True when the operation is over
 
 
 class SimulatedEvent:
-    """Done when the scheduler has run past it."""
+    """Done when the scheduler has run past it. Does not keep its backend: arrays of pages hold events, and what they hold the
+    garbage collector does not see, so a pager that ended in the middle of a copy would stay for ever, and its memory."""
 
     def __init__(self, backend: SimulatedBackend) -> None:
-        self._backend = backend
+        self._backend = weakref.proxy(backend)
         self._is_done = False
         self.error: BaseException | None = None
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 from kvtier.tiers.cpu import CpuBackend
 
+from .. import warm
 from ..pager.harness import Rig
 from .load import PAGES, STAGING, prompt_of
 from .running import Pagerd, wait_for
@@ -25,13 +25,8 @@ class LoadClient:
     def __init__(self, daemon: Pagerd, seed: int, *options: str) -> None:
         self.lines: list[str] = []
         self.kind = tuple(option for option in options if not option.startswith("dies="))
-        self.process = subprocess.Popen(
-            [sys.executable, str(PROGRAM), daemon.address, str(seed), *options],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+        self.process = warm.light.start(PROGRAM, daemon.address, seed, *options, **pipes)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 

@@ -13,12 +13,16 @@ from typing import Any
 from kvtier.pager.client.connection import DaemonConnection
 from kvtier.pager.protocol import fetch_status
 
+from .. import warm
+
 START_S = 60.0  # of a start and of an answer: a bound on hanging, not an aim
 DYING = Path(__file__).with_name("dying.py")
 
 
 class Pagerd:
-    """`start` returns once it answers. With `slow_copies`, copies that clients order take long enough to be died in."""
+    """`start` returns once it answers. `starts_cold`: from nothing, as people start it.
+
+    With `slow_copies`, copies that clients order take long enough to be died in."""
 
     def __init__(
         self,
@@ -28,6 +32,7 @@ class Pagerd:
         nvme_bytes: int | None = None,
         options: tuple[str, ...] = (),
         slow_copies: bool = False,
+        starts_cold: bool = False,
     ):
         self.folder, self.socket = folder, folder / "pagerd.sock"
         self._slow_copies = slow_copies
@@ -35,16 +40,19 @@ class Pagerd:
         self._arguments = ["--socket", str(self.socket), "--host-bytes", str(host_bytes), *options]
         if nvme_bytes is not None:
             self._arguments += ["--nvme-path", str(folder / "nvme"), "--nvme-bytes", str(nvme_bytes)]
-        self.process: subprocess.Popen[bytes] | None = None
+        self._starts_cold = starts_cold
+        self.process: warm.Process | subprocess.Popen[bytes] | None = None
 
     def start(self, *, dies_at: int | None = None) -> Pagerd:
         """`dies_at`: it is killed in the middle of that copy; 0: never, and the copies that clients order are slow."""
         if dies_at is None and self._slow_copies:
             dies_at = 0
         program = ["-m", "kvtier.tools.pagerd"] if dies_at is None else [str(DYING), str(dies_at)]
-        log = open(self.folder / "pagerd.log", "ab")  # noqa: SIM115
-        self.process = subprocess.Popen([sys.executable, *program, *self._arguments], stdout=log, stderr=log)
-        log.close()
+        with open(self.folder / "pagerd.log", "ab") as log:
+            if self._starts_cold:
+                self.process = subprocess.Popen([sys.executable, *program, *self._arguments], stdout=log, stderr=log)
+            else:
+                self.process = warm.light.start(*program, *self._arguments, stdout=log, stderr=log)
         deadline_s = time.monotonic() + START_S
         while True:
             try:

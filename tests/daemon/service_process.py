@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from kvtier.pager.client.connection import DaemonConnection, Greeting
 from kvtier.pager.keys import owner_tag
 from kvtier.pager.wire import messages as m
 from kvtier.tiers.layout import KVLayout
+
+from .. import warm
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=8, block_size=4, dtype="float32", name="full")
 BLOCK = LAYOUT.block_bytes
@@ -58,7 +61,11 @@ class Pagerd:
             extra = {"pass_fds": (3,), "preexec_fn": lambda: os.dup2(fd, 3)}
             self.socket = Path(listener.getsockname())
         with open(self.log_file, "w") as log:
-            self.process = subprocess.Popen(command, stderr=log, stdout=log, env=settings, cwd="/", **extra)
+            how: dict[str, Any] = dict(stderr=log, stdout=log, env=settings, cwd="/")
+            if listener is None:
+                self.process = warm.light.start(*command[1:], **how)
+            else:
+                self.process = subprocess.Popen(command, **how, **extra)
 
     def __enter__(self) -> Pagerd:
         return self

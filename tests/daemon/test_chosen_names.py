@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 from kvtier.pager.daemon import secret_files
 from kvtier.pager.wire import messages as m
 
+from .service_process import LAYOUT, WAIT_S, Pagerd
 from .test_tenants import ALICE, BOB, two_tenants
-
-sys.path.insert(0, str(Path(__file__).parent))
-from service_process import LAYOUT, WAIT_S, Pagerd
 
 BOTH = "kvt_" + "c" * 43  # of one who owns both namespaces
 

@@ -34,9 +34,8 @@ from kvtier.pager.protocol import fetch_status
 from kvtier.pager.wire import messages as m
 from kvtier.tiers.errors import ConfigError, KvTierError, ProtocolError, TierUnavailableError
 
-sys.path.insert(0, str(Path(__file__).parent))
-from running import wait_for
-from service_process import BLOCK, Pagerd, free_port
+from .running import wait_for
+from .service_process import BLOCK, Pagerd, free_port
 
 DEPLOY = Path(__file__).resolve().parents[2] / "deploy"
 SMALL = 'host_bytes = "1MiB"\nhost_prefault = false\n'

@@ -45,7 +45,7 @@ def fill(daemon: Pagerd, first: int, count: int, *, over_socket: bool) -> None:
 
 def test_memory_stays_within_its_bound_under_overload(tmp_path):
     blocks = OVERLOAD * HOST_BYTES // LAYOUT.block_bytes
-    with Pagerd(tmp_path, host_bytes=HOST_BYTES, nvme_bytes=2 * OVERLOAD * HOST_BYTES) as daemon:
+    with Pagerd(tmp_path, host_bytes=HOST_BYTES, nvme_bytes=2 * OVERLOAD * HOST_BYTES, starts_cold=True) as daemon:
         clients = [
             threading.Thread(target=fill, args=(daemon, start, blocks // 2), kwargs={"over_socket": bool(start)})
             for start in (0, 100_000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import subprocess
@@ -22,9 +23,9 @@ from kvtier.pager.keys import KeyChain, owner_tag
 from kvtier.pager.wire import messages as m
 from kvtier.tiers.errors import KvTierError, ProtocolError, TierFullError, UnknownSessionError
 
-sys.path.insert(0, str(Path(__file__).parent))
-from running import wait_for
-from service_process import BLOCK, LAYOUT, Pagerd
+from .. import warm
+from .running import wait_for
+from .service_process import BLOCK, LAYOUT, Pagerd
 
 ALICE, BOB = ((t, secret_files.hash_token(t)) for t in ("kvt_" + "a" * 43, "kvt_" + "b" * 43))
 
@@ -115,22 +116,21 @@ def test_another_user_is_who_the_kernel_says_and_gets_neither_slab_nor_status(op
     tmp_path = open_folder
     config = two_tenants(tmp_path, "gids = [4712]", "uids = [4711]", "socket_mode = 0o666")
     code = (
-        "import os, socket, sys; sys.path.insert(0, sys.argv[2])\n"
+        "import json, os, socket, sys\n"
         "from kvtier.pager.client.connection import DaemonConnection\n"
         "from kvtier.pager.wire import messages as m\n"
         "from kvtier.pager.wire.frames import HEADER, pack, parse_header, unpack\n"
-        "from service_process import LAYOUT\n"
         "os.setgroups([int(sys.argv[4])]); os.setgid(100); os.setuid(int(sys.argv[3]))\n"
         "raw = socket.socket(socket.AF_UNIX); raw.connect(sys.argv[1]); raw.sendall(pack(1, 1, {}))\n"
         "print(parse_header(raw.recv(HEADER.size)).kind)\n"
         "one = DaemonConnection.open('unix://' + sys.argv[1])\n"
-        "print(sorted(one.welcome.namespaces), one.call(m.Open([LAYOUT.to_dict()], 'test'), m.Opened).has_slab)\n"
+        "print(sorted(one.welcome.namespaces), one.call(m.Open([json.loads(sys.argv[2])], 'test'), m.Opened).has_slab)\n"
     )
     with Pagerd(tmp_path, config).ready() as pagerd:
 
-        def ask(uid: int, group: int) -> subprocess.CompletedProcess:
-            command = [sys.executable, "-c", code, str(pagerd.socket), str(Path(__file__).parent), str(uid), str(group)]
-            return subprocess.run(command, capture_output=True, text=True, cwd="/", timeout=240)
+        def ask(uid: int, group: int) -> subprocess.CompletedProcess[str]:
+            layout = json.dumps(LAYOUT.to_dict())
+            return warm.light.run("-c", code, pagerd.socket, layout, uid, group, cwd="/", timeout=240)
 
         assert ask(4711, 4712).stdout == "255\n['alice', 'bob'] False\n"  # STATUS: refused
         assert ask(4711, 4799).stdout == "255\n['bob'] False\n"

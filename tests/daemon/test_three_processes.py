@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from .. import warm
 from .running import Pagerd
 
 PROGRAM = Path(__file__).with_name("sharer.py")
@@ -18,9 +17,7 @@ STARTS_S = 280.0  # torch and a model three times: on a busy machine minutes; a 
 
 
 def run(kind: str, daemon: Pagerd) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, str(PROGRAM), kind, daemon.address], capture_output=True, text=True, timeout=STARTS_S
-    )
+    done = warm.heavy.run(PROGRAM, kind, daemon.address, timeout=STARTS_S)
     assert done.returncode == 0, done.stderr
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -8,7 +8,6 @@ import ipaddress
 import os
 import socket
 import ssl
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
@@ -35,9 +34,7 @@ from kvtier.tiers.nvme.manifest import STAMP
 from ..pager.harness import BLOCK, Rig
 from .inside import InsideDaemon
 from .running import wait_for
-
-sys.path.insert(0, str(Path(__file__).parent))
-from service_process import LAYOUT, Pagerd, free_port
+from .service_process import LAYOUT, Pagerd, free_port
 
 x509 = pytest.importorskip("cryptography.x509")
 TOKEN = "kvt_" + "t" * 43

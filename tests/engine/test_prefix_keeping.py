@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import random
-import subprocess
-import sys
 import threading
 import time
 from typing import Any
@@ -19,6 +17,7 @@ from kvtier import KVLayout, PrefixCache
 from kvtier.pager import prefetching
 from kvtier.tiers.errors import ConfigError, StoreLockedError, TierFullError
 
+from .. import warm
 from .prefix_rig import DOCUMENT, Caches, check, run, stock_past
 from .test_families import tiny
 
@@ -148,7 +147,7 @@ cache = PrefixCache.open({str(tmp_path / "s")!r}, layout=KVLayout(2, 2, 16, dtyp
 cache.store(range(50), torch.full((2, 2, 2, 50, 16), 3.0), durable=True)
 os.kill(os.getpid(), 9)
 """
-    assert subprocess.run([sys.executable, "-c", script]).returncode == -9
+    assert warm.heavy.run("-c", script).returncode == -9
     cache = Caches(tmp_path / "s")(layout=KVLayout(2, 2, 16, dtype="float32"), model_fingerprint="x")
     n, past = cache.load(range(51))
     assert n == 50 and (past == 3.0).all()
@@ -202,7 +201,7 @@ try:
 except StoreLockedError as error:
     print(error)
 """
-    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    said = warm.heavy.run("-c", script).stdout
     assert str(caches.path) in said
     with pytest.raises(StoreLockedError):
         PrefixCache.open(caches.path, layout=layout, model_fingerprint="x")

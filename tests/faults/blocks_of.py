@@ -25,11 +25,13 @@ def key_of(number: int) -> bytes:
     return hashlib.blake2b(number.to_bytes(8, "little"), digest_size=32).digest()
 
 
+@cache  # read-only: who checks asks thousands of times for the same few
 def bytes_of(key: bytes, layout: KVLayout = LAYOUT) -> np.ndarray:
     """Noise at the start of each layer, more in some blocks than in others, so that their encodings differ in size."""
     drawn = np.frombuffer(hashlib.shake_128(key).digest(layout.block_bytes), np.uint8)
     layers = drawn.reshape(layout.num_layers, layout.layer_bytes).copy()
     layers[:, layout.layer_bytes // 16 * (1 + key[0] % 16) :] = 0
+    layers.setflags(write=False)
     return layers.reshape(-1)
 
 

@@ -26,6 +26,7 @@ from kvtier.engine.server.run import _listen, _Server
 from kvtier.engine.server.service import Service
 from kvtier.engine.server.settings import ServerSettings
 
+from .. import warm
 from ..tools.test_chat import make_tokenizer, small_model
 
 BLOCK = 16
@@ -130,10 +131,13 @@ def serving(
 
 
 @contextmanager
-def serve_process(*arguments, expect_rc: int | None = 0):
+def serve_process(*arguments, expect_rc: int | None = 0, starts_cold: bool = False):
     """`kvtier serve --port 0 ...`; yields it once it listens. SIGTERM at the end, unless it has ended."""
-    command = [sys.executable, "-m", "kvtier.tools.cli", "serve", "--port", "0", *[str(a) for a in arguments]]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd="/")
+    command = ["-m", "kvtier.tools.cli", "serve", "--port", "0", *[str(a) for a in arguments]]
+    if starts_cold:
+        process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, cwd="/")
+    else:
+        process = warm.heavy.start(*command, stderr=subprocess.PIPE, cwd="/")
     try:
         lines = []
         for line in process.stderr:

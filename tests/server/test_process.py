@@ -143,7 +143,8 @@ def sigterm_does_not_wait_longer_than_it_was_told(server) -> None:
 
 
 def test_the_built_in_model_recalls_over_http_and_a_second_signal_does_not_wait():
-    with serve_process("--needle", "--device-bytes", "8MiB", "--host-bytes", "16MiB", "--drain", LONG_S) as server:
+    sizes = ("--device-bytes", "8MiB", "--host-bytes", "16MiB")
+    with serve_process("--needle", *sizes, "--drain", LONG_S, starts_cold=True) as server:
         content = "s5 s6 s7 " + " ".join(f"f{i}" for i in range(1000)) + " s5"
         reply = server.client.chat.completions.create(
             model="needle", messages=[{"role": "user", "content": content}], max_tokens=2, temperature=0

@@ -17,6 +17,7 @@ from kvtier.pager.inspection.snapshot import page_path, read_snapshot
 from kvtier.pager.protocol import STATUS_SOCKET
 from kvtier.tiers.errors import TierUnavailableError
 
+from .. import warm
 from ..daemon.running import wait_for
 
 SCRIPT = Path(__file__).with_name("pager_process.py")
@@ -28,7 +29,7 @@ BLOCK, BLOCK_BYTES = 16, 2 * 2 * 16 * 8 * 4
 class Running:
     """A pager process. `do` runs Python in it and gives back what it called `result`."""
 
-    process: subprocess.Popen[str]
+    process: warm.Process
     where: Path
 
     def do(self, code: str) -> Any:
@@ -63,13 +64,8 @@ def running(where: Path, **config: Any) -> Iterator[Running]:
         settings |= {"nvme_path": str(where / "s"), "nvme_bytes": settings.get("nvme_bytes", "4MiB")}
     else:
         settings["status_socket"] = str(where / "s.sock")
-    process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), json.dumps(settings)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd="/",
-    )
+    pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+    process = warm.light.start(SCRIPT, json.dumps(settings), cwd="/", **pipes)
     found = Running(process, Path(settings.get("nvme_path") or settings["status_socket"]))
     try:
         assert found._answer() == "ready"
@@ -92,11 +88,9 @@ def is_published(where: Path) -> bool:
 
 def inspect(*words: object, env: dict[str, str] | None = None, stdin: str = "") -> subprocess.CompletedProcess[str]:
     """`pager-inspect` in a process of its own."""
-    command = [*(PROGRAM[:-2] if "--timeout" in words else PROGRAM), *map(str, words)]
+    command = [*(PROGRAM[1:-2] if "--timeout" in words else PROGRAM[1:]), *words]
     environ = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "KVTIER_SOCKET", "RUNTIME_DIRECTORY")}
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd="/", env=environ | (env or {}), input=stdin, timeout=240
-    )
+    return warm.light.run(*command, cwd="/", env=environ | (env or {}), input=stdin, timeout=240)
 
 
 def asked(pager: Running | Path, *words: object) -> dict[str, Any]:
