@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .memory import aligned_rows
-from .streams import POISON, AllDone, Event, IntArray, Rows, Steps, copy_rows_now
+from .streams import POISON, AllDone, Event, IntArray, Rows, Steps, Work, copy_rows_now
 
 Step = Callable[[], bool]  # runs once more; True when the operation is over
 
@@ -68,7 +68,7 @@ class SimulatedStream:
 
         self._push(step)
 
-    def run(self, fn: Callable[[], None]) -> None:
+    def run(self, fn: Work) -> None:
         def step() -> bool:
             try:
                 fn()
