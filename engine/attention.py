@@ -157,6 +157,11 @@ class Step:
         if pages.packed is not None:
             self.packed(pages).fill(pages.packed, pages.k, pages.v)
 
+    def check(self) -> None:
+        """To be called when all layers are written. Raises UnpackableError for blocks that their format cannot hold."""
+        for packed in self._packed.values():
+            packed.check()
+
     def decode(self, pages: LayerPages) -> DecodeStep | None:
         """The step bound to a group's pages, where each sequence has one row and sees all that is resident. Made once."""
         if pages.group not in self._decodes:

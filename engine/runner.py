@@ -44,7 +44,10 @@ class ModelRunner:
     def forward(
         self, lease: Lease, spans: list[Span], reads: list[tuple[int, int]], parts: Parts | None = None
     ) -> Tensor:
-        """Logits of the last rows of some spans. reads: (span index, number of rows) -> float [sum of rows, vocab]."""
+        """Logits of the last rows of some spans. reads: (span index, number of rows) -> float [sum of rows, vocab].
+
+        Raises: UnpackableError for values that the device tier's format cannot hold; the lease must not be committed.
+        """
         pager = self.pager
         tokens = [token for s in spans for token in pager.token_ids(s.seq, s.start, s.end)]
         both = np.array([tokens, [at for s in spans for at in range(s.start, s.end)]], np.int64)
@@ -64,6 +67,7 @@ class ModelRunner:
             )
         finally:
             STEP.reset(token)
+        step.check()
         if step.mass is not None:
             step.mass.tell(pager)
         logits: Tensor = out.logits[0]
@@ -86,6 +90,7 @@ class ModelRunner:
                     for pages in parts:
                         new = (t if pages.heads is None else t[pages.heads] for t in (k, v))
                         step.write(pages, *(t[:, start:end].transpose(0, 1) for t in new))
+                step.check()
                 lease.commit()
             if progress is not None:
                 progress(end, total)
