@@ -58,7 +58,7 @@ def test_what_the_client_will_ask_for_next_comes_with_the_same_read(cold):
 
 
 def test_what_nobody_refers_to_stays_where_it_is(cold):
-    store, holder, group, _, over, calls = cold
+    store, holder, _, _, over, calls = cold
     lease(store, holder, over[:1])
     assert calls == [1] and told(store, "started") == 0
 
