@@ -2,7 +2,8 @@
 
 A request is a prompt that is matched, or a further turn of a sequence that is open or was resumed. What turns up later
 (somebody else computed it meanwhile, or a lost block is found again) is no look-up and counts nowhere, so hits and misses
-add up to the tokens that were asked for. A request is also what policies count as one use. Changes no table; whoever matches calls `count_lookup` afterwards.
+add up to the tokens that were asked for. A request is also one use, as policies count. Changes no table; whoever matches
+calls `count_lookup` afterwards.
 """
 
 from __future__ import annotations
