@@ -25,6 +25,7 @@ from ..tiers.owners import unsalted
 from .request import Request
 
 Work = list[tuple[Request, int]]
+BLOCKS_AHEAD = 1  # of each active request: where these do not fit, one of them will have to wait soon
 LOOK_AHEAD, LOOK_EVERY_S = 4, 0.02  # requests next in the queue whose blocks come up meanwhile
 _MAX_SERVED = 4096  # namespaces remembered
 
@@ -245,11 +246,19 @@ class Scheduler:
             self._activate(request)
 
     def _shed(self) -> None:
-        """Answers grow: who no longer fits beside the others waits."""
+        """Answers grow: who no longer fits beside the others waits, and who soon will not is copied down already."""
         while len(self.active) > 1 and not self._hold([(r.seq, 1) for r in self.active]):
-            least = min(r.priority for r in self.active)
-            among = [r for r in self.active if r.priority == least]
-            self._preempt(*min(zip(among, self._costs_s(among), strict=True), key=lambda one: min(one[1])))
+            self._preempt(*self._first_to_wait())
+        if len(self.active) > 1 and not self._hold(
+            [(r.seq, BLOCKS_AHEAD * self._pager.block_size) for r in self.active]
+        ):
+            self._pager.make_clean(self._first_to_wait()[0].seq)
+
+    def _first_to_wait(self) -> tuple[Request, tuple[float, float]]:
+        """Of the active ones, with what having it back would cost."""
+        least = min(r.priority for r in self.active)
+        among = [r for r in self.active if r.priority == least]
+        return min(zip(among, self._costs_s(among), strict=True), key=lambda one: min(one[1]))
 
     def _activate(self, request: Request) -> None:
         self.waiting.remove(request)

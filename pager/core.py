@@ -229,16 +229,18 @@ class Core:
         return any((g.pages.pins > 0).any() or (g.host.holds > 0).any() for g in self.groups)
 
     def _balance_device(self, group: BlockGroup) -> None:
-        """Below the low mark of free or clean pages, write back up to the high mark."""
+        """Below the low mark of free or clean pages, or below what the next steps will take, write back."""
         total = len(group.pages)
-        low = max(1, int(total * self.config.low_watermark))
+        foreseen = group.pressure.foreseen()
+        low = max(1, int(total * self.config.low_watermark), foreseen)
         if group.pages.num_free >= low:
             return
         ready = group.pages.num_free + group.leaving.clean_pages()
         underway = int((group.pages.state == PageState.WRITING_BACK).sum())
         if ready + underway >= low:
             return
-        self.write_back(group, max(1, int(total * self.config.high_watermark)) - ready - underway, "writeback")
+        high = max(1, int(total * self.config.high_watermark), foreseen)
+        self.write_back(group, high - ready - underway, "writeback")
 
     def write_back(self, group: BlockGroup, n: int, reason: str) -> int:
         """Start copies of up to n dirty, idle blocks to the host tier; those given up are dropped. Returns how many of both."""

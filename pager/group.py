@@ -29,6 +29,7 @@ from .known_runs import KnownRuns
 from .leaving import Leaving
 from .node_links import NodeLinks
 from .policies.base import Policy
+from .pressure import Pressure
 from .quota import Quotas
 from .rules import Rule, Rules
 from .states import (
@@ -112,6 +113,7 @@ class BlockGroup:
         ] = []  # what leases wait for: read from nvme on its way up, it makes room for nobody
         self.working = WorkingSet(layout, index)
         self.leaving = Leaving(self)
+        self.pressure = Pressure(num_pages)
         self.epoch = 0
         self._finish: dict[MoveKind, Callable[[Move, bool], None]] = {
             "host_to_device": self._finish_promote,

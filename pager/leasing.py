@@ -67,6 +67,8 @@ class LeaseFiller:
             held = GroupLease(np.empty((0, 0), np.int32), np.empty(0, np.int32), np.empty(0, np.int64))
             lease.groups.append(held)
             self._fill_group(lease, held, group, deadline_s, allow_streaming)
+        for group in core.groups:
+            group.pressure.step()
         lease.wait_s = core.clock() - started_s
         core.counters.add("lease_wait_seconds", lease.wait_s)
 
@@ -338,6 +340,7 @@ class LeaseFiller:
                 core.make_room(group, count)
                 pages = group.take_pages(count)
                 if pages is not None:
+                    group.pressure.took(count)
                     self._take_new(held, group, need, pages, copies)
                     break
                 self._require_progress(group, 0, deadline_s, count)

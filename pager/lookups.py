@@ -2,10 +2,13 @@
 
 A request is a prompt that is matched, or a further turn of a sequence that is open or was resumed. What turns up later
 (somebody else computed it meanwhile, or a lost block is found again) is no look-up and counts nowhere, so hits and misses
-add up to the tokens that were asked for. Changes no table; whoever matches calls `count_lookup` afterwards.
+add up to the tokens that were asked for. A request is also one use, as policies count. Changes no table; whoever matches
+calls `count_lookup` afterwards.
 """
 
 from __future__ import annotations
+
+import numpy as np
 
 from .core import Core
 from .page_table import Sequence
@@ -36,9 +39,19 @@ def begin_turn(core: Core, seq: Sequence) -> Match:
     After a resume, what is reused counts for the tier where the resume found it: its blocks are on their way up since.
     """
     size, asked = core.block_size, max(0, len(seq.token_ids) - 1)
+    if seq.resumed is None:
+        _begin_request(core, seq)
     found = seq.resumed if seq.resumed is not None else residency(core, seq)
     seq.resumed = None
     seq.chain.extend(seq.keys, seq.token_ids[: asked // size * size])
     found += adopt(core, seq, asked)
     count_lookup(core, seq, asked, found, is_turn=True)
     return found
+
+
+def _begin_request(core: Core, seq: Sequence) -> None:
+    """Policies count a use per request: here, of what an open sequence has, as `adopt` and a resume do of what they find."""
+    for group, table in zip(core.groups, seq.tables, strict=True):
+        held = np.flatnonzero(table.ids >= 0)
+        if len(held):
+            group.touch_chain(table.ids[held], held)

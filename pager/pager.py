@@ -578,6 +578,9 @@ class Pager:
         with self._core.locked():
             named = [self._core.sequence(seq) for seq in ([seqs] if isinstance(seqs, int) else seqs)]
             started = self._prefetcher.start(named, for_anybody=for_anybody)
+            for group in self._core.groups if named else ():
+                left = len(named[0].token_ids) - named[0].num_computed
+                group.pressure.queued = num_blocks_of(min(left, group.layout.window or left), self.block_size)
             if self._remote is not None:
                 for seq in named:
                     whole = len(seq.token_ids) // self.block_size
@@ -645,6 +648,15 @@ class Pager:
                 hints.demote(group, blocks)
             if self._remote is not None:
                 self._remote.mark(self._keys_of(self._core.sequence(seq)), "demote")
+
+    def make_clean(self, seq: int) -> None:
+        """This sequence may soon have to give its pages back: copy down what only they hold. It goes on meanwhile."""
+        with self._core.locked():
+            for group, table in zip(self._core.groups, self._core.sequence(seq).tables, strict=True):
+                pages = group.directory.page[table.ids[table.ids >= 0]]
+                pages = pages[pages >= 0]
+                dirty = pages[(group.pages.state[pages] == PageState.DIRTY) & group.pages.idle()[pages]]
+                self._core.write_back_blocks(group, group.pages.block[dirty], "writeback", keep_clean=True)
 
     # ------------------------------------------------------------------ sessions
     def park(self, session_id: str, seq: int, extra: dict[str, Any] | None = None, *, timeout_s: float = 120.0) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,17 @@ from .tenants import Tenant
 LEASE_SHARE = 4  # of a group's slots, one client may have a quarter
 MIN_LEASES = 8  # where there are as many
 HOLD_SHARE = 2  # of all blocks that the tiers take, one client's sequences may refer to half
+MAX_EXPECTED = 64  # chains
 _NO_DEVICE_PAGES = 1  # the books want one; nothing is ever put there, so it takes no memory
+
+
+@dataclass(slots=True, eq=False)
+class _Expected:
+    """A chain that a client will soon ask for. What finds no room for so many looks is left to its demand."""
+
+    client: Client
+    keys: list[bytes]
+    looks_left: int = 64
 
 
 class SharedStore:
@@ -65,6 +76,7 @@ class SharedStore:
         self.clients: dict[Client, None] = {}  # in order of their coming
         self.keeper = Keeper(core, self.clients)
         self.prefetcher, self.counts = Prefetcher(core), RequestCounts(core, self._visible)
+        self._expected: list[_Expected] = []
         core.holders.append(self)
         for group in core.groups:
             group.leaving.is_host_first = True
@@ -199,12 +211,11 @@ class SharedStore:
     def used(
         self, client: Client, keys: list[bytes], num_tokens: int, by_tier: tuple[int, int, int], *, is_turn: bool
     ) -> None:
-        """What a client says of a request of its own; what that found counts as used once more, a further turn does not."""
+        """What a client says of a request of its own; what that found counts as used once more."""
         with self.core.lock:
             self.counts.used(client, keys, num_tokens, by_tier, is_turn=is_turn)
-            if not is_turn:
-                keys = keys[: sum(by_tier) // self.core.block_size]
-                self._found_again([self._visible(client, index, keys) for index in range(len(self.core.groups))])
+            keys = keys[: sum(by_tier) // self.core.block_size]
+            self._found_again([self._visible(client, index, keys) for index in range(len(self.core.groups))])
 
     def _found_again(self, found: list[IntArray]) -> None:
         """A request found these, by layer group, in the order of their chain; negative where it need not have one."""
@@ -355,14 +366,32 @@ class SharedStore:
                 if hint == RELEASE:
                     blocks = hints.own_end(group.directory, blocks)
                     hints.release(group, blocks[client.holdings[index].is_alone_with(blocks)])
-                elif hint == PREFETCH:
-                    self.prefetcher.read(group, blocks)
                 elif hint == DEMOTE:
                     hints.demote(group, blocks := blocks[client.holdings[index].is_alone_with(blocks)])
                     d = group.directory
                     self.core.sink_blocks(group, blocks[d.in_host(blocks) & (d.nvme_slot[blocks] < 0)], "writeback")
                 elif hint == PIN:
                     self._pin(client, index, blocks, self.core.clock() + ttl_s)
+
+            if hint == PREFETCH:
+                self._expected = [*self._expected[1 - MAX_EXPECTED :], _Expected(client, keys)]
+                self._bring_expected()
+
+    def _bring_expected(self) -> None:
+        """Go on with what clients expect, in order, as far as there is room and nobody waits for copies."""
+        for one in list(self._expected):
+            started = missing = 0
+            for index, group in enumerate(self.core.groups if one.client in self.clients else ()):
+                blocks, d = self._visible(one.client, index, one.keys), group.directory
+                blocks = blocks[blocks >= 0]
+                blocks = blocks[(d.host_slot[blocks] < 0) & d.nvme_valid[blocks]]
+                missing += len(blocks)
+                started += self.prefetcher.read(group, blocks)
+            one.looks_left -= 1
+            if started >= missing or not one.looks_left:
+                self._expected.remove(one)
+            if started < missing:
+                return
 
     def _pin(self, client: Client, index: int, blocks: IntArray, until_s: float) -> None:
         """From the root on, as many as the quota of their namespace and the tier's size let in."""
@@ -405,6 +434,7 @@ class SharedStore:
         """Apply what has finished. Returns the lease requests that have their answer now."""
         with self.core.lock:
             self.core.advance()
+            self._bring_expected()
             over = []
             for client in self.clients:
                 done = [request for request in client.requests if request.step()]

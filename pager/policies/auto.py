@@ -36,7 +36,6 @@ from .shelf import Order, Shelf
 
 _SWEEP_EVERY, _UPDATE_EVERY = 64, 256  # requests
 _WEIGHT_FADE = 0.9  # of what each order saved, per update
-_STEP_S = 5.0  # steps of one request follow each other sooner, turns of a session later
 _SPARE_SEGMENTS = 4096  # without blocks, before they are dropped
 _CLEARLY = 1.02  # times as much saved: then the other order comes into force
 
@@ -98,9 +97,9 @@ class Auto(Policy):
     """In a replay whole requests are told (`on_chain`), with the trace's times, and `coldest` is what is held.
 
     A pager at work gives a `clock`. It tells prefixes that were found (`on_hit`), steps with all blocks that they read
-    (`on_access`) and new blocks; requests are worked out from them, so a step that comes more than five seconds after the
-    last one of its chain counts as a turn. It asks `victims` among blocks of its own choosing,
-    so here both shelves are shadows.
+    (`on_access`) and new blocks. What it found, and what a further turn of an open sequence has already, is a request; a chain
+    that no request began with, begins with its first step. Steps count nothing, however long they take. It asks `victims`
+    among blocks of its own choosing, so here both shelves are shadows.
     """
 
     name = "auto"
@@ -218,21 +217,30 @@ class Auto(Policy):
             return
         runs = segments.runs_of(blocks)
         last = runs[-1][0] if runs else NOWHERE
-        if last == NOWHERE or segments.is_common[last] or now_s - segments.time_s[last] > _STEP_S:
+        if last == NOWHERE:
             self._request(blocks)
             return
         for segment, _, _ in runs:
             segments.time_s[segment] = now_s
         known = runs[-1][2]
-        if known < len(blocks) and segments.size[last] == known:
+        if known == len(blocks):
+            return
+        if segments.is_common[last]:  # its request was told with what it found, these are its own
+            self._now_s = self._by_density.now_s = now_s
+            self._open(blocks.copy(), known, 0, -1.0, self._told(len(blocks)))
+        elif segments.size[last] == known:
             segments.extend(last, blocks, known)
             for shelf in (self._held, self._shadow):
                 shelf.extend(last, len(blocks) - known)
+        for shelf in (self._held, self._shadow):
+            shelf.trim()
 
     def _request(self, chain: IntArray) -> None:
+        self.on_chain(chain.copy(), np.ones(len(chain), bool), self._told(len(chain)))
+
+    def _told(self, num_blocks: int) -> Request:
         assert self._clock is not None
-        request = Request(self._clock(), len(chain) * self._block_size, 0)
-        self.on_chain(chain.copy(), np.ones(len(chain), bool), request)
+        return Request(self._clock(), num_blocks * self._block_size, 0)
 
     def on_forget(self, blocks: IntArray) -> None:
         self._segments.forget(blocks)

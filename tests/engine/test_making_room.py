@@ -6,6 +6,8 @@ import pytest
 
 from kvtier import SamplingParams
 from kvtier.engine.scheduler import Scheduler, SchedulerLimits
+from kvtier.pager.pager import Pager
+from kvtier.pager.states import PageState
 from kvtier.tiers.errors import ConfigError
 
 from .test_families import stock, tiny
@@ -202,3 +204,32 @@ def test_where_nothing_can_be_parked_requests_do_not_forget_each_others_blocks_f
 def test_limits_that_cannot_be_kept_are_refused_by_name(limits):
     with pytest.raises(ConfigError, match=f"{next(iter(limits))}="):
         SchedulerLimits(**limits)
+
+
+@pytest.mark.parametrize("is_early", [True, False])
+def test_who_will_soon_have_to_wait_is_copied_down_before(llama, monkeypatch, is_early):
+    """Dirty pages, besides the one that is being filled, that a preempted request still had."""
+    left: list[int] = []
+    preempt = Scheduler._preempt
+
+    def note(self, request, costs_s):
+        group = self._pager._core.groups[0]
+        ids = self._pager._core.sequence(request.seq).tables[0].ids[:-1]
+        left.append(int((group.pages.state[group.directory.page[ids]] == PageState.DIRTY).sum()))
+        preempt(self, request, costs_s)
+
+    monkeypatch.setattr(Scheduler, "_preempt", note)
+    monkeypatch.setattr("kvtier.pager.pressure.Pressure.foreseen", lambda self: 0)
+    if not is_early:
+        monkeypatch.setattr(Pager, "make_clean", lambda self, seq: None)
+    wanted = [stock(llama, prompt_of(60, i), 60) for i in range(2)]
+    with open_engine(llama, 13, low_watermark=0.0, high_watermark=0.0) as engine:
+        requests = [submit(engine, 60, i, 60) for i in range(2)]
+        for request in requests:
+            engine.scheduler.add(request)
+        while not all(request.is_done for request in requests):
+            engine.step()
+            engine.pager.drain()
+        assert [request.output.token_ids for request in requests] == wanted
+        assert left and (max(left) <= 1 if is_early else min(left) >= 4)  # one that was full only just now
+        drop_all(engine, requests)

@@ -12,7 +12,7 @@ import pytest
 from kvtier.pager.policies.registry import NAMES
 
 sys.path.insert(0, str(Path(__file__).parent))
-from harness import LAYOUT, WINDOWED, Rig
+from harness import BLOCK, LAYOUT, WINDOWED, Rig
 
 DISK_BLOCK = 4096  # of a store, for one block of the rig
 
@@ -162,3 +162,25 @@ def test_a_block_that_another_window_still_sees_is_not_the_first_to_leave():
     seen = seen[seen >= 0]
     left = sequences[second].tables[1].ids[: len(seen)]
     assert (left < 0).any() and not windowed.directory.is_demoted[seen].any()
+
+
+@pytest.mark.parametrize("step_s", [0.1, 60.0])
+def test_a_request_counts_once_however_slow_its_steps_are(step_s):
+    now = [0.0]
+    rigs = {name: Rig(11, pages=24, host=60, policy=name, clock=lambda: now[0]) for name in ("auto", "lfu")}
+    for rig in rigs.values():
+        seq = rig.start(list(range(8)))
+        for turn in range(3):
+            if turn:
+                rig.pager.turn(seq, [100 + turn])
+            for _ in range(6):
+                rig.prefill(seq, chunk=2)
+                rig.pager.append(seq, [7])
+                now[0] += step_s
+            rig.prefill(seq)
+        rig.settle()
+        assert rig.wrong == []
+    assert rigs["auto"].pager._core.groups[0].policy._requests == 3
+    d = rigs["lfu"].pager._core.groups[0]
+    root = d.directory.by_key[rigs["lfu"].pager.block_keys(seq, 0, BLOCK)[0]]
+    assert d.policy._uses[root] == 3  # stored by the first request, used by two more

@@ -202,9 +202,47 @@ def test_steps_of_a_request_are_no_turns_and_its_new_blocks_join_it():
     segments = auto._segments
     assert segments.count == 1 and set(segments.of_block[:5].tolist()) == {0}
     clock.now_s += 60
-    decode(auto, clock, np.arange(5), 3)  # the user has thought and asks again
+    auto.on_hit(np.arange(5))  # the user has thought and asks again
+    decode(auto, clock, np.arange(5), 3)
     assert segments.count == 2 and segments.turn[1] == 1
     assert (auto._held.used, auto._shadow.used) == (5, 5)
+
+
+def test_steps_of_a_minute_each_are_steps_and_turns_of_a_second_are_turns():
+    auto, clock = at_work()
+    auto.on_insert(np.arange(4), np.arange(4))
+    for length in range(4, 14):
+        auto.on_insert(ids(length), ids(length))
+        clock.now_s += 60
+        auto.on_access(np.arange(length))
+    assert auto._requests == 1 and auto._segments.count == 1
+    for turn in range(1, 4):
+        clock.now_s += 1
+        auto.on_hit(np.arange(13))
+        decode(auto, clock, np.arange(13), 2)
+        assert auto._segments.turn[auto._segments.count - 1] == turn
+    assert auto._requests == 4
+
+
+def test_steps_over_a_common_beginning_are_no_uses_of_it():
+    auto, clock = at_work()
+    for other in range(20, 220, 10):  # so many part there that it becomes a common beginning
+        chain = np.array([0, 1, 2, other, other + 1])
+        clock.now_s += 100
+        auto.on_insert(chain, np.arange(5))
+        auto.on_hit(chain[:3])
+        auto.on_access(chain[:3])
+        auto.on_access(chain)
+    segments = auto._segments
+    common = int(segments.of_block[0])
+    assert segments.is_common[common]
+    gap_s, requests = float(segments.gap_s[common]), auto._requests
+    assert gap_s > 50
+    for _ in range(5):
+        clock.now_s += 0.1
+        auto.on_access(chain[:3])
+        auto.on_access(chain)
+    assert segments.gap_s[common] == gap_s and auto._requests == requests
 
 
 def test_at_work_the_longest_unused_chain_is_named_first_from_its_end_and_the_newest_blocks_last():
@@ -249,6 +287,7 @@ def test_at_work_it_learns_as_in_a_replay_and_its_memory_stays_bounded(monkeypat
         chain = np.array([of_id[name] for name in names])
         depth = np.arange(len(names))
         auto.on_insert(chain[len(names) - len(new) :], depth[len(names) - len(new) :])
+        auto.on_hit(chain[: len(names) - len(new)])
         auto.on_access(chain)
         if len(of_id) > 6000:  # the pager forgets what left all tiers
             gone = list(of_id)[:500]
