@@ -26,7 +26,6 @@ from kvtier.tiers.nvme.identity import PROBE_FILE
 from kvtier.tiers.nvme.journal import whole_frames
 from kvtier.tiers.nvme.layout import CRC_BYTES
 
-
 MEMORY = Path("/dev/shm")
 
 
