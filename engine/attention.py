@@ -45,6 +45,7 @@ from .hf import LayerSpec, ModelSpec
 from .packed import PackedPages, PackedStep, Rows, attend_blocks, tail_of
 
 if TYPE_CHECKING:
+    from .mass import StepMass
     from .modes import Parts
 
 NAME = "kvtier_paged"
@@ -89,6 +90,7 @@ class Step:
     reads: list[tuple[int, int]]  # (span, how many of its last rows' logits are read)
     parts: Parts | None = None  # of a step that sees only a part of its context, or summarises it
     bound: Bound = field(default_factory=dict)  # by group: the last step that was bound to its pages
+    mass: StepMass | None = None  # of a step whose attention is sampled
     reads_all: bool = field(init=False)  # the logits of all rows
     _plans: dict[tuple[int, bool], StepPlan] = field(default_factory=dict)
     _slots: dict[int, SlotPlan] = field(default_factory=dict)
@@ -154,6 +156,11 @@ class Step:
         write_kv(k, v, pages.k, pages.v, self.slots(pages))
         if pages.packed is not None:
             self.packed(pages).fill(pages.packed, pages.k, pages.v)
+
+    def check(self) -> None:
+        """To be called when all layers are written. Raises UnpackableError for blocks that their format cannot hold."""
+        for packed in self._packed.values():
+            packed.check()
 
     def decode(self, pages: LayerPages) -> DecodeStep | None:
         """The step bound to a group's pages, where each sequence has one row and sees all that is resident. Made once."""
@@ -264,9 +271,14 @@ def _over_pages(
 ) -> Tensor:
     """As `paged`, of a layer, or of those of its heads whose pages these are."""
     if softcap is None and s_aux is None and (bound := step.decode(pages)) is not None:
-        return bound.layer(pages.layer, query, key, value, scale)
+        out = bound.layer(pages.layer, query, key, value, scale)
+        if step.mass is not None:
+            step.mass.note(pages, query[0].transpose(0, 1), scale, None)
+        return out
     step.write(pages, key[0].transpose(0, 1), value[0].transpose(0, 1))
     q = query[0].transpose(0, 1)
+    if step.mass is not None:
+        step.mass.note(pages, q, scale, softcap)
     if step.parts is not None and step.parts.summarizer is not None:
         step.parts.summarizer.resident(pages)
     is_selected = step.parts is not None and step.parts.selected is not None  # its rows choose together

@@ -172,6 +172,7 @@ class KVCopier:
                 step = PackedStep(lease, index, new, self._pager.block_size)
                 for packed, tail in zip(self._packed[index], layers, strict=True):
                     step.fill(packed, *tail)
+                step.check()
 
 
 def views(layout: KVLayout, rows: Tensor, layer: int) -> LayerKV:

@@ -3,7 +3,8 @@
 A packed layer group has a companion, its tail: there the K/V of new tokens are written in full precision, and there the
 block that is being filled stays. A block is packed once, in the step that fills it, from the tail into its page; from then
 on nobody reads it elsewhere. A step attends to packed blocks as they are and to the tail, and merges both by LSE: a prompt's
-chunk sees itself in full precision. Guards: only blocks that are whole and were not packed before this step are packed.
+chunk sees itself in full precision. Guards: only blocks that are whole and were not packed before this step are packed,
+and a step is not committed before it is known that their format holds them.
 """
 
 from __future__ import annotations
@@ -95,21 +96,39 @@ class PackedStep:
         listed = np.array([len(at) for at in self._held.listed])
         self._new = torch.from_numpy(_each(self._held.tables, known, (listed - known).tolist()))
         self._plans: dict[tuple[int, ...], PagesPlan] = {}
+        self._bad: list[tuple[PackedPages, Tensor]] = []
 
     def fill(self, packed: PackedPages, k: Tensor, v: Tensor) -> None:
         """Pack the blocks of one layer that this step makes whole. Their K/V are written to its tail, k and v, already.
 
-        Pages of blocks that begin here are cleared first: what lay there was another's, and packing leaves gaps.
-        Raises: UnpackableError for values that the format cannot hold.
+        Pages of blocks that begin here are cleared first: what lay there was another's, and packing leaves gaps. Nothing
+        here waits for a device; `check` says whether the format could hold the values.
         """
+        device = packed.pages.device
         if len(self._new):
-            packed.pages.index_fill_(0, to_device(self._new, packed.pages.device), 0)
-        try:
-            quantize_blocks(k, v, self._source, packed.pages, self._target, packed.fmt)
-        except ValueError as error:
+            packed.pages.index_fill_(0, to_device(self._new, device), 0)
+        if not len(self._target):
+            return
+        bad = torch.zeros(len(self._target), dtype=torch.int32, device=device)
+        quantize_blocks(k, v, self._source, packed.pages, self._target, packed.fmt, bad=bad)
+        self._bad.append((packed, bad))
+
+    def check(self) -> None:
+        """Look at what `fill` found, before the step is committed: a block that nobody can read must not get a name.
+
+        Stream: waits for the computing that was queued, in steps that packed something.
+        Raises: UnpackableError for values that the format cannot hold, naming the first layer that has them.
+        """
+        if not self._bad:
+            return
+        found = torch.stack([bad for _, bad in self._bad]).cpu().numpy() != 0
+        if found.any():
+            packed, _ = self._bad[int(np.argmax(found.any(1)))]
             raise UnpackableError(
-                self._target, f"device={packed.fmt.name!r}: layer {packed.layer} of its group: {error}"
-            ) from error
+                self._target[found.any(0)],
+                f"device={packed.fmt.name!r}: layer {packed.layer} of its group: values are not finite or too large for "
+                "float16 scales",
+            )
 
     def attend(
         self,

@@ -16,6 +16,7 @@ from ..tiers.errors import ConfigError
 from . import attention
 from .attention import STEP, Bound, Step, layers_of
 from .hf import ModelSpec
+from .mass import StepMass
 from .modes import Parts
 
 Progress = Callable[[int, int], None]
@@ -43,12 +44,16 @@ class ModelRunner:
     def forward(
         self, lease: Lease, spans: list[Span], reads: list[tuple[int, int]], parts: Parts | None = None
     ) -> Tensor:
-        """Logits of the last rows of some spans. reads: (span index, number of rows) -> float [sum of rows, vocab]."""
+        """Logits of the last rows of some spans. reads: (span index, number of rows) -> float [sum of rows, vocab].
+
+        Raises: UnpackableError for values that the device tier's format cannot hold; the lease must not be committed.
+        """
         pager = self.pager
         tokens = [token for s in spans for token in pager.token_ids(s.seq, s.start, s.end)]
         both = np.array([tokens, [at for s in spans for at in range(s.start, s.end)]], np.int64)
         input_ids, positions = to_device(both, self._device).split(1)
         step = Step(lease, self.spec, self._layers, pager.block_size, self._dtype, reads, parts, self._bound)
+        step.mass = StepMass.of(lease, spans, reads) if pager.weighs_mass else None
         keep = 0 if step.reads_all else step.rows_on(self._device) if reads else self._first_row  # 0 means all
         token = STEP.set(step)
         try:
@@ -62,6 +67,9 @@ class ModelRunner:
             )
         finally:
             STEP.reset(token)
+        step.check()
+        if step.mass is not None:
+            step.mass.tell(pager)
         logits: Tensor = out.logits[0]
         return logits
 
@@ -82,6 +90,7 @@ class ModelRunner:
                     for pages in parts:
                         new = (t if pages.heads is None else t[pages.heads] for t in (k, v))
                         step.write(pages, *(t[:, start:end].transpose(0, 1) for t in new))
+                step.check()
                 lease.commit()
             if progress is not None:
                 progress(end, total)

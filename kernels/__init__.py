@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .dispatch import scatter_rows as scatter_rows
     from .dispatch import write_kv as write_kv
     from .formats import PageFormat as PageFormat
+    from .mass import page_mass as page_mass
     from .positions import turned_attention as turned_attention
     from .rope import Turns as Turns
     from .rope import plan_turns as plan_turns
@@ -71,6 +72,7 @@ _HOME = {
     "merge_states": "dispatch",
     "mixed_attention": "compressed",
     "omitted_share": "selection",
+    "page_mass": "mass",
     "paged_attention": "dispatch",
     "paged_decode": "dispatch",
     "paged_prefill": "dispatch",

@@ -34,7 +34,7 @@ def quant_cases(make: Make) -> Iterator[Any]:
     """Describe quantising and reading back, for K and V of every format."""
     ids = types("source_ids target_ids", "*i32")
     strides = types("x_page x_head x_slot c_page c_head t_page t_head", "i32")
-    pointers = dict(x="*bf16", codes="*u8", scales="*fp16", zeros="*fp16")
+    pointers = dict(x="*bf16", codes="*u8", scales="*fp16", zeros="*fp16", bad="*i32", MARKS=True)
     seen = set()
     for fmt in formats():
         for part in (fmt.keys, fmt.values):

@@ -3,7 +3,7 @@
 The same rule as in `dispatch`: arguments are checked here, a CUDA tensor goes to Triton, a CPU tensor to torch. One
 layer of compressed pages is a uint8 view [pages, layer_bytes] of whatever holds the blocks; PageFormat says what lies
 where in a row. Guards: only whole blocks are compressed (a partial tail stays in full precision, so nothing is ever
-quantised twice), and values that are not finite are refused.
+quantised twice), and values that are not finite are refused, or, where nobody may wait for the device, marked.
 """
 
 from __future__ import annotations
@@ -21,36 +21,49 @@ from .uploads import to_device
 
 @torch.no_grad()
 def quantize_blocks(
-    k: Tensor, v: Tensor, source_ids: IntArray, pages: Tensor, target_ids: IntArray, fmt: PageFormat
+    k: Tensor,
+    v: Tensor,
+    source_ids: IntArray,
+    pages: Tensor,
+    target_ids: IntArray,
+    fmt: PageFormat,
+    *,
+    bad: Tensor | None = None,
 ) -> None:
     """Write blocks of one layer to compressed pages: pages[target_ids[i]] holds what k, v[source_ids[i]] held.
 
-    Shapes: k [n, Hkv, block, D], v [n, Hkv, block, Dv], strided views in full precision; pages uint8 [m, layer_bytes].
-    Raises: ValueError for shapes that do not fit, ids out of range, and values that are not finite or whose scale
-            float16 cannot hold (on a GPU: only under KVTIER_DEBUG=1, since looking waits for the device).
+    With `bad`, no block is refused for its values: bad[i] becomes 1 where block i cannot be held, what is written of it
+    means nothing, and nothing here waits for the device. Entries are never set back to 0.
+
+    Shapes: k [n, Hkv, block, D], v [n, Hkv, block, Dv], strided views in full precision; pages uint8 [m, layer_bytes];
+            bad int32 [len(source_ids)] or longer, dense, beside the pages.
+    Raises: ValueError for shapes that do not fit, ids out of range, and, without `bad`, values that are not finite or whose
+            scale float16 cannot hold (on a GPU: only under KVTIER_DEBUG=1, since looking waits for the device).
     """
     source, target = _check_conversion(k, v, source_ids, pages, target_ids, fmt)
+    if bad is not None and (bad.dtype != torch.int32 or bad.dim() != 1 or len(bad) < len(source) or bad.stride(0) != 1):
+        raise ValueError(f"bad must be dense int32 [{len(source)}] or longer, got {bad.dtype} {tuple(bad.shape)}")
     if is_debug():
         check_unique(target, "target_ids")
     if not len(source):
         return
     at, to = to_device(source, k.device), to_device(target, k.device)
     for x, views, rotates in zip((k, v), part_views(pages, fmt), (fmt.rotates, False)):
-        _quantize(x, at, views, to, rotates)
+        _quantize(x, at, views, to, rotates, bad)
 
 
-def _quantize(x: Tensor, at: Tensor, views: PartViews, to: Tensor, rotates: bool) -> None:
+def _quantize(x: Tensor, at: Tensor, views: PartViews, to: Tensor, rotates: bool, bad: Tensor | None) -> None:
     """Quantise K or V, rotated first where the format says so."""
     if rotates:
         x = x.index_select(0, at).float() @ hadamard(x.shape[3], x.device)
         at = torch.arange(len(at), device=at.device)
     if not x.is_cuda:
-        cpu_quant.quantize_part(x.index_select(0, at), views, to)
+        cpu_quant.quantize_part(x.index_select(0, at), views, to, bad)
         return
     from . import triton_quant
 
-    triton_quant.quantize_part(x, views, at, to)
-    if is_debug():
+    triton_quant.quantize_part(x, views, at, to, bad)
+    if bad is None and is_debug():
         check_tables(views.scales[to], None if views.zeros is None else views.zeros[to], views.part)
 
 

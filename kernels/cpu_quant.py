@@ -3,7 +3,7 @@
 Whole groups at a time, in float32, on any device: what the Triton kernels are compared with byte by byte. Scales are
 rounded up to float16 and codes are chosen against the stored scale and zero, so reading back errs by half a step and by
 the rounding of the zero, never by the rounding of a scale. Guards: a group with a number that is not finite is refused
-with its place, since its NaN scale would spoil every token of the block.
+with its place, or its block is marked, since its NaN scale would spoil every token of the block.
 """
 
 from __future__ import annotations
@@ -93,8 +93,11 @@ def half_up(x: Tensor) -> Tensor:
     return torch.where(near.float() < x, (near.view(torch.int16) + 1).view(torch.float16), near)
 
 
-def quantize_part(x: Tensor, views: PartViews, ids: Tensor) -> None:
-    """Write values x [n, heads, block, dim] to the parts of pages ids [n]."""
+def quantize_part(x: Tensor, views: PartViews, ids: Tensor, bad: Tensor | None = None) -> None:
+    """Write values x [n, heads, block, dim] to the parts of pages ids [n].
+
+    Raises: ValueError for values that the format cannot hold, unless bad [n, or longer] is there to be marked.
+    """
     part = views.part
     rows, axis = grouped(x.float(), part)
     zero = None
@@ -104,7 +107,11 @@ def quantize_part(x: Tensor, views: PartViews, ids: Tensor) -> None:
         zero = (low + 2.0 ** (part.bits - 1) * scale.float()).half()
     else:
         scale = half_up(rows.abs().amax(axis, keepdim=True) / (FP8_MAX if part.axis == "page" else 127.0))
-    check_tables(as_table(scale, part), None if zero is None else as_table(zero, part), part)
+    spoilt = ~torch.isfinite(scale) if zero is None else ~(torch.isfinite(scale) & torch.isfinite(zero))
+    if bad is not None:
+        bad[: len(x)] |= spoilt.flatten(1).any(1)
+    elif spoilt.any():
+        check_tables(as_table(scale, part), None if zero is None else as_table(zero, part), part)
     views.scales[ids] = as_table(scale, part)
     if zero is not None and views.zeros is not None:
         views.zeros[ids] = as_table(zero, part)

@@ -2,7 +2,8 @@
 
 One program per block, KV head and group of tokens. A code is made from float32 by exact division and written once; bytes
 of fp8 are made and read through float16 bits, so they exist on sm_80 as well. Guards: a code never clips because its
-scale was rounded down.
+scale was rounded down; a block with values that its format cannot hold is marked, since minima and maxima on a GPU pass
+over NaN.
 """
 
 # mypy: allow-untyped-defs
@@ -75,12 +76,25 @@ def fit(low, high, BITS: tl.constexpr, HAS_ZERO: tl.constexpr):
 
 
 @triton.jit
+def is_spoilt(x):
+    """1 where a number is not finite, else 0."""
+    return tl.where(tl.abs(x.to(tl.float32)) < float("inf"), 0, 1)
+
+
+@triton.jit
+def mark(bad, values, scale, zero):
+    """Set bad[0] to 1 where a value [.., ..], or a scale or zero [..] in float16, is not finite."""
+    tables = tl.max(tl.maximum(is_spoilt(scale), is_spoilt(zero)), 0)
+    tl.store(bad, 1, mask=(tl.max(tl.max(is_spoilt(values), 1), 0) + tables) > 0)
+
+
+@triton.jit
 def quantize_channels(
-    x, codes, scales, zeros, source_ids, target_ids, x_page, x_head, x_slot, c_page, c_head, t_page, t_head,
+    x, codes, scales, zeros, bad, source_ids, target_ids, x_page, x_head, x_slot, c_page, c_head, t_page, t_head,
     ROW: tl.constexpr, ROW_P: tl.constexpr, DIM: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
+    HAS_ZERO: tl.constexpr, MARKS: tl.constexpr,
 ):  # fmt: skip
-    """Quantise GROUP tokens of one head, a scale per channel."""
+    """Quantise GROUP tokens of one head, a scale per channel. With MARKS, bad[i] tells of block i."""
     i, head, group = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     source, target = tl.load(source_ids + i).to(tl.int64), tl.load(target_ids + i).to(tl.int64)
     slot, column = group * GROUP + tl.arange(0, GROUP), tl.arange(0, ROW_P)
@@ -90,6 +104,8 @@ def quantize_channels(
         at = x + source * x_page + head * x_head + slot[:, None] * x_slot + field * ROW + column[None, :]
         values = tl.load(at, mask=ok[None, :], other=0.0).to(tl.float32)
         scale, zero = fit(tl.min(values, 0), tl.max(values, 0), BITS, HAS_ZERO)
+        if MARKS:
+            mark(bad + i, values, scale, zero)
         at_table = target * t_page + head * t_head + group * DIM + field * ROW + column
         tl.store(scales + at_table, scale, mask=ok)
         if HAS_ZERO:
@@ -102,9 +118,9 @@ def quantize_channels(
 
 @triton.jit
 def quantize_tokens(
-    x, codes, scales, zeros, source_ids, target_ids, x_page, x_head, x_slot, c_page, c_head, t_page, t_head,
+    x, codes, scales, zeros, bad, source_ids, target_ids, x_page, x_head, x_slot, c_page, c_head, t_page, t_head,
     ROW: tl.constexpr, PIECE: tl.constexpr, PIECE_P: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HAS_ZERO: tl.constexpr,
+    TILE: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr, HAS_ZERO: tl.constexpr, MARKS: tl.constexpr,
 ):  # fmt: skip
     """Quantise TILE tokens of one head, a scale per token and group of channels; a group is SPAN fields of a PIECE."""
     i, head = tl.program_id(0), tl.program_id(1)
@@ -128,6 +144,8 @@ def quantize_tokens(
                 tl.store(zeros + at_table, zero, mask=slot < BLOCK)
             for field in tl.static_range(first, first + SPAN):
                 values = tl.load(at + field * ROW + piece * PIECE, mask=ok, other=0.0).to(tl.float32)
+                if MARKS:
+                    mark(bad + i, values, tl.where(slot < BLOCK, scale, 0.0), tl.where(slot < BLOCK, zero, 0.0))
                 code = encode(values, scale.to(tl.float32)[:, None], zero.to(tl.float32)[:, None], BITS, HAS_ZERO)
                 packed |= code << (field * BITS)
         at_code = codes + target * c_page + head * c_head + slot[:, None] * ROW + piece * PIECE + column[None, :]
@@ -136,8 +154,8 @@ def quantize_tokens(
 
 @triton.jit
 def quantize_fp8(
-    x, codes, scales, source_ids, target_ids, x_page, x_head, x_slot, c_page, c_head, t_page, t_head,
-    DIM: tl.constexpr, DIM_P: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr,
+    x, codes, scales, bad, source_ids, target_ids, x_page, x_head, x_slot, c_page, c_head, t_page, t_head,
+    DIM: tl.constexpr, DIM_P: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, MARKS: tl.constexpr,
 ):  # fmt: skip
     """Quantise one head of one block, one scale for all of it."""
     i, head = tl.program_id(0), tl.program_id(1)
@@ -146,10 +164,15 @@ def quantize_fp8(
     ok = (in_tile < BLOCK) & (column < DIM)
     at = x + source * x_page + head * x_head + column
     largest = tl.zeros([TILE, DIM_P], tl.float32)
+    spoilt = tl.zeros([TILE, DIM_P], tl.int32)
     for start in range(0, BLOCK, TILE):
         values = tl.load(at + (start + in_tile) * x_slot, mask=ok, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(values))
+        if MARKS:
+            spoilt = tl.maximum(spoilt, is_spoilt(values))
     stored = half_up(tl.math.div_rn(tl.max(tl.max(largest, 1), 0), 448.0))
+    if MARKS:
+        tl.store(bad + i, 1, mask=(tl.max(tl.max(spoilt, 1), 0) + is_spoilt(stored)) > 0)
     tl.store(scales + target * t_page + head * t_head, stored)
     scale = stored.to(tl.float32)
     for start in range(0, BLOCK, TILE):
@@ -248,20 +271,27 @@ def dequantize_shape(part: Part) -> dict[str, Any]:
     )  # fmt: skip
 
 
-def quantize_part(x: Tensor, views: PartViews, source_ids: Tensor, target_ids: Tensor) -> None:
-    """Quantise blocks source_ids of x [pages, heads, block, dim] to the parts of pages target_ids."""
+def quantize_part(
+    x: Tensor, views: PartViews, source_ids: Tensor, target_ids: Tensor, bad: Tensor | None = None
+) -> None:
+    """Quantise blocks source_ids of x [pages, heads, block, dim] to the parts of pages target_ids.
+
+    bad int32 [len(source_ids), or longer]: 1 is written for blocks whose values the format cannot hold.
+    """
     part, count, heads = views.part, len(source_ids), x.shape[1]
     zeros = views.scales if views.zeros is None else views.zeros
-    arguments = (source_ids, target_ids, *x.stride()[:3], *views.codes.stride()[:2], *views.scales.stride()[:2])
+    marks = source_ids if bad is None else bad
+    arguments = (marks, source_ids, target_ids, *x.stride()[:3], *views.codes.stride()[:2], *views.scales.stride()[:2])
+    marking = dict(MARKS=bad is not None)
     if part.axis == "channel":
         grid = (count, heads, part.block // part.group)
-        quantize_channels[grid](x, views.codes, views.scales, zeros, *arguments, **channels_shape(part))
+        quantize_channels[grid](x, views.codes, views.scales, zeros, *arguments, **channels_shape(part), **marking)
     elif part.axis == "token":
         shape = tokens_shape(part)
         grid = (count, heads, triton.cdiv(part.block, shape["TILE"]))
-        quantize_tokens[grid](x, views.codes, views.scales, zeros, *arguments, **shape)
+        quantize_tokens[grid](x, views.codes, views.scales, zeros, *arguments, **shape, **marking)
     else:
-        quantize_fp8[(count, heads)](x, views.codes, views.scales, *arguments, **fp8_shape(part))
+        quantize_fp8[(count, heads)](x, views.codes, views.scales, *arguments, **fp8_shape(part), **marking)
 
 
 def dequantize_part(views: PartViews, x: Tensor, source_ids: Tensor, target_ids: Tensor) -> None:

@@ -102,7 +102,7 @@ class ColdSide:
         return self.quotas.spare(self.group, "nvme", blocks, asker)
 
     def _victims(self, n: int, asker: int | None, reason: str) -> IntArray:
-        return self.group.policy.victims(n, self._may_leave(asker, reason))
+        return self.group.policy.of("nvme").victims(n, self._may_leave(asker, reason))
 
     def _take_slots(self, n: int, asker: int | None, reason: str) -> IntArray | None:
         short = n - self._free_slots()
@@ -125,9 +125,11 @@ class ColdSide:
             self.tier.free(self.index, d.nvme_slot[stored])
             d.nvme_slot[stored] = NOWHERE
             d.nvme_valid[stored] = False
+            self.group.policy.left("nvme", stored, evicted=False)
 
     def drop_copies(self, blocks: IntArray, reason: str) -> None:
         """Evict: the copies on nvme go, and with them blocks that no other tier holds."""
+        self.group.policy.left("nvme", blocks)
         self.leave(blocks)
         self.group.count_eviction("nvme", blocks, reason)
         self.group.dirty_if_alone(blocks)
@@ -142,6 +144,7 @@ class ColdSide:
         self.tier.quarantine(self.index, d.nvme_slot[blocks])
         d.nvme_slot[blocks] = NOWHERE
         d.nvme_valid[blocks] = False
+        group.policy.left("nvme", blocks, evicted=False)
         group.dirty_if_alone(blocks)
         group.unname_lost(blocks)
 
@@ -152,6 +155,7 @@ class ColdSide:
         source = d.nvme_slot[blocks]
         host_slots = group.forms.stage(blocks, host_slots, below=True)
         d.host_slot[blocks] = host_slots
+        group.policy.entered("host", blocks)
         group.host.writer[host_slots] = d.owner[blocks]
         d.nvme_holds[blocks] += 1
         d.nvme_hit[blocks] = True
@@ -173,6 +177,7 @@ class ColdSide:
         slots = d.host_slot[blocks]
         group.host.holds[slots] += 1  # rule 7
         d.nvme_slot[blocks] = targets
+        group.policy.entered("nvme", blocks)
         d.nvme_holds[blocks] += 1
         d.nvme_hit[blocks] = False
         stamps, parents = self._stamps_for(blocks)
@@ -211,6 +216,7 @@ class ColdSide:
         self._drop_half_read(move.target[~good])
         bad = move.blocks[~good]
         d.host_slot[bad] = NOWHERE
+        group.policy.left("host", bad, evicted=False)
         if len(bad):
             self.lose_copies(bad)
 
@@ -232,6 +238,7 @@ class ColdSide:
         if bad.any():
             self.tier.free(self.index, move.target[bad])
             d.nvme_slot[move.blocks[bad]] = NOWHERE
+            group.policy.left("nvme", move.blocks[bad], evicted=False)
         self._note_writes(written)
         self._drop_stale(move)
 

@@ -20,7 +20,7 @@ from ..tiers.nvme.commit import check_durability
 from ..tiers.nvme.disk_settings import MAX_IO_DEPTH, MAX_SEGMENT_BYTES, MIN_SEGMENT_BYTES, settings_for
 from ..tiers.nvme.sealing import MIN_SECRET_BYTES
 from ..tiers.owners import owner_tag
-from .policies.registry import check_live_policy
+from .policies.registry import check_policy
 from .quota import NamespaceQuota, Size, check_floors, parse_quota
 from .settings import read_settings
 
@@ -264,7 +264,7 @@ class PagerConfig:
                 f"low_watermark={self.low_watermark}, high_watermark={self.high_watermark}: "
                 "need 0 <= low_watermark <= high_watermark < 1"
             )
-        check_live_policy(self.policy, self.window)
+        check_policy(self.policy, self.window)
         if self.sinks < 0:
             raise ConfigError(f"sinks={self.sinks}: the number of sink tokens must not be negative")
         if self.backend not in ("auto", "cpu", "cuda"):

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -31,7 +32,7 @@ from .inspection.observer import Observer
 from .integrity import Fact, check_group, facts
 from .keys import KeyChain, unsalted
 from .page_table import BlockTable, Sequence, num_blocks_of
-from .policies.registry import Setting, make_policy
+from .policies.registry import Setting, make_policy_of_tiers
 from .quota import Quotas
 from .reclaim import Reclaimer
 from .remembered import Remembered
@@ -101,10 +102,15 @@ class Core:
                 nvme=nvme,
                 quotas=quotas,
                 admission=admission,
-                policy=make_policy(
+                policy=make_policy_of_tiers(
                     # of a windowed group a step reads no whole chains, and what it does not read is soon dropped
                     "lru" if config.policy == "auto" and layout.window is not None else config.policy,
                     Setting(sizes.pages[i] + sizes.host_slots[i], self.block_size, config.window, config.sinks, clock),
+                    {
+                        "device": (sizes.pages[i], partial(self.costs.load_cost, i, "device")),
+                        "host": (sizes.host_slots[i], partial(self.costs.load_cost, i, "host")),
+                        "nvme": (0 if nvme is None else nvme.num_slots(i), partial(self.costs.load_cost, i, "nvme")),
+                    },
                 ),
                 counters=self.counters,
                 ghosts=self.ghosts,
@@ -282,7 +288,7 @@ class Core:
             blocks = blocks[d.owner[blocks] == of]
         if group.cold is not None:
             blocks = blocks[group.cold.may_sink(blocks)]
-        return self.sink_blocks(group, group.policy.victims(n, blocks), reason)
+        return self.sink_blocks(group, group.policy.of("host").victims(n, blocks), reason)
 
     def sink_blocks(self, group: BlockGroup, blocks: IntArray, reason: str) -> int:
         started = 0

@@ -8,6 +8,7 @@ K/V on a guess. Pure arithmetic: no clock, and nothing moves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING
 
@@ -42,6 +43,18 @@ class Costs:
         if seconds <= 0:
             return nbytes / USUAL_BYTES_PER_S[direction]
         return nbytes * seconds / max(1.0, self._counters.get("moved_bytes", direction=direction))
+
+    def load_cost(self, index: int, tier: str) -> float:
+        """Time to load a block of that layer group from the tier below over that to compute it; inf where none is below."""
+        if not self._tokens or len(self.groups) <= index:
+            return math.inf
+        group = self.groups[index]
+        computing = self._block_size * self.compute_s_per_token / len(self.groups)
+        if tier == "device" and len(group.host):
+            return self.load_s(group.tier_bytes("host"), "host_to_device") / computing
+        if tier == "host" and group.cold is not None:
+            return self.load_s(group.cold_bytes, "nvme_to_host") / computing
+        return math.inf
 
     def is_load_quicker(self) -> bool:
         """Whether a block of the cold tier is back on the device, in all groups, before it could be computed."""

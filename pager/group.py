@@ -154,7 +154,12 @@ class BlockGroup:
 
     def note_new(self, blocks: IntArray) -> None:
         self.policy.grow(len(self.directory.depth))
-        self.policy.on_insert(blocks, self.directory.depth[blocks])
+        d = self.directory
+        self.policy.on_insert(blocks, d.depth[blocks])
+        for tier, place in (("device", d.page), ("host", d.host_slot), ("nvme", d.nvme_slot)):
+            there = blocks[place[blocks] >= 0]
+            if len(there):
+                self.policy.entered(tier, there)
 
     def ref(self, blocks: IntArray) -> None:
         np.add.at(self.directory.refs, blocks, 1)
@@ -228,6 +233,7 @@ class BlockGroup:
         if len(hosted):
             self.host.drop(self.directory.host_slot[hosted])
             self.directory.host_slot[hosted] = NOWHERE
+            self.policy.left("host", hosted, evicted=False)
 
     # ------------------------------------------------------------------ device pages
     def take_pages(self, n: int) -> IntArray | None:
@@ -261,7 +267,7 @@ class BlockGroup:
         d = self.directory
         blocks = self.pages.block[(self.pages.state == PageState.DIRTY) & self.pages.idle()]
         blocks = self.unpinned_by_ttl(blocks[d.refs[blocks] == 0])
-        victims = self.policy.victims(n, blocks)
+        victims = self.policy.of("device").victims(n, blocks)
         self._drop_dirty(victims, "no_room_below")
         return len(victims)
 
@@ -274,10 +280,10 @@ class BlockGroup:
 
     def _drop_dirty(self, victims: IntArray, reason: str) -> None:
         self.note("dropped", "device", victims, reason, self.policy.name)
+        self.count_eviction("device", victims, reason)
         for block in victims.tolist():
             self._remember_ghost(block, "device", reason)
             self.directory.unbind(block)
-        self.count_eviction("device", victims, reason)
         self.discard_dead(victims)
 
     def adopt_page(self, blocks: IntArray, pages: IntArray) -> None:
@@ -386,6 +392,7 @@ class BlockGroup:
         d.page[blocks] = pages
         self.pages.copies[pages] += 1
         self.host.holds[slots] += 1  # rule 7
+        self.policy.entered("device", blocks)
         self.order(stream, COPY_IN, pages)  # rule 2
         self.forms.get(stream, pages, slots)
         self.submit("host_to_device", blocks, slots, pages, stream.record(), reason)
@@ -403,6 +410,7 @@ class BlockGroup:
         slots = self.forms.stage(blocks, slots)
         self.slab.begin_write(slots)
         d.host_slot[blocks] = slots
+        self.policy.entered("host", blocks)
         self.order(stream, COPY_OUT, pages)  # rule 3
         self.forms.put(stream, slots, pages)
         event = stream.record()
@@ -480,6 +488,7 @@ class BlockGroup:
         self.pages.step(move.target[good], COPY_IN.ends)
         self.pages.step(move.target[~good], COPY_IN.fails)
         d.page[move.blocks[~good]] = NOWHERE  # rule 8: never published
+        self.policy.left("device", move.blocks[~good], evicted=False)
         self.forms.rounded(move.blocks[good], move.source[good])
         self._drop_changed(move.blocks[~intact])
         blocks, pages = move.blocks[good], move.target[good]
@@ -510,6 +519,7 @@ class BlockGroup:
         self.host.publish(move.target[whole & staged])
         self.host.drop(move.target[~whole])
         d.host_slot[move.blocks[~whole]] = NOWHERE
+        self.policy.left("host", move.blocks[~whole], evicted=False)
         if isinstance(error := move.event.error, UnpackableError):
             self.forms.keep_whole(move.blocks[np.isin(move.source, error.rows)])
 
@@ -562,11 +572,13 @@ class BlockGroup:
     def _remember_ghost(self, block: int, tier: str, reason: str) -> None:
         key = self.directory.key[block]
         if key is not None:
+            self.policy.gone(block, key)
             self.ghosts.remember(key, Ghost(tier, self.clock(), reason, int(self.directory.owner[block])))
 
     def count_eviction(self, tier: str, blocks: IntArray, reason: str) -> None:
         self.note("evicted", tier, blocks, reason, self.policy.name)
         fetched.left(self, blocks, tier)
+        self.policy.left(tier, blocks)
         if reason == "pressure" and tier != "nvme" and not self.directory.is_released[blocks].all():
             self.tight_s = self.clock()
         self.counters.add("evicted_blocks", len(blocks), tier=tier, reason=reason)

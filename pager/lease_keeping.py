@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..tiers.errors import BlockMissError
+from . import hints
 from .page_table import dropped_from_window
 from .prefix import rewind
 from .selecting import Picked, SliceSelection
@@ -78,6 +79,9 @@ class LeaseKeeper:
                         blocks = table.ids[dead]
                         table.put(dead, NOWHERE)
                         group.unref(blocks)
+                        hints.demote(
+                            group, blocks[group.directory.refs[blocks] == 0]
+                        )  # out of every window: first to leave
             num_tokens = sum([span.end - span.start for span in lease.spans])
             core.counters.add("stored_tokens" if lease.is_write_only else "computed_tokens", num_tokens)
 
@@ -143,6 +147,7 @@ class LeaseKeeper:
                 if block >= 0 and group.directory.key[block] is None:
                     if group.directory.bind(block, seq.keys[i], parent, size):
                         core.ghosts.forget(seq.keys[i])
+                        group.policy.named(block, seq.keys[i])
                     else:
                         self._use_twin(group, table, i, seq.keys[i])
 

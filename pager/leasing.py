@@ -21,6 +21,7 @@ from .page_table import Sequence, num_blocks_of, visible_blocks
 from .prefix import lose
 from .rules import Rule
 from .selecting import SliceSelection
+from .siblings import read_along
 from .states import APPEND, IntArray, PageState
 from .streaming import SliceStream, StagingRing
 
@@ -311,7 +312,7 @@ class LeaseFiller:
             slots = group.take_host_slots(wanted, keep_clean=not is_stuck, asker=asker)
             if slots is None:
                 break
-            group.cold.read(batch, slots, "demand")
+            read_along(group, batch, slots, asker)
             started += len(batch)
         return started
 

@@ -29,6 +29,9 @@ class Leaving:
     def __init__(self, group: BlockGroup) -> None:
         self._group = group
         self._hand = 0  # page at which the next search begins
+        self.is_host_first = (
+            False  # no tier above the host: what is not used soon leaves there, as elsewhere the device
+        )
 
     # ------------------------------------------------------------------ device pages
     def clean_pages(self) -> int:
@@ -64,23 +67,23 @@ class Leaving:
             candidates = np.concatenate([candidates, found[~is_working]])
             working = np.concatenate([working, found[is_working]])
             self._hand, looked = (self._hand + size) % total, looked + size
-        return self._ranked(n, (*self._by_demotion(candidates), working))
+        return self._ranked(n, "device", (*self._by_demotion(candidates), working))
 
     def first_to_go_down(self, n: int, dirty: IntArray) -> IntArray:
         """n of these dirty blocks: those that are not used soon, then as the policy ranks them, the working set last."""
         is_working = self._group.working.holds(dirty)
-        return self._ranked(n, (*self._by_demotion(dirty[~is_working]), dirty[is_working]))
+        return self._ranked(n, "device", (*self._by_demotion(dirty[~is_working]), dirty[is_working]))
 
     def _by_demotion(self, blocks: IntArray) -> tuple[IntArray, IntArray]:
         """Those that somebody said are not used soon, and the others."""
         is_demoted = self._group.directory.is_demoted[blocks]
         return blocks[is_demoted], blocks[~is_demoted]
 
-    def _ranked(self, n: int, classes: Iterable[IntArray]) -> IntArray:
-        """Up to n blocks: class after class, within each as the policy ranks them."""
-        chosen = np.empty(0, np.int64)
+    def _ranked(self, n: int, tier: str, classes: Iterable[IntArray]) -> IntArray:
+        """Up to n blocks: class after class, within each as the policy ranks them in that tier."""
+        chosen, policy = np.empty(0, np.int64), self._group.policy.of(tier)
         for blocks in classes:
-            chosen = np.concatenate([chosen, self._group.policy.victims(n - len(chosen), blocks)])
+            chosen = np.concatenate([chosen, policy.victims(n - len(chosen), blocks)])
             if len(chosen) >= n:
                 break
         return chosen
@@ -101,7 +104,7 @@ class Leaving:
 
     def first_host_copies(self, n: int, keep_clean: bool, asker: int | None, of: int | None = None) -> IntArray:
         """Up to n host copies that may go, first to leave first."""
-        return self._ranked(n, self._may_leave(keep_clean, asker, of))
+        return self._ranked(n, "host", self._may_leave(keep_clean, asker, of))
 
     def _may_leave(self, keep_clean: bool, asker: int | None, of: int | None) -> Iterator[IntArray]:
         """Host copies that may go, by class: those that cost least come first. `of`: that namespace's alone."""
@@ -116,6 +119,10 @@ class Leaving:
             blocks = blocks[d.owner[blocks] == of]
         blocks = group.quotas.spare(group, "host", blocks, asker)
         coming = group.working.holds(blocks) & ~d.in_device(blocks)  # read from nvme on their way up
+        if self.is_host_first and d.is_demoted[blocks].any():
+            stays = ~d.is_demoted[blocks]
+            yield from self._by_cost(blocks[~stays], keep_clean)
+            blocks, coming = blocks[stays], coming[stays]
         yield from self._by_cost(blocks[~coming], keep_clean)
         if not keep_clean and coming.any():  # a dirty page has to go down, or somebody would wait for ever
             yield from self._by_cost(blocks[coming], keep_clean)

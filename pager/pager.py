@@ -37,6 +37,7 @@ from .lookups import begin_turn, count_lookup
 from .page_table import Sequence as TokenSequence
 from .page_table import num_blocks_of
 from .parking import Parking
+from .policies.base import FloatArray
 from .prefetching import Prefetcher
 from .prefix import Match, adopt, adopt_tail, bring_back_s, next_cached_block, peek, residency, rewind
 from .reading import BlockReader, HeldBlocks
@@ -203,6 +204,11 @@ class Pager:
     def policy(self) -> str:
         """Name of the order in which blocks leave a tier."""
         return self._core.config.policy
+
+    @property
+    def weighs_mass(self) -> bool:
+        """Whether the policy wants to know how much attention blocks draw (`note_mass`)."""
+        return self.policy == "importance"
 
     @property
     def counters(self) -> Counters:
@@ -516,6 +522,20 @@ class Pager:
             raise
         return lease
 
+    def note_mass(self, lease: Lease, group: int, span: int, mass: FloatArray) -> None:
+        """How much attention the newest token of a span gave to each block that its table lists, in any unit; [width].
+
+        While the lease is held. Without a policy that weighs it nothing changes.
+        """
+        held = lease.groups[group]
+        blocks = self._core.groups[group].pages.block[
+            held.tables[span][: num_blocks_of(held.kv_lens[span], self.block_size)]
+        ]
+        mass = mass[: len(blocks)]
+        if len(mass) and (most := float(mass.max())) > 0:
+            with self._core.lock:
+                self._core.groups[group].policy.on_mass(blocks, mass / most)
+
     # ------------------------------------------------------------------ K/V in and out without a model step
     def read_blocks(self, seq: int, group: int, *, timeout_s: float = 30.0) -> Generator[HeldBlocks]:
         """Visit the blocks of one layer group that the sequence's next token sees, each in the fastest tier that holds it.
@@ -542,9 +562,11 @@ class Pager:
     def pin(self, seq: int, ttl_s: float) -> None:
         """Keep the blocks of this sequence from leaving any tier for ttl_s seconds, also after it has ended."""
         with self._core.lock:
-            until_s = self._core.clock() + ttl_s
-            for group, table in zip(self._core.groups, self._core.sequence(seq).tables, strict=True):
+            until_s, state = self._core.clock() + ttl_s, self._core.sequence(seq)
+            for group, table in zip(self._core.groups, state.tables, strict=True):
                 hints.pin(group, table.ids[table.ids >= 0], until_s)
+            if self._remote is not None:
+                self._remote.mark(self._keys_of(state), "pin", ttl_s)
 
     def prefetch(self, seqs: int | Sequence[int], *, for_anybody: bool = False) -> int:
         """These sequences, or requests with their known tokens, run soon: bring up what they will read, before anybody waits.
@@ -555,7 +577,14 @@ class Pager:
         """
         with self._core.locked():
             named = [self._core.sequence(seq) for seq in ([seqs] if isinstance(seqs, int) else seqs)]
-            return self._prefetcher.start(named, for_anybody=for_anybody)
+            started = self._prefetcher.start(named, for_anybody=for_anybody)
+            if self._remote is not None:
+                for seq in named:
+                    whole = len(seq.token_ids) // self.block_size
+                    if len(seq.keys) < whole:  # else it would begin with a copy of all token ids
+                        seq.chain.extend(seq.keys, seq.token_ids[: whole * self.block_size])
+                    self._remote.expect(seq.id, seq.keys)
+            return started
 
     def take_turns(self, seqs: Sequence[int]) -> None:
         """These sequences run in turns from now on, and those of the last call no longer, unless they are among these.
@@ -614,6 +643,8 @@ class Pager:
                 group.evict(blocks[idle & (state == PageState.RESIDENT)], "demote")
                 self._core.write_back_blocks(group, blocks[idle & (state == PageState.DIRTY)], "demote")
                 hints.demote(group, blocks)
+            if self._remote is not None:
+                self._remote.mark(self._keys_of(self._core.sequence(seq)), "demote")
 
     # ------------------------------------------------------------------ sessions
     def park(self, session_id: str, seq: int, extra: dict[str, Any] | None = None, *, timeout_s: float = 120.0) -> None:

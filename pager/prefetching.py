@@ -234,7 +234,7 @@ class Prefetcher:
         ready = ready[: max(0, min(budget, pages.num_free + len(idle) - keep))]
         short = len(ready) - pages.num_free
         if short > 0:
-            group.evict(group.policy.victims(short, idle), "prefetch")
+            group.evict(group.policy.of("device").victims(short, idle), "prefetch")
         for batch in _batches(group, ready):
             group.promote(batch, pages.take_free(len(batch)), "prefetch")
             fetched.started(group, batch, "device")
@@ -258,7 +258,7 @@ class Prefetcher:
         cold, count = forms.fitting(cold[:budget], host.num_free // 2 + forms.slots_held(idle), below=True)
         short = count - host.num_free
         if short > 0:
-            victims, _ = forms.giving(group.policy.victims(short, idle), short)
+            victims, _ = forms.giving(group.policy.of("host").victims(short, idle), short)
             group.drop_host_copies(victims, "prefetch")
         cold, _ = forms.fitting(cold, host.num_free, below=True)
         for batch in _batches(group, cold):

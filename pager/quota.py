@@ -5,7 +5,8 @@ moves a block.
               one tier above
     floor     below it a namespace loses nothing to others; its own blocks may still make room for its own
     rate      bytes a second to nvme; over it, blocks stay above (and may be dropped there if nobody refers to them)
-    pins      slots of the host tier that clients of the namespace may hold at a time, to read or to write
+    pins      slots of the host tier that clients of the namespace may hold at a time, to read or to write, and blocks, wherever
+              they are, that they have pinned for a time
 
 Bytes are of the tier, on disk padding included. Cost: nothing where no namespace has a quota; else one pass over the
 directory's arrays per question, as a choice of victims costs anyhow.
@@ -143,7 +144,7 @@ class Quotas:
             own = np.flatnonzero(owners == owner)
             above = max(0, self.used_bytes(tier, owner) - floor) // _block_bytes(group, tier)
             if above < len(own):
-                may_go[own] = np.isin(blocks[own], group.policy.victims(above, blocks[own]))
+                may_go[own] = np.isin(blocks[own], group.policy.of(tier).victims(above, blocks[own]))
         return blocks[may_go]
 
     # ------------------------------------------------------------------ ceilings
@@ -174,7 +175,7 @@ class Quotas:
             count = self._num_by_rate(group, owner, len(own))
             room = self.room(group, "nvme", owner)
             if room is not None:
-                victims = group.policy.victims(max(0, count - room), self.unreferenced(group, owner))
+                victims = group.policy.of("nvme").victims(max(0, count - room), self.unreferenced(group, owner))
                 evicted.append(victims)
                 count = min(count, max(0, room + len(victims)))
             admitted[own[count:]] = False
@@ -188,7 +189,7 @@ class Quotas:
 
     # ------------------------------------------------------------------ pins
     def pins_left(self, owner: int) -> int | None:
-        """Slots that its clients may still take; None: any. Copies of the pager's own count while they run."""
+        """Slots that its clients may still take, or blocks pin; None: any. Copies of the pager's own count while they run."""
         quota = self._quotas.get(owner)
         if quota is None or quota.pins is None:
             return None
@@ -196,6 +197,11 @@ class Quotas:
         for group in self._groups:
             is_held = (group.host.holds > 0) | (group.host.state == SlotState.STAGING)
             held += int((is_held & _held(group, "host", owner)).sum())
+            if group.last_pin_s > group.clock():
+                d = group.directory
+                pinned = np.flatnonzero((d.pinned_until > group.clock()) & (d.owner == owner) & d.is_live)
+                slots = d.host_slot[pinned]
+                held += int(((slots < 0) | ~is_held[slots]).sum())
         return max(0, quota.pins - held)
 
     # ------------------------------------------------------------------ rates

@@ -82,7 +82,7 @@ class Reclaimer:
         over = hints.given_up(group, blocks)
         is_light = len(blocks) - int(over.sum()) <= self._cap
         may_stay = blocks[~must & ~over & (is_light | d.nvme_hit[blocks])]
-        coldest_first = group.policy.victims(len(may_stay), may_stay)
+        coldest_first = group.policy.of("nvme").victims(len(may_stay), may_stay)
         kept = np.concatenate([kept, coldest_first[max(0, len(may_stay) - (self._cap - len(kept))) :]])
         try:
             targets = self._tier.allocate(self._index, len(kept), not_in=segment)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from .errors import TierUnavailableError
+from .streams import Verdict
 
 SHORTEST_LOOK_S, LONGEST_LOOK_S = 50e-6, 500e-6  # between two looks while something is under way
 
@@ -26,14 +27,24 @@ class Native(Protocol):
 
 
 class PolledEvent:
-    """Event of a device. Keeps the memory of its copies alive until somebody saw that it is done."""
+    """Event of a device. Keeps the memory of its copies alive until somebody saw that it is done.
 
-    __slots__ = ("_is_done", "error", "keeps", "native")
+    Then it asks the verdicts of the work before it; the first error is its own.
+    """
 
-    def __init__(self, native: Native, error: BaseException | None = None, keeps: object = None) -> None:
+    __slots__ = ("_is_done", "_verdicts", "error", "keeps", "native")
+
+    def __init__(
+        self,
+        native: Native,
+        error: BaseException | None = None,
+        keeps: object = None,
+        verdicts: tuple[Verdict, ...] = (),
+    ) -> None:
         self.native = native
         self.error = error
         self.keeps = keeps
+        self._verdicts = verdicts
         self._is_done = False
 
     def is_done(self) -> bool:
@@ -68,7 +79,9 @@ class PolledEvent:
 
     def _finish(self, is_done: bool) -> None:
         if is_done:
-            self._is_done = True
+            for verdict in self._verdicts if self.error is None else ():
+                self.error = self.error or verdict()
+            self._is_done = True  # after the error: another thread may look
             self.keeps = None
 
 
@@ -77,6 +90,7 @@ class Pending(threading.local):
 
     error: BaseException | None = None
     keeps: tuple[object, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
 
 
 class Completions:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from .errors import TierUnavailableError
 from .memory import aligned_rows
 from .staged import StagedWorkers
-from .streams import DONE, POISON, Event, IntArray, Progress, Rows, copy_rows_now
+from .streams import DONE, POISON, Event, IntArray, Progress, Rows, Work, copy_rows_now
 from .workers import HostEvent as HostEvent
 from .workers import SharedJobs as SharedJobs
 from .workers import Workers as Workers
@@ -62,7 +62,7 @@ class CpuStream:
 
         self.run(copy)
 
-    def run(self, fn: Callable[[], None]) -> None:
+    def run(self, fn: Work) -> None:
         def guarded() -> None:
             try:
                 fn()
@@ -106,7 +106,7 @@ class CallerStream:
     def copy_rows(self, target: Rows, target_rows: IntArray, source: Rows, source_rows: IntArray) -> None:
         copy_rows_now(target, target_rows, source, source_rows)
 
-    def run(self, fn: Callable[[], None]) -> None:
+    def run(self, fn: Work) -> None:
         fn()
 
     def wait(self, event: Event) -> None:

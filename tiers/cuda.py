@@ -26,7 +26,7 @@ from .errors import ConfigError, TierUnavailableError
 from .machine import Machine
 from .memcpy_batch import LEGACY_STREAMS, MemcpyBatch, dotted, driver_too_old_for, driver_version
 from .staged import StagedWorkers
-from .streams import Event, IntArray, Progress, Rows
+from .streams import Event, IntArray, Progress, Rows, Verdict, Work
 
 CopyPath = Literal["batch", "runs", "torch"]
 COPY_PATHS: tuple[CopyPath, ...] = ("batch", "runs", "torch")  # best first
@@ -175,18 +175,20 @@ class CopyStream(_Stream):
             if self._pending.error is None:
                 self._pending.error = unavailable(f"stream {self.name!r}: a copy could not be queued", error)
 
-    def run(self, fn: Callable[[], None]) -> None:
+    def run(self, fn: Work) -> None:
         """What the host's part of it raises marks the event recorded after it, as on every copy stream."""
         try:
             with torch.cuda.stream(self._stream):
-                fn()
+                verdict = fn()
+            if verdict is not None:
+                self._pending.verdicts += (verdict,)
         except Exception as error:
             self._pending.error = self._pending.error or error
 
     def record(self) -> PolledEvent:
         pending = self._pending
-        event = _recorded(self._stream, pending.error, pending.keeps)
-        pending.error, pending.keeps = None, ()
+        event = _recorded(self._stream, pending.error, pending.keeps, pending.verdicts)
+        pending.error, pending.keeps, pending.verdicts = None, (), ()
         self._completions.watch(self.name, event)
         return event
 
@@ -215,7 +217,8 @@ class ComputeStream(_Stream):
         except RuntimeError as error:
             raise unavailable(f"stream {self.name!r}: a copy could not be queued", error) from error
 
-    def run(self, fn: Callable[[], None]) -> None:
+    def run(self, fn: Work) -> None:
+        """Work whose verdict somebody waits for belongs on a copy stream."""
         fn()
 
     def record(self) -> PolledEvent:
@@ -223,9 +226,14 @@ class ComputeStream(_Stream):
         return _recorded(self._stream)
 
 
-def _recorded(stream: torch.cuda.Stream, error: BaseException | None = None, keeps: object = None) -> PolledEvent:
+def _recorded(
+    stream: torch.cuda.Stream,
+    error: BaseException | None = None,
+    keeps: object = None,
+    verdicts: tuple[Verdict, ...] = (),
+) -> PolledEvent:
     native = torch.cuda.Event(blocking=True)
-    event = PolledEvent(native, error, keeps)
+    event = PolledEvent(native, error, keeps, verdicts)
     try:
         native.record(stream)
     except RuntimeError as cause:

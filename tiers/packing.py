@@ -2,7 +2,8 @@
 
 The arithmetic is kernels/'s, which loads torch; nothing here is loaded until a tier has a format. Works on rows of
 blocks where they are, on the device that they are on. Guards: only what is whole is packed, and a block whose values a
-format cannot hold (not finite, or too large for its scales) is named and stays as it is.
+format cannot hold (not finite, or too large for its scales) is named and stays as it is. On a GPU nobody waits to find
+out: its kernels mark such blocks, the marks follow to the host, and the copy's event tells.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from ..kernels.uploads import to_device
 from ..kernels.views import layer_views
 from .errors import ConfigError, UnpackableError
 from .formats import BlockFormat
-from .streams import IntArray, Rows
+from .streams import IntArray, Rows, Verdict
 
 
 def check_torch(fmt: BlockFormat, *, name: str) -> None:
@@ -28,11 +29,15 @@ def check_torch(fmt: BlockFormat, *, name: str) -> None:
         raise ConfigError(f"{name}={fmt.text!r}: torch {torch.__version__} has no float8_e4m3fn; use int8")
 
 
-def pack(fmt: BlockFormat, blocks: Rows, block_ids: IntArray, packed: Rows, packed_ids: IntArray) -> None:
+def pack(fmt: BlockFormat, blocks: Rows, block_ids: IntArray, packed: Rows, packed_ids: IntArray) -> Verdict | None:
     """packed[packed_ids[i]] becomes the packed form of blocks[block_ids[i]]. Raises UnpackableError, having packed the others.
+
+    On a GPU it raises nothing of the kind and returns a verdict, which gives that error once the device is done.
 
     Shapes: blocks uint8 [n, block_bytes of the layout], packed uint8 [m, fmt.block_bytes], numpy or of one device.
     """
+    if not isinstance(blocks, np.ndarray) and blocks.is_cuda:
+        return pack_unseen(fmt, blocks, block_ids, packed, packed_ids)
     try:
         _pack(fmt, blocks, block_ids, packed, packed_ids)
     except ValueError as error:
@@ -42,6 +47,21 @@ def pack(fmt: BlockFormat, blocks: Rows, block_ids: IntArray, packed: Rows, pack
         if bad:
             raise UnpackableError(block_ids[bad], str(error)) from error
         raise
+    return None
+
+
+def pack_unseen(fmt: BlockFormat, blocks: Tensor, block_ids: IntArray, packed: Tensor, packed_ids: IntArray) -> Verdict:
+    """As `pack`, without looking at any value: everything is queued on the current stream, and the verdict looks."""
+    bad = torch.zeros(len(block_ids), dtype=torch.int32, device=blocks.device)
+    _pack(fmt, blocks, block_ids, packed, packed_ids, bad)
+    told = torch.empty(bad.shape, dtype=bad.dtype, pin_memory=bad.is_cuda).copy_(bad, non_blocking=True)
+
+    def verdict() -> UnpackableError | None:
+        found = told.numpy() != 0
+        why = "values are not finite or too large for float16 scales; they stay in full precision"
+        return UnpackableError(block_ids[found], f"{fmt.text}: {why}") if found.any() else None
+
+    return verdict
 
 
 def unpack(fmt: BlockFormat, packed: Rows, packed_ids: IntArray, blocks: Rows, block_ids: IntArray) -> None:
@@ -64,7 +84,9 @@ def unpack_layer(
     dequantize_blocks(source, page_ids, k, v, slice_ids, page)
 
 
-def _pack(fmt: BlockFormat, blocks: Rows, block_ids: IntArray, packed: Rows, packed_ids: IntArray) -> None:
+def _pack(
+    fmt: BlockFormat, blocks: Rows, block_ids: IntArray, packed: Rows, packed_ids: IntArray, bad: Tensor | None = None
+) -> None:
     source, target, size = _tensor(blocks), _tensor(packed), fmt.layout.layer_bytes
     target.index_fill_(0, _ids(packed_ids, target), 0)  # between the parts lies what was there before: another's block
     for layer, page in enumerate(fmt.layers):
@@ -73,7 +95,7 @@ def _pack(fmt: BlockFormat, blocks: Rows, block_ids: IntArray, packed: Rows, pac
         if page is None:
             pages[_ids(packed_ids, target)] = values[_ids(block_ids, source)]
         else:
-            quantize_blocks(*_values(fmt, values), block_ids, pages, packed_ids, page)
+            quantize_blocks(*_values(fmt, values), block_ids, pages, packed_ids, page, bad=bad)
 
 
 def _is_packed(fmt: BlockFormat, blocks: Rows, block_ids: IntArray, packed: Rows, packed_ids: IntArray) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .memory import aligned_rows
-from .streams import POISON, AllDone, Event, IntArray, Rows, Steps, copy_rows_now
+from .streams import POISON, AllDone, Event, IntArray, Rows, Steps, Work, copy_rows_now
 
 Step = Callable[[], bool]  # runs once more; True when the operation is over
 
@@ -70,7 +70,7 @@ class SimulatedStream:
 
         self._push(step)
 
-    def run(self, fn: Callable[[], None]) -> None:
+    def run(self, fn: Work) -> None:
         def step() -> bool:
             try:
                 fn()

@@ -19,6 +19,8 @@ from .memory import aligned_rows as aligned_rows
 from .runs import IntArray, plan_runs
 
 Steps = tuple[Callable[[], None], Callable[[], None], Callable[[], None]]  # before a disk call, the call, after it
+Verdict = Callable[[], BaseException | None]  # what became of work on a device, asked once it is done
+Work = Callable[[], Verdict | None]
 Rows = Any  # uint8 [rows, row_bytes]: numpy (host, CPU device) or a torch CUDA tensor (device)
 
 
@@ -44,8 +46,11 @@ class Stream(Protocol):
     def copy_rows(self, target: Rows, target_rows: IntArray, source: Rows, source_rows: IntArray) -> None:
         """target[target_rows[i]] <- source[source_rows[i]], one submission for many rows. Rows may be column slices."""
 
-    def run(self, fn: Callable[[], None]) -> None:
-        """Host work in stream order; stands for a kernel where there is no GPU."""
+    def run(self, fn: Work) -> None:
+        """Host work in stream order; stands for a kernel where there is no GPU.
+
+        What only a device can tell is a verdict: it is asked when the event recorded next is done, and is its error.
+        """
 
     def wait(self, event: Event) -> None:
         """Later work on this stream starts after the event."""

@@ -13,6 +13,7 @@ from ..tiers.errors import KvTierError
 from .format_flags import add_format_flags
 
 BENCHES = {
+    "demo": "the demo's first token after its restart, against its prefill and against another checkout",
     "attention": "attention over pages, full and compressed, against torch on contiguous KV and the memory's speed",
     "accuracy": "needles found, and by what margin, with KV in 8, 4 and 2 bits or from selected pages",
     "select": "selected attention at 128K tokens: needles found, pages and bytes read, against reading everything",

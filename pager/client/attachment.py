@@ -135,11 +135,12 @@ class Attachment:
         if keys:
             self.connection.call_patiently(m.Unhold(self.epoch, self.store, group, keys), m.Unheld)
 
-    def hint(self, keys: list[bytes], hint: str) -> None:
+    def hint(self, keys: list[bytes], hint: str, ttl_ms: int = 0) -> None:
         """Of the last MAX_KEYS of a chain. An older daemon is told nothing."""
-        if keys and m.HINTS in self.connection.welcome.features:
+        feature = m.MARKS if hint in (m.PIN, m.DEMOTE) else m.HINTS
+        if keys and feature in self.connection.welcome.features:
             blob = b"".join(keys[-m.MAX_KEYS :])
-            self.connection.call_patiently(m.Hint(self.epoch, self.store, blob, hint), m.Hinted)
+            self.connection.call_patiently(m.Hint(self.epoch, self.store, blob, hint, ttl_ms), m.Hinted)
 
     def used(self, keys: list[bytes], num_tokens: int, found: Match, *, is_turn: bool) -> None:
         """A request came, of at most MAX_KEYS whole blocks. An older daemon counts look-ups instead.

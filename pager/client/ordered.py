@@ -16,7 +16,7 @@ import numpy as np
 
 from ...tiers.cpu import HostEvent, Workers
 from ...tiers.errors import KvTierError, TierUnavailableError
-from ...tiers.streams import AllDone, Event, ForeignCopy, IntArray, Rows, Stream
+from ...tiers.streams import AllDone, Event, ForeignCopy, IntArray, Rows, Stream, Work
 from ..wire.messages import MAX_COPIES, MAX_COPY_BYTES
 from .orders import CopyOrders
 
@@ -118,7 +118,7 @@ class OrderedStream:
         sent, self._sent = self._sent, []
         return ForeignCopy(AllDone([one.done for one in sent]), AllDone([one.source for one in sent]))
 
-    def run(self, fn: Callable[[], None]) -> None:
+    def run(self, fn: Work) -> None:
         self._own.run(fn)
 
     def synchronize(self, timeout_s: float | None = None) -> bool:

@@ -34,6 +34,7 @@ from .tier import RemoteTier
 
 IPC = "ipc"  # of config.transfer
 _CLOSE_S = 5.0
+_MAX_EXPECTED = 1024
 PRIVATE_HOST_BYTES = 64 << 20  # of our own, where the daemon's memory is not ours to map and host_bytes is not given
 
 
@@ -51,6 +52,7 @@ class Remote:
     ) -> None:
         self._core, self._tier, self._sharing, self._link, self._slabs = core, tier, sharing, link, slabs
         self._copies = copies
+        self._expected: dict[int, int] = {}  # sequences whose blocks the daemon was asked to bring up: how many
 
     @classmethod
     def connect(
@@ -176,6 +178,20 @@ class Remote:
         """Tell the daemon, in the background, what we know of a chain of blocks; see HINT in the protocol."""
         if keys and self.is_up:
             self._tier.hint(keys, hint)
+
+    def mark(self, keys: list[bytes], hint: str, ttl_s: float = 0.0) -> None:
+        """As `hint`, for what the daemon can only do to blocks that it has: told once it has those that are on their way."""
+        with self._core.lock:
+            self._sharing.marks.note(keys, hint, ttl_s)
+
+    def expect(self, seq: int, keys: list[bytes]) -> None:
+        """This sequence will soon read the blocks of these keys; told once per sequence and length."""
+        if len(keys) > self._expected.get(seq, 0) and self.is_up:
+            self._expected.pop(seq, None)
+            self._expected[seq] = len(keys)
+            while len(self._expected) > _MAX_EXPECTED:
+                del self._expected[next(iter(self._expected))]
+            self._tier.hint(keys, m.PREFETCH)
 
     def used(self, keys: list[bytes], num_tokens: int, found: Match, *, is_turn: bool = False) -> None:
         """Tell the daemon of a request and of what it found, waiting for no answer. Not under the pager's lock."""

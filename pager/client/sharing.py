@@ -28,6 +28,7 @@ from ..states import NOWHERE, PageState, SlotState
 from ..wire.messages import IN_MEMORY, IS_HELD, STORED
 from .attachment import Attachment
 from .daemon_copies import DaemonCopies
+from .marks import Marks
 from .slab import LeasedSlab
 from .tier import RemoteTier
 
@@ -44,6 +45,7 @@ class Sharing:
         self._core, self._tier, self._slabs, self._copies = core, tier, slabs, copies
         self._is_reconciling = [False] * len(core.groups)
         self._hold_again_s = [0.0] * len(core.groups)
+        self.marks = Marks(core, tier)
         core.on_advance = self.beat
 
     # ------------------------------------------------------------------ finding
@@ -124,10 +126,11 @@ class Sharing:
         new = np.flatnonzero(known < 0)
         blocks = d.create(depth[index[new]], owner)
         d.bind_many(blocks, [keys[i] for i in new.tolist()], tokens[index[new]])
-        group.note_new(blocks)
         known[new] = blocks
         d.nvme_slot[known] = handles
         d.nvme_valid[known] = True
+        group.note_new(blocks)
+        group.policy.entered("nvme", known)
 
     # ------------------------------------------------------------------ the heartbeat
     def beat(self) -> None:
@@ -138,6 +141,8 @@ class Sharing:
                 self._reconcile(group)
             if self._slabs is not None:
                 self._let_go_of_slots(group, self._slabs[group.index])
+        if self._tier.takes_writes:
+            self.marks.tell()
 
     def _offer(self, group: BlockGroup) -> None:
         """Named blocks that only we have go to the daemon at once: somebody may be about to compute them."""
@@ -158,7 +163,8 @@ class Sharing:
         d, host = group.directory, group.host
         blocks = host.block[(host.state == SlotState.VALID) & (host.holds == 0)]
         blocks = blocks[d.nvme_valid[blocks] & (d.in_device(blocks) | (d.refs[blocks] == 0))]
-        blocks = blocks[d.pinned_until[blocks] <= self._core.clock()]
+        if not self.marks.are_heard:  # else the daemon keeps what is pinned, and leases would only take others' room
+            blocks = blocks[d.pinned_until[blocks] <= self._core.clock()]
         if group.awaited and len(blocks):
             blocks = blocks[~np.isin(blocks, np.concatenate(group.awaited)) | d.in_device(blocks)]
         group.leave_host(blocks)
@@ -228,6 +234,7 @@ class Sharing:
                         move.event.wait()  # its request has failed already
                 group.poll()
                 self._forget_below(group)
+            self.marks.forget_told()
 
     def _forget_below(self, group: BlockGroup) -> None:
         d = group.directory
@@ -237,6 +244,7 @@ class Sharing:
         handles.free(d.nvme_slot[blocks])
         d.nvme_slot[blocks] = NOWHERE
         d.nvme_valid[blocks] = False
+        group.policy.left("nvme", blocks, evicted=False)
         group.dirty_if_alone(blocks)
         group.forget_lost(blocks, "nvme")
         group.unname_lost(blocks)

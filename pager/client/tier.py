@@ -273,8 +273,8 @@ class RemoteTier:
     def unhold(self, group: int, keys: bytes) -> None:
         self._later(lambda attachment: attachment.unhold(group, keys))
 
-    def hint(self, keys: list[bytes], hint: str) -> None:
-        self._later(lambda attachment: attachment.hint(keys, hint))
+    def hint(self, keys: list[bytes], hint: str, ttl_ms: int = 0) -> None:
+        self._later(lambda attachment: attachment.hint(keys, hint, ttl_ms))
 
     def used(self, keys: list[bytes], num_tokens: int, found: Match, *, is_turn: bool) -> None:
         """See USED in the protocol. A daemon that has gone counts nothing."""

@@ -4,6 +4,7 @@
     leased     slots that the client may be reading from, counted; held as for any copy (rule 7)
     copying    of both: slots that we copy into or out of for the client; they are not given back meanwhile
     held       blocks that must not vanish while the client's sequences refer to them; a reference each
+    pinned     blocks that stay in every tier until a time, referred to or not
 
 Changes the books of a group, under the lock of whoever calls. Guards rule 8: while the process lives, a slot with a copy of
 it in flight is neither freed nor given to anybody else, connected or not.
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from .. import hints
 from ..group import BlockGroup
 from ..states import NOWHERE, IntArray, SlotState
 
@@ -31,6 +33,7 @@ class Holdings:
         self.copying = np.zeros(len(group.host), np.int32)  # copies of ours that the client ordered, under way
         self.held: set[int] = set()
         self._private: set[int] = set()  # of the held: blocks that nobody else can know of
+        self._pins: dict[int, tuple[int, float]] = {}  # blocks: serial, and until when
         self._unflushed: set[int] = set()  # of the held: committed since the last flush
 
     # ------------------------------------------------------------------ questions
@@ -51,10 +54,10 @@ class Holdings:
         """Take free slots: STAGING, for blocks that have no name yet."""
         group = self.group
         blocks = group.directory.create(np.zeros(len(slots), np.int64), owner)
-        group.note_new(blocks)
         group.ref(blocks)
         group.host.stage(slots, blocks)
         group.directory.host_slot[blocks] = slots
+        group.note_new(blocks)
         self.reserved[slots] = True
 
     def lease(self, slots: IntArray) -> None:
@@ -91,6 +94,7 @@ class Holdings:
         self.reserved[slots] = False
         group.host.drop(slots)
         group.directory.host_slot[blocks] = NOWHERE
+        group.policy.left("host", blocks, evicted=False)
         group.unref(blocks)
 
     # ------------------------------------------------------------------ commits
@@ -115,7 +119,8 @@ class Holdings:
         for i in np.flatnonzero(taken).tolist():
             self._name(int(blocks[i]), keys[i], parents[i], int(tokens[i]), int(owners[i]))
         at, named = slots[taken], blocks[taken]
-        group.touch_chain(named, d.depth[named])
+        group.policy.depth[named] = d.depth[named]
+        group.touch(named)
         group.host.publish(at)
         self.reserved[at] = False
         self.lease(at)
@@ -183,6 +188,30 @@ class Holdings:
         mine = np.fromiter((block in self.held for block in blocks.tolist()), np.int64, len(blocks))
         alone: npt.NDArray[np.bool_] = self.group.directory.refs[blocks] <= mine
         return alone
+
+    # ------------------------------------------------------------------ pins for a time
+    def pin(self, blocks: IntArray, until_s: float) -> None:
+        """Until then, or until this client goes, whatever becomes of its holds."""
+        if not len(blocks):
+            return
+        now_s, serial = self.group.clock(), self.group.directory.serial
+        self._pins = {block: pin for block, pin in self._pins.items() if pin[1] > now_s}
+        for block in blocks.tolist():
+            earlier = self._pins.get(block, (0, 0.0))
+            own_s = earlier[1] if earlier[0] == serial[block] else 0.0
+            self._pins[block] = int(serial[block]), max(until_s, own_s)
+        hints.pin(self.group, blocks, until_s)
+
+    def pinned(self) -> IntArray:
+        """Blocks that it has pinned."""
+        serial = self.group.directory.serial
+        return np.array([block for block, pin in self._pins.items() if serial[block] == pin[0]], np.int64)
+
+    def pinned_until(self, blocks: IntArray) -> npt.NDArray[np.float64]:
+        """Per block how long by this client, 0 where not at all."""
+        serial, none = self.group.directory.serial, (-1, 0.0)
+        pins = ((block, self._pins.get(block, none)) for block in blocks.tolist())
+        return np.array([until_s if serial[block] == at else 0.0 for block, (at, until_s) in pins], np.float64)
 
     def unhold(self, blocks: IntArray) -> None:
         gone = [block for block in dict.fromkeys(blocks.tolist()) if block in self.held]

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..core import Core
+from ..siblings import read_along
 from ..states import IntArray
 from .holdings import Holdings
 
@@ -95,7 +96,7 @@ class LeaseRequest:
                 slots = group.take_host_slots(len(batch), asker=asker)
                 if slots is None:
                     break
-                group.cold.read(batch, slots, "demand")
+                read_along(group, batch, slots, asker)
 
     def _within_pins(self, index: IntArray) -> IntArray:
         """Of these places, those whose namespaces may hold more slots now."""

@@ -30,6 +30,7 @@ from ..states import IntArray, SlotState
 from ..stores import open_nvme
 from ..wire.messages import (
     ABSENT,
+    DEMOTE,
     HELD_ALREADY,
     HOLDS,
     IN_MEMORY,
@@ -37,6 +38,7 @@ from ..wire.messages import (
     NOT_THERE,
     ON_DISK,
     OVER_LIMIT,
+    PIN,
     PREFETCH,
     REFUSED,
     RELEASE,
@@ -64,6 +66,8 @@ class SharedStore:
         self.keeper = Keeper(core, self.clients)
         self.prefetcher, self.counts = Prefetcher(core), RequestCounts(core, self._visible)
         core.holders.append(self)
+        for group in core.groups:
+            group.leaving.is_host_first = True
 
     @classmethod
     def open(
@@ -147,6 +151,16 @@ class SharedStore:
                 self._note_writers(client, holdings.group.index, np.flatnonzero(holdings.reserved))
                 holdings.end()
             self.clients.pop(client, None)
+            for holdings in client.holdings:
+                self._unpin(holdings)
+
+    def _unpin(self, gone: Holdings) -> None:
+        """What a client pinned is pinned no longer than others have pinned it."""
+        blocks, d = gone.pinned(), gone.group.directory
+        until_s = np.zeros(len(blocks))
+        for client in self.clients:
+            until_s = np.maximum(until_s, client.holdings[gone.group.index].pinned_until(blocks))
+        d.pinned_until[blocks] = until_s
 
     def _holdings(self, index: int) -> Holdings:
         group = self.core.groups[index]
@@ -179,7 +193,25 @@ class SharedStore:
                     end = len(has) if has.all() else int(np.argmin(has))
             if prefix and counts:
                 self.counts.looked_up(client, keys, found[0][:end])
+                self._found_again([blocks[:end] for blocks in found])
             return np.stack([self._answer(client, i, blocks[:end], hold) for i, blocks in enumerate(found)])
+
+    def used(
+        self, client: Client, keys: list[bytes], num_tokens: int, by_tier: tuple[int, int, int], *, is_turn: bool
+    ) -> None:
+        """What a client says of a request of its own; what that found counts as used once more, a further turn does not."""
+        with self.core.lock:
+            self.counts.used(client, keys, num_tokens, by_tier, is_turn=is_turn)
+            if not is_turn:
+                keys = keys[: sum(by_tier) // self.core.block_size]
+                self._found_again([self._visible(client, index, keys) for index in range(len(self.core.groups))])
+
+    def _found_again(self, found: list[IntArray]) -> None:
+        """A request found these, by layer group, in the order of their chain; negative where it need not have one."""
+        for group, blocks in zip(self.core.groups, found, strict=True):
+            depth = np.flatnonzero(blocks >= 0)
+            if len(depth):
+                group.touch_chain(blocks[depth], depth)
 
     def _answer(self, client: Client, index: int, blocks: IntArray, hold: bool) -> npt.NDArray[np.uint8]:
         d, has = self.core.groups[index].directory, blocks >= 0
@@ -269,6 +301,8 @@ class SharedStore:
             for i in own.tolist():
                 if results[i]:
                     self.core.ghosts.forget(keys[i])
+                    if (block := group.directory.by_key.get(keys[i])) is not None:  # a private one has no name any more
+                        group.policy.named(block, keys[i])
                 else:
                     results[i] = self._commit_twin(client, index, keys[i], hold)
             return results, group.host.generation[slots].copy()
@@ -312,7 +346,7 @@ class SharedStore:
             blocks = self.core.groups[index].directory.find(keys)
             client.holdings[index].unhold(blocks[blocks >= 0])
 
-    def hint(self, client: Client, keys: list[bytes], hint: str) -> None:
+    def hint(self, client: Client, keys: list[bytes], hint: str, ttl_s: float = 0.0) -> None:
         """What a client says of a chain, as far as it may see it. Blocks that another client refers to stay as they are."""
         with self.core.locked():
             for index, group in enumerate(self.core.groups):
@@ -323,6 +357,24 @@ class SharedStore:
                     hints.release(group, blocks[client.holdings[index].is_alone_with(blocks)])
                 elif hint == PREFETCH:
                     self.prefetcher.read(group, blocks)
+                elif hint == DEMOTE:
+                    hints.demote(group, blocks := blocks[client.holdings[index].is_alone_with(blocks)])
+                    d = group.directory
+                    self.core.sink_blocks(group, blocks[d.in_host(blocks) & (d.nvme_slot[blocks] < 0)], "writeback")
+                elif hint == PIN:
+                    self._pin(client, index, blocks, self.core.clock() + ttl_s)
+
+    def _pin(self, client: Client, index: int, blocks: IntArray, until_s: float) -> None:
+        """From the root on, as many as the quota of their namespace and the tier's size let in."""
+        group = self.core.groups[index]
+        is_pinned = group.directory.pinned_until > self.core.clock()
+        room = len(group.host) // HOLD_SHARE - int((is_pinned & group.directory.is_live).sum())
+        for own in self.core.quotas.by_owner(group, blocks[~is_pinned[blocks]]):
+            left = self.core.quotas.pins_left(int(group.directory.owner[own[0]]))
+            own = own[: max(0, room if left is None else min(room, left))]
+            client.holdings[index].pin(own, until_s)
+            room -= len(own)
+        client.holdings[index].pin(blocks[is_pinned[blocks]], until_s)
 
     def row(self, client: Client, index: int, slot: int, *, to_write: bool) -> memoryview:
         """The bytes of a slot that the client has. Raises ProtocolError when it has not."""

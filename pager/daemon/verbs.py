@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 SESSIONS_PER_REPLY = 1000
 MAX_WAIT_S = 60.0
+MAX_PIN_MS = 7 * 24 * 3600 * 1000  # of one hint; nobody pins for ever
 _LOG = logging.getLogger("kvtier.pagerd")
 T = TypeVar("T")
 Verb = Callable[[Attachment, int, Any], object]
@@ -179,7 +180,7 @@ class Verbs:
 
     def _hint(self, attachment: Attachment, request_id: int, message: m.Hint) -> object:
         store, client = attachment.client(self._models, message.store)
-        store.hint(client, keys_in(message.keys), message.hint)
+        store.hint(client, keys_in(message.keys), message.hint, min(message.ttl_ms, MAX_PIN_MS) / 1000)
         return m.Hinted()
 
     def _used(self, attachment: Attachment, request_id: int, message: m.Used) -> object:
@@ -187,7 +188,7 @@ class Verbs:
         by_tier = message.device_tokens, message.host_tokens, message.nvme_tokens
         if sum(by_tier) > message.tokens:
             raise ProtocolError(f"USED: {sum(by_tier)} tokens found of {message.tokens}")
-        store.counts.used(client, keys_in(message.keys), message.tokens, by_tier, is_turn=message.is_turn)
+        store.used(client, keys_in(message.keys), message.tokens, by_tier, is_turn=message.is_turn)
         return m.Noted()
 
     # ------------------------------------------------------------------ copies that clients order

@@ -9,26 +9,22 @@ from __future__ import annotations
 import numpy as np
 
 from .base import IntArray
-from .queues import QueuePolicy, Queues
+from .queues import RELEASED, GhostPolicy, by_place
 
 _ONCE, _AGAIN = 1, 2
 
 
-class Arc(QueuePolicy):
+class Arc(GhostPolicy):
     name = "arc"
     num_queues = 2
+    num_ghosts = 3  # numbered as the lists that they left
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self._ghosts = Queues(3)  # numbered as the lists that they left
         self._target = 0.0  # blocks that _ONCE should have
 
-    def grow(self, num_ids: int) -> None:
-        super().grow(num_ids)
-        self._ghosts.grow(num_ids)
-
     def on_insert(self, blocks: IntArray, depth: IntArray) -> None:
-        ghosts, left = self._ghosts, self._ghosts.queue_of(blocks)
+        ghosts, left = self.ghosts, self.ghosts.queue_of(blocks)
         of_once, of_again = int((left == _ONCE).sum()), int((left == _AGAIN).sum())
         once, again = max(1, ghosts.size[_ONCE]), max(1, ghosts.size[_AGAIN])
         self._target += of_once * max(1.0, again / once) - of_again * max(1.0, once / again)
@@ -47,16 +43,19 @@ class Arc(QueuePolicy):
     def on_evict(self, blocks: IntArray) -> None:
         left = self.queues.queue_of(blocks)
         for queue in (_ONCE, _AGAIN):
-            self._ghosts.push(queue, blocks[left == queue])
+            self.ghosts.push(queue, blocks[left == queue])
         super().on_evict(blocks)
-        size, ghosts = self.queues.size, self._ghosts
+        size, ghosts = self.queues.size, self.ghosts
         ghosts.drop_oldest(_ONCE, max(0, self.capacity - size[_ONCE]))
         ghosts.drop_oldest(_AGAIN, max(0, 2 * self.capacity - size[_ONCE] - size[_AGAIN] - ghosts.size[_ONCE]))
 
-    def on_forget(self, blocks: IntArray) -> None:
-        super().on_evict(blocks)
-        self._ghosts.remove(blocks)
-
     def coldest(self, n: int) -> IntArray:
-        surplus = int(max(0, np.ceil(self.queues.size[_ONCE] - self._target)))
-        return self.coldest_of(n, [(_ONCE, surplus), (_AGAIN, n), (_ONCE, n)])
+        return self.coldest_of(n, [(_ONCE, self._surplus()), (_AGAIN, n), (_ONCE, n)])
+
+    def victims(self, n: int, candidates: IntArray) -> IntArray:
+        released, once, again = (by_place(self.queues, candidates, queue) for queue in (RELEASED, _ONCE, _AGAIN))
+        surplus = self._surplus()
+        return np.concatenate([released, once[:surplus], again, once[surplus:]])[: max(n, 0)]
+
+    def _surplus(self) -> int:
+        return int(max(0, np.ceil(self.queues.size[_ONCE] - self._target)))

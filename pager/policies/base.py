@@ -78,9 +78,30 @@ class Policy:
         """These left. Policies with ghosts remember them."""
         raise NotImplementedError
 
+    def on_leave(self, blocks: IntArray) -> None:
+        """As on_evict, in a pager at work, where `victims` chose: what a rule does in passing, it does now."""
+        self.on_evict(blocks)
+
     def on_forget(self, blocks: IntArray) -> None:
         """These ids will name other blocks from now on: nothing about them may be remembered."""
         self.on_evict(blocks)
+
+    # ------------------------------------------------------------------ tiers and names, in a pager at work
+    def of(self, tier: str) -> Policy:
+        """The order of one tier: this one for all of them, but for rules that are about one tier's content (`by_tier`)."""
+        return self
+
+    def entered(self, tier: str, blocks: IntArray) -> None:
+        """A copy of these is, or will soon be, in that tier."""
+
+    def left(self, tier: str, blocks: IntArray, *, evicted: bool = True) -> None:
+        """Their copies there are gone; not `evicted`: they were stale, or their blocks end."""
+
+    def gone(self, block: int, key: bytes) -> None:
+        """This block leaves the last tier, and its id with it; somebody may come back with its key."""
+
+    def named(self, block: int, key: bytes) -> None:
+        """This block turns out to be what the key names."""
 
     # ------------------------------------------------------------------ who should leave
     def rank(self, blocks: IntArray) -> npt.NDArray[Any]:

@@ -41,8 +41,15 @@ class Costed(QueuePolicy):
         self._worth[blocks] = 0.0
 
     def rank(self, blocks: IntArray) -> FloatArray:
-        young = 1e-12 * (self.queues.place[blocks] & ((1 << 40) - 1))  # of equal worth the older one
-        return self._worth[blocks] * (1 + young)
+        return self._worth[blocks]
+
+    def victims(self, n: int, candidates: IntArray) -> IntArray:
+        """Of equal worth the older one, and of two classes the lower one."""
+        rank = self.rank(candidates)
+        if 0 < n < len(candidates):
+            near = np.flatnonzero(rank <= np.partition(rank, n - 1)[n - 1])
+            candidates, rank = candidates[near], rank[near]
+        return candidates[np.lexsort((self.queues.place[candidates], rank))[: max(n, 0)]]
 
     def coldest(self, n: int) -> IntArray:
         queues = self.queues

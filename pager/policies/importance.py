@@ -1,7 +1,7 @@
 """Blocks that draw little attention leave first; by recency among equals.
 
-Fed by `on_mass`: each block's share of a step's attention, which a paged decode knows from its partial sums. Blocks begin
-with the mass of the most attended, so that new ones are judged only after some steps.
+Fed by `on_mass`: each block's share of the attention of a sampled step. Until its first sample a block counts as the most
+attended, so that nothing is judged unseen.
 Source: H2O (arXiv 2306.14048): few tokens carry most of the mass, and the recent ones must be kept beside them.
 """
 
@@ -13,7 +13,7 @@ from .base import _FIRST_SIZE, FloatArray, IntArray, resized
 from .queues import RELEASED, QueuePolicy
 
 _CLASSES = 24  # of mass, one to a halving
-_NEW = 0.2  # weight of a step's mass in the running mean
+_NEW = 0.2  # weight of a sample in the running mean; the first one is the mean
 
 
 class Importance(QueuePolicy):
@@ -23,14 +23,17 @@ class Importance(QueuePolicy):
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
         self._mass = np.ones(_FIRST_SIZE)
+        self._is_sampled = np.zeros(_FIRST_SIZE, bool)
 
     def grow(self, num_ids: int) -> None:
         super().grow(num_ids)
         if num_ids > len(self._mass):
             self._mass = resized(self._mass, len(self.depth), 1.0)
+            self._is_sampled = resized(self._is_sampled, len(self.depth), 0)
 
     def on_insert(self, blocks: IntArray, depth: IntArray) -> None:
         self._mass[blocks] = 1.0
+        self._is_sampled[blocks] = False
         self._put(blocks)
 
     def on_hit(self, blocks: IntArray) -> None:
@@ -41,7 +44,8 @@ class Importance(QueuePolicy):
 
     def on_mass(self, blocks: IntArray, mass: FloatArray) -> None:
         """Mass is relative: 1 for the block that drew most in this step."""
-        self._mass[blocks] += _NEW * (mass - self._mass[blocks])
+        self._mass[blocks] += np.where(self._is_sampled[blocks], _NEW, 1.0) * (mass - self._mass[blocks])
+        self._is_sampled[blocks] = True
         moved = self._queue_for(blocks) != self.queues.queue_of(blocks)
         self._put(blocks[moved & (self.queues.queue_of(blocks) != RELEASED)])
 

@@ -131,6 +131,13 @@ class Queues:
         return len(current)
 
 
+def by_place(queues: Queues, blocks: IntArray, queue: int) -> IntArray:
+    """Those of these blocks that stand in a queue, oldest first."""
+    place = queues.place[blocks]
+    own = np.flatnonzero(place >> _SHIFT == queue)
+    return blocks[own[np.argsort(place[own])]]
+
+
 class QueuePolicy(Policy):
     """A policy whose whole state is where in which queue a block stands."""
 
@@ -160,6 +167,13 @@ class QueuePolicy(Policy):
     def rank(self, blocks: IntArray) -> npt.NDArray[Any]:
         return self.queues.place[blocks]
 
+    def memory_of(self, block: int) -> int:
+        """What should be remembered of a block whose id ends, NOWHERE for nothing."""
+        return NOWHERE
+
+    def on_return(self, block: IntArray, memory: int) -> None:
+        """This new block, an array of one, is one of which that was remembered."""
+
     def renew(self, blocks: IntArray, queues: tuple[int, ...]) -> None:
         """Those that stand in these queues become the youngest there; released ones, of the first of them."""
         standing = self.queues.queue_of(blocks)
@@ -184,3 +198,28 @@ class QueuePolicy(Policy):
         if len(taken) == 1:
             return taken[0]
         return np.concatenate(taken) if taken else np.empty(0, np.int64)
+
+
+class GhostPolicy(QueuePolicy):
+    """One that remembers who left, in queues of their own: `ghosts`, over the same ids."""
+
+    num_ghosts = 1
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(capacity)
+        self.ghosts = Queues(self.num_ghosts)
+
+    def grow(self, num_ids: int) -> None:
+        super().grow(num_ids)
+        self.ghosts.grow(num_ids)
+
+    def on_forget(self, blocks: IntArray) -> None:
+        self.queues.remove(blocks)
+        self.ghosts.remove(blocks)
+
+    def memory_of(self, block: int) -> int:
+        return int(self.ghosts.place[block]) >> _SHIFT
+
+    def on_return(self, block: IntArray, memory: int) -> None:
+        self.ghosts.push(memory, block)
+        self.on_insert(block, self.depth[block])

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 from ...tiers.errors import ConfigError
 from .arc import Arc
 from .auto import Auto
 from .base import Policy
+from .by_tier import ByTier
 from .fifo import Fifo
 from .gdsf import Gdsf
 from .importance import Importance
 from .lfu import Lfu
 from .lru import Lru
 from .prefix_aware import PrefixAware
+from .queues import QueuePolicy
 from .s3fifo import S3Fifo
 from .sieve import Sieve
 from .slru import Slru
@@ -33,9 +35,8 @@ class Setting:
     window: int | None = None
     sinks: int = 4
     clock: Callable[[], float] | None = None  # of a pager at work
-    load_cost: float = (
-        math.inf
-    )  # seconds to load tokens from the tier below over those to compute them; inf: none below
+    # seconds to load tokens from the tier below over those to compute them; inf: none below
+    load_cost: Callable[[], float] = lambda: math.inf
 
 
 _MAKERS: dict[str, Callable[[Setting], Policy]] = {
@@ -55,8 +56,15 @@ _MAKERS: dict[str, Callable[[Setting], Policy]] = {
     "prefix": lambda s: PrefixAware(s.capacity, s.block_size, s.load_cost),
 }
 NAMES = tuple(_MAKERS)
-# The others need what a pager does not tell its policies yet: ghosts beyond a block's id, whole chains, attention mass.
-LIVE_NAMES = ("auto", "lru", "sliding_window", "fifo", "lfu", "slru")
+_PER_TIER = (
+    "2q",
+    "arc",
+    "sieve",
+    "s3fifo",
+    "gdsf",
+    "wtinylfu",
+    "prefix",
+)  # about what one tier holds; the others rank for all
 
 
 def make_policy(name: str, setting: Setting) -> Policy:
@@ -65,13 +73,16 @@ def make_policy(name: str, setting: Setting) -> Policy:
     return _MAKERS[name](setting)
 
 
-def check_live_policy(name: str, window: int | None) -> None:
-    """For a pager at work. Raises: ConfigError."""
-    if name in NAMES and name not in LIVE_NAMES:
-        raise ConfigError(f"policy={name!r} is for kvtier replay only so far; choose one of {', '.join(LIVE_NAMES)}")
-    if name not in NAMES:
-        raise ConfigError(f"policy={name!r} is unknown; choose one of {', '.join(LIVE_NAMES)}")
-    check_policy(name, window)
+def make_policy_of_tiers(name: str, setting: Setting, tiers: Mapping[str, tuple[int, Callable[[], float]]]) -> Policy:
+    """For a pager at work. `tiers`: capacity in blocks and load cost of each, fastest first. Raises: ConfigError."""
+    if name not in _PER_TIER:
+        return make_policy(name, setting)
+    rules: dict[str, QueuePolicy] = {}
+    for tier, (capacity, load_cost) in tiers.items():
+        rule = make_policy(name, replace(setting, capacity=capacity, load_cost=load_cost))
+        assert isinstance(rule, QueuePolicy)
+        rules[tier] = rule
+    return ByTier(rules)
 
 
 def check_policy(name: str, window: int | None) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from .base import _FIRST_SIZE, IntArray, resized
-from .queues import RELEASED, QueuePolicy
+from .queues import RELEASED, QueuePolicy, by_place
 
 _WINDOW, _PROBATION, _PROTECTED = 1, 2, 3
 _WINDOW_SHARE, _PROTECTED_SHARE, _MOST_USES, _HALVED_AFTER = 0.01, 0.8, 15, 10
@@ -57,9 +57,7 @@ class WTinyLfu(QueuePolicy):
         queues, left = self.queues, [self.queues.oldest(RELEASED, n)]
         queues.remove(left[0])
         n -= len(left[0])
-        room = self._main - queues.size[_PROBATION] - queues.size[_PROTECTED]
-        if room > 0 and queues.size[_WINDOW] > self._window:
-            queues.push(_PROBATION, queues.oldest(_WINDOW, min(room, queues.size[_WINDOW] - self._window)))
+        queues.push(_PROBATION, self._overflow())
         while n > 0:
             some = self._contest(min(n, queues.size[_WINDOW] - self._window))
             if not len(some):
@@ -80,6 +78,38 @@ class WTinyLfu(QueuePolicy):
         wins = self._uses[newcomers] > self._uses[against]
         queues.push(_PROBATION, newcomers[wins])
         return np.where(wins, against, newcomers)
+
+    def _overflow(self) -> IntArray:
+        """Those that the window has too many and the main part has room for."""
+        queues = self.queues
+        room = self._main - queues.size[_PROBATION] - queues.size[_PROTECTED]
+        return queues.oldest(_WINDOW, max(0, min(room, queues.size[_WINDOW] - self._window)))
+
+    # ------------------------------------------------------------------ of those that may go, in a pager at work
+    def victims(self, n: int, candidates: IntArray) -> IntArray:
+        """As `coldest` would go about it; nobody moves before somebody leaves."""
+        queues, overflow = self.queues, self._overflow()
+        released, window, probation, protected = (by_place(queues, candidates, queue) for queue in range(4))
+        is_over = np.isin(window, overflow)
+        main, window = np.concatenate([probation, window[is_over], protected]), window[~is_over]
+        left, n = [released], max(n, 0) - len(released)
+        pairs = min(max(n, 0), max(0, queues.size[_WINDOW] - len(overflow) - self._window), len(window), len(main))
+        wins = self._uses[window[:pairs]] > self._uses[main[:pairs]]
+        left += [np.where(wins, main[:pairs], window[:pairs]), main[:pairs][~wins], main[pairs:]]
+        left += [window[:pairs][wins], window[pairs:]]
+        return np.concatenate(left)[: n + len(released)]
+
+    def on_leave(self, blocks: IntArray) -> None:
+        """Who won against somebody in the main part has the place of that one."""
+        self.queues.push(_PROBATION, self._overflow())
+        self.on_evict(blocks)
+        self.queues.push(_PROBATION, self._overflow())
+
+    def memory_of(self, block: int) -> int:
+        return int(self._uses[block])
+
+    def on_return(self, block: IntArray, memory: int) -> None:
+        self._uses[block] = min(memory + 1, _MOST_USES)
 
     def _note(self, blocks: IntArray) -> None:
         self._uses[blocks] = np.minimum(self._uses[blocks] + 1, _MOST_USES)

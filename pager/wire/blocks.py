@@ -182,7 +182,8 @@ class Written(Done):
 class Hint:
     """What a client knows of a chain of blocks, keys root first; of every layer group. With the feature "hints".
 
-    `release`: nobody will ask for these again; `prefetch`: somebody will soon. Hints that are not known are ignored.
+    `release`: nobody will ask for these again; `prefetch`: somebody will soon. With the feature "marks", `demote`: nobody
+    will soon; `pin`: keep them in every tier for `ttl_ms`, or until this process ends. Hints that are not known are ignored.
     """
 
     KIND: ClassVar[int] = 35
@@ -190,6 +191,7 @@ class Hint:
     store: int
     keys: bytes
     hint: str
+    ttl_ms: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -116,6 +116,29 @@ def test_quantised_bytes_are_those_of_the_cpu(name):
     assert torch.allclose(out[0], out[1].cpu(), atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["fp8", "int8", "int4", "int2", "hack8", "hack4", "hack2"])
+def test_blocks_that_no_format_holds_are_marked_as_on_the_cpu(name, sync_debug):
+    fmt, ids = PageFormat(name, 2, 64, 128, group=128), np.arange(8)
+    k, v = torch.randn(2, 8, 2, 64, 128)
+    for i, value in enumerate((float("nan"), float("inf"), -float("inf"), 1e30)):
+        (k, v)[i % 2][2 * i, 1, 63, 17] = value
+    made = []
+    for device in ("cpu", "cuda"):
+        pages = torch.zeros(8, fmt.layer_bytes, dtype=torch.uint8, device=device)
+        bad, x, y = torch.zeros(8, dtype=torch.int32, device=device), k.to(device), v.to(device)
+        if device == "cuda":
+            quantize_blocks(x, y, ids, pages, ids, fmt)  # compiled
+            quantize_blocks(x, y, ids, pages, ids, fmt, bad=bad)
+            bad.zero_()
+            sync_debug()
+        quantize_blocks(x, y, ids, pages, ids, fmt, bad=bad)
+        made.append((pages, bad))
+    torch.cuda.set_sync_debug_mode("default")
+    assert made[0][1].tolist() == [1, 0] * 4 and made[1][1].tolist() == [1, 0] * 4
+    if not fmt.rotates:  # by a matrix product, whose order is the device's
+        assert torch.equal(made[0][0][1::2], made[1][0][1::2].cpu())
+
+
 def test_pages_are_scored_as_on_the_cpu():
     summaries = torch.randn(300, 2, 2, 128).sort(2).values
     q, table = torch.randn(3, 8, 128), torch.stack([torch.randperm(300) for _ in range(3)])

@@ -118,6 +118,24 @@ def test_numbers_that_are_not_finite_are_refused_with_their_place(name, bad):
         compress(fmt, k, v)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_with_marks_bad_blocks_are_marked_and_the_others_written(name):
+    """For devices that nobody may wait for: K and V mark the same entry, and nobody takes a mark back."""
+    fmt = legal(name, 2, 32, 64, 32)
+    k, v = make(fmt, 5)
+    good = compress(fmt, k, v)
+    k[1, 0, 3, 5], v[3, 1, 20, 40] = float("nan"), 1e30
+    pages, bad = torch.zeros_like(good), torch.tensor([0, 0, 0, 0, 1, 7], dtype=torch.int32)
+    quantize_blocks(k, v, range(5), pages, range(5), fmt, bad=bad)
+    assert bad.tolist() == [0, 1, 0, 1, 1, 7]  # longer than there are blocks
+    kept = torch.zeros_like(good)
+    quantize_blocks(k[::2], v[::2], range(3), kept, [0, 2, 4], fmt)
+    assert torch.equal(pages[::2], kept[::2])
+    for wrong in (bad[:4], bad.long(), bad.repeat(2)[::2], bad[None]):
+        with pytest.raises(ValueError, match="bad must be"):
+            quantize_blocks(k, v, range(5), pages, range(5), fmt, bad=wrong)
+
+
 def test_zeros_and_tiny_numbers_survive():
     for name in FORMATS:
         fmt = legal(name, 1, 16, 32, 32)

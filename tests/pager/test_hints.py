@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from kvtier.pager import hints
-from kvtier.pager.policies.registry import LIVE_NAMES
+from kvtier.pager.policies.registry import NAMES
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import BLOCK, Rig
 
 DISK_BLOCK = 4096  # what a block of the rig takes on disk
-POLICIES = [name for name in LIVE_NAMES if name != "sliding_window"]
+POLICIES = [name for name in NAMES if name != "sliding_window"]
 
 
 def tokens(start: int, blocks: int = 4) -> list[int]:

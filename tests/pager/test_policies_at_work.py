@@ -9,21 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kvtier.pager.config import PagerConfig
-from kvtier.pager.pager import Pager
-from kvtier.pager.policies.registry import LIVE_NAMES, NAMES
-from kvtier.tiers.errors import ConfigError
+from kvtier.pager.policies.registry import NAMES
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import LAYOUT, WINDOWED, Rig
 
+DISK_BLOCK = 4096  # of a store, for one block of the rig
 
-def talk(rig, seed: int) -> None:
+
+def talk(rig, seed: int, steps: int = 24) -> None:
     """Chats that share a beginning, take turns, grow, and end."""
     pick = random.Random(seed)
     prompt = [7] * 9
     seqs: list[int] = []
-    for _ in range(24):
+    for _ in range(steps):
         if len(seqs) < 5 and pick.random() < 0.5:
             seqs.append(rig.start([*prompt, *(pick.randrange(50) for _ in range(pick.randrange(1, 12)))]))
             rig.prefill(seqs[-1])
@@ -37,7 +36,7 @@ def talk(rig, seed: int) -> None:
     assert rig.pager.counters.get("evicted_blocks", tier="device") > 0
 
 
-@pytest.mark.parametrize("name", LIVE_NAMES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("window_pages", [2, 4096])
 def test_chats_stay_exact_under_every_policy(name, window_pages, monkeypatch):
     monkeypatch.setattr("kvtier.pager.leaving.WINDOW_PAGES", window_pages)
@@ -55,10 +54,59 @@ def test_auto_orders_full_layers_and_leaves_windowed_ones_to_recency():
     assert rig.wrong == []
 
 
-def test_a_policy_that_a_pager_cannot_feed_is_refused_by_name():
-    for name in set(NAMES) - set(LIVE_NAMES):
-        with pytest.raises(ConfigError, match=f"'{name}' is for kvtier replay only so far; choose one of auto, lru"):
-            Pager.open(LAYOUT, PagerConfig(device_bytes="1MiB", host_bytes=0, backend="cpu", policy=name))
+@pytest.mark.parametrize("name", NAMES)
+def test_chats_stay_exact_where_every_tier_is_too_small(name, tmp_path):
+    """Ghosts, hands and shares of three tiers, of which the lowest loses blocks too."""
+    rig = Rig(4, pages=10, host=20, policy=name, window=8, path=tmp_path, nvme_bytes=24 * DISK_BLOCK)
+    talk(rig, 4, 120)
+    assert rig.pager.counters.get("evicted_blocks", tier="host") > 0
+    assert rig.pager.counters.get("evicted_blocks", tier="nvme") > 0
+    rig.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_pinned_for_a_time_or_in_use_stays_under_every_policy(name):
+    rig = Rig(6, pages=12, host=60, policy=name, window=8)
+    kept = rig.start(list(range(12)))
+    rig.prefill(kept)
+    rig.pager.pin(kept, 1000.0)
+    blocks = rig.pager._core.sequences[kept].tables[0].ids.copy()
+    for start in range(100, 600, 50):
+        other = rig.start(list(range(start, start + 20)))
+        rig.prefill(other)
+        rig.pager.finish(other)
+        assert rig.pager._core.groups[0].directory.in_device(blocks).all()
+    rig.settle()
+    rig.pager.check_integrity()
+    assert rig.wrong == [] and rig.pager.counters.get("evicted_blocks", tier="device") > 0
+
+
+@pytest.mark.parametrize("name", ["2q", "arc", "sieve", "s3fifo", "gdsf", "wtinylfu", "prefix"])
+def test_each_tier_keeps_books_of_what_it_holds(name, tmp_path):
+    """What a rule believes to be in its tier is what the directory says, whatever came and went."""
+    rig = Rig(7, pages=10, host=20, policy=name, path=tmp_path, nvme_bytes=24 * DISK_BLOCK)
+    talk(rig, 7, 120)
+    group = rig.pager._core.groups[0]
+    for tier, place in (("device", "page"), ("host", "host_slot"), ("nvme", "nvme_slot")):
+        held = set(np.flatnonzero(getattr(group.directory, place) >= 0).tolist())
+        believed = set(np.flatnonzero(group.policy.of(tier).queues.place >= 0).tolist())
+        assert believed == held, tier
+    rig.close()
+
+
+def test_a_prompt_that_comes_back_after_it_left_every_tier_is_known_to_arc():
+    rig = Rig(8, pages=12, host=12, policy="arc")
+    prompt = list(range(16))
+    for start in (None, *range(100, 500, 40), None):
+        seq = rig.start(prompt if start is None else list(range(start, start + 24)))
+        rig.prefill(seq)
+        rig.pager.finish(seq)
+    rig.settle()
+    group = rig.pager._core.groups[0]
+    found = group.directory.find(rig.pager.block_keys(rig.start([*prompt, 1]), 0, 12))
+    assert rig.pager.counters.get("ghost_tokens") > 0
+    assert (group.policy.of("device").queues.queue_of(found) == 2).all()  # the list of those used again
+    assert rig.wrong == []
 
 
 def test_victims_of_a_large_pool_come_from_a_part_that_moves_on(monkeypatch):
@@ -78,3 +126,39 @@ def test_victims_of_a_large_pool_come_from_a_part_that_moves_on(monkeypatch):
         seen |= set(group.leaving.first_pages(1).tolist())
     assert max(asked) <= 2 < len(clean) and len(seen) > 1
     assert len(group.leaving.first_pages(len(clean))) == len(clean)  # as many as there are, when so many are asked for
+
+
+@pytest.mark.parametrize("name", ["auto", "lru", "arc"])
+def test_of_windowed_layers_what_is_out_of_every_window_leaves_before_what_somebody_will_read(name):
+    rig = Rig(9, pages=24, host=80, layouts=[LAYOUT, WINDOWED], policy=name)
+    waiting = rig.start(list(range(500, 512)))
+    rig.prefill(waiting)
+    running = rig.start(list(range(40)))
+    rig.prefill(running)
+    rig.settle()
+    windowed, sequences = rig.pager._core.groups[1], rig.pager._core.sequences
+    rig.pager.drain()
+    rig.pager._core.write_back(windowed, 100, "writeback")
+    rig.settle()
+    in_windows = np.concatenate([sequences[seq].tables[1].ids for seq in (waiting, running)])
+    clean = windowed.pages.block[windowed.leaving.evictable()]
+    out = clean[~np.isin(clean, in_windows)]
+    assert len(out) > 2 and np.isin(clean, in_windows).any()
+    order = windowed.leaving.first_pages(len(clean))
+    assert set(order[: len(out)].tolist()) == set(out.tolist())  # though all of these were used after those that wait
+    rig.say(running, [1, 2, 3])
+    assert rig.wrong == []
+
+
+def test_a_block_that_another_window_still_sees_is_not_the_first_to_leave():
+    rig = Rig(10, pages=24, host=80, layouts=[LAYOUT, WINDOWED])
+    first = rig.start(list(range(12)))
+    rig.prefill(first)
+    second = rig.pager.fork(first)
+    rig.pager.append(second, list(range(100, 120)))
+    rig.prefill(second)
+    windowed, sequences = rig.pager._core.groups[1], rig.pager._core.sequences
+    seen = sequences[first].tables[1].ids
+    seen = seen[seen >= 0]
+    left = sequences[second].tables[1].ids[: len(seen)]
+    assert (left < 0).any() and not windowed.directory.is_demoted[seen].any()

@@ -65,6 +65,23 @@ def test_an_error_of_the_copy_is_the_error_of_the_event_but_it_ends_like_any_oth
     assert event.is_done() and event.error is error
 
 
+def test_a_verdict_is_asked_once_the_work_is_done_and_never_of_a_broken_device():
+    native, asked, refusal = HostNative(), [], OSError("not these values")
+
+    def verdict():
+        asked.append(native.ended.is_set())
+        return refusal
+
+    event = PolledEvent(native, verdicts=(lambda: None, verdict))
+    assert not event.is_done() and not asked
+    native.ended.set()
+    assert event.is_done() and event.wait() and event.error is refusal and asked == [True]
+    broken = HostNative()
+    broken.failure = RuntimeError("an illegal memory access")
+    event = PolledEvent(broken, verdicts=(verdict,))
+    assert event.is_done() and isinstance(event.error, TierUnavailableError) and asked == [True]
+
+
 def until(is_so: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + 60
     while not is_so():

@@ -15,9 +15,11 @@ import torch
 
 from kvtier.tiers.copy_plan import plan_copy, row_space
 from kvtier.tiers.cuda import COPY_PATHS, CudaBackend, unavailable_reason
-from kvtier.tiers.errors import ConfigError, TierUnavailableError
+from kvtier.tiers.errors import ConfigError, TierUnavailableError, UnpackableError
 from kvtier.tiers.exported import export_rows
+from kvtier.tiers.formats import block_formats
 from kvtier.tiers.host import HostMemory
+from kvtier.tiers.layout import KVLayout
 from kvtier.tiers.machine import Machine
 from kvtier.tiers.memcpy_batch import (
     MAX_DESCRIPTORS,
@@ -27,6 +29,7 @@ from kvtier.tiers.memcpy_batch import (
     driver_too_old_for,
     driver_version,
 )
+from kvtier.tiers.packed_slab import PackedSlab
 from kvtier.tiers.streams import copy_rows_now
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -205,6 +208,26 @@ def test_a_copy_out_waits_for_the_kernels_before_it(backend):
         copied = backend.demote.record()
         backend.compute.wait(copied)  # the next fill
         assert copied.wait(30) and (host == value).all()
+
+
+@gpu
+def test_blocks_that_a_format_cannot_hold_are_named_by_the_event_of_their_copy(backend):
+    layout = KVLayout(num_layers=2, num_kv_heads=2, head_dim=64, block_size=64, dtype="bfloat16")
+    fmt = block_formats("int4", [layout], name="host")[0]
+    slab = PackedSlab(fmt, 8, HostMemory(backend), backend)
+    pool, pages, slots = backend.alloc_device(6, layout.block_bytes), np.array([4, 1, 2]), np.array([0, 7, 3])
+    values = pool.view(torch.bfloat16)
+    values.normal_()
+    values[1, 100], values[2, -1] = float("nan"), 1e30
+    backend.demote.wait(backend.compute.record())
+    slab.put(backend.demote, slots, pool, pages)
+    event = backend.demote.record()
+    assert event.wait(60) and isinstance(event.error, UnpackableError) and event.error.rows.tolist() == [1, 2]
+    slab.put(backend.demote, slots[:1], pool, pages[:1])
+    event = backend.demote.record()
+    assert event.wait(60) and event.error is None
+    kept = torch.from_numpy(slab.read(slots[:1])).view(torch.bfloat16)
+    assert (kept - values[4].cpu()).abs().max() < 0.6
 
 
 @gpu

@@ -12,7 +12,7 @@ from kvtier.tiers.formats import block_formats
 from kvtier.tiers.host import HostMemory
 from kvtier.tiers.layout import KVLayout
 from kvtier.tiers.packed_slab import PackedSlab
-from kvtier.tiers.packing import pack, unpack
+from kvtier.tiers.packing import pack, pack_unseen, unpack
 from kvtier.tiers.simulated import SimulatedBackend
 
 LAYOUT = KVLayout(num_layers=3, num_kv_heads=2, head_dim=32, block_size=32, dtype="float32")
@@ -131,6 +131,19 @@ def test_what_a_format_cannot_hold_is_named_and_the_others_are_packed():
     assert refused.value.rows.tolist() == [0, 1]
     unpack(fmt, packed, np.array([0]), back, np.array([3]))
     assert near(rows[3], back[3], "int4")
+
+
+def test_a_device_that_nobody_waits_for_names_them_by_its_verdict():
+    fmt, rows, ids = fitted("int4; layer 1: full"), torch.from_numpy(blocks(4)), np.array([3, 0, 1])
+    packed, back = torch.zeros(3, fmt.block_bytes, dtype=torch.uint8), torch.zeros_like(rows)
+    assert pack_unseen(fmt, rows, ids, packed, np.arange(3))() is None
+    rows[0].view(torch.float32)[7] = float("nan")
+    rows[1].view(torch.float32)[2 * SIZE // 4 + 9] = 1e30  # of the last layer
+    verdict = pack_unseen(fmt, rows, ids, packed, np.arange(3))
+    refused = verdict()
+    assert isinstance(refused, UnpackableError) and refused.rows.tolist() == [0, 1] and "int4" in str(refused)
+    unpack(fmt, packed, np.array([0]), back, np.array([3]))
+    assert near(rows[3].numpy(), back[3].numpy(), "int4")
 
 
 def test_nothing_of_the_block_before_stays_between_the_parts():

@@ -38,6 +38,7 @@ SMALL = {
     "capacity": ["--budget", "8MiB", "--formats", "int2/128", "--device-budget", "8MiB"],
     "prefetch": ["--requests", "60"],
     "codecs": ["--blocks", "1", "--rounds", "1"],
+    "demo": ["--context", "2048", "--rounds", "1"],
     "recovery": ["--blocks", "3000", "--rounds", "1"],
     "endless": ["--tokens", "20000", "--window", "512"],
     "sessions": ["--sessions", "3", "--context", "512", "--resident", "2", "--turns", "2"],
@@ -89,6 +90,8 @@ def test_a_benchmark_prints_one_object_and_keeps_it(name, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
+        (["demo", "--before", "/no/such"], "--before '/no/such' is no checkout"),
+        (["demo", "--context", "2048", "--rounds", "0"], "--rounds 0"),
         (["decode", "--contexts", "many"], "--contexts 'many'"),
         (["decode", "--contexts", "0"], "--contexts '0'"),
         (["decode", "--resume", "-1"], "--resume -1"),

@@ -1,15 +1,17 @@
-"""The run of `kvtier bench sessions`: sessions, their clients, and the lives of the server that they outlive."""
+"""One life of the server in `kvtier bench sessions`, a process of its own: `python -m kvtier.tools.bench.crowd`.
+
+It reads what to do from standard input and writes what came of it to standard output, one JSON object each.
+"""
 
 from __future__ import annotations
 
-import argparse
+import json
+import sys
 import threading
-import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -20,11 +22,10 @@ from ...engine.conversations import Conversations
 from ...engine.loop import EngineLoop
 from ...engine.needle import Needle, NeedleSpec, build_needle_model, needle_prompt
 from ...engine.sampling import Output, TokenLogprob
-from ...tiers.errors import ConfigError
-from .harness import Row
 
 TOKEN_BYTES = 2048  # of KV, per token of the needle model in float32
 BLOCK_SIZE, VALUES, CLIENTS = 256, 4, 16
+DEVICE_PARTS, HOST_PARTS = 1, 2  # of the K/V of the sessions that shall be resident
 TURN_TIMEOUT_S = 600.0
 
 
@@ -54,74 +55,60 @@ class _Answer:
         return self.output
 
 
-class Crowd:
-    """All sessions of one run."""
+@dataclass(frozen=True)
+class Work:
+    """What a life of the server is for."""
 
-    def __init__(self, arguments: argparse.Namespace, path: Path) -> None:
-        self._arguments, self._path = arguments, path
+    path: str  # of the store
+    sessions: int
+    context: int  # tokens of each
+    resident: int  # sessions that the device tier holds
+    needles: int  # of each session, all asked for
+    room: int  # tokens of the longest session at the end of the last life
+    is_first: bool  # sessions are begun
+
+
+@dataclass
+class Result:
+    """What came of it: needles asked for and answered right, tokens computed and new ones, share of slots without a token."""
+
+    asked: int = 0
+    exact: int = 0
+    computed: int = 0
+    wanted: int = 0
+    waste: float = 0.0
+
+
+class Crowd:
+    """All sessions of one life."""
+
+    def __init__(self, work: Work) -> None:
+        """Raises ValueError for a context that has no room for so many needles."""
+        self._work, self._result = work, Result()
         self._model = build_needle_model(dtype=torch.float32)
-        try:
-            self._prompts = [
-                needle_prompt(NeedleSpec(), arguments.context, arguments.needles, num_values=VALUES, seed=i)
-                for i in range(arguments.sessions)
-            ]
-        except ValueError as error:
-            raise ConfigError(f"--context {arguments.context}, --needles {arguments.needles}: {error}") from error
-        self._room = arguments.context + arguments.turns * arguments.needles * (VALUES + 1) + BLOCK_SIZE
-        self._computed = self._wanted = 0.0
-        self._waste = 0.0
-        self._asked = self._exact = 0
+        self._prompts = [
+            needle_prompt(NeedleSpec(), work.context, work.needles, num_values=VALUES, seed=i)
+            for i in range(work.sessions)
+        ]
         self._lock = threading.Lock()
 
-    def rows(self) -> list[Row]:
-        arguments = self._arguments
-        started_s = time.perf_counter()
-        for turn in range(arguments.turns):
-            with self._served() as chats:
-                if turn == 0:
-                    self._each(lambda i: self._begin(chats, i), range(arguments.sessions))
-                self._each(lambda i: self._ask(chats, i), range(arguments.sessions))
-                self._measure_waste(chats)
-        case = f"{arguments.sessions} sessions of {arguments.context} tokens, {arguments.resident} resident"
-        budget = self._memory_bytes()
-        contiguous = max(1, budget // (self._room * TOKEN_BYTES))
-        rows = [
-            Row(case, "needles exact", self._exact, "", "asked", self._asked, self._exact / self._asked, 1),
-            Row(
-                case,
-                "tokens computed",
-                self._computed,
-                "",
-                "new tokens",
-                self._wanted,
-                self._wanted / self._computed,
-                1,
-            ),
-            Row(
-                case,
-                "sessions in device and host memory",
-                arguments.sessions,
-                "",
-                f"contiguous caches of {self._room} tokens in as much",
-                contiguous,
-                arguments.sessions / contiguous,
-                1,
-            ),
-            Row(case, "token slots unused", 100 * self._waste, "%", "aim: at most", 4.0, None, 1),
-            Row(case, "whole run", time.perf_counter() - started_s, "s", "nothing to compare with", None, None, 1),
-        ]
-        return rows
+    def live(self) -> Result:
+        with self._served() as chats:
+            if self._work.is_first:
+                self._each(lambda i: self._begin(chats, i), range(self._work.sessions))
+            self._each(lambda i: self._ask(chats, i), range(self._work.sessions))
+            self._measure_waste(chats)
+        return self._result
 
-    # ------------------------------------------------------------------ a life of the server
+    # ------------------------------------------------------------------ inside
     @contextmanager
     def _served(self) -> Iterator[Conversations]:
-        arguments = self._arguments
-        each = self._room * TOKEN_BYTES
+        work, each = self._work, self._work.room * TOKEN_BYTES
         config = PagerConfig(
-            device_bytes=arguments.resident * each,
-            host_bytes=2 * arguments.resident * each,
-            nvme_path=self._path,
-            nvme_bytes=2 * arguments.sessions * each + (64 << 20),
+            device_bytes=DEVICE_PARTS * work.resident * each,
+            host_bytes=HOST_PARTS * work.resident * each,
+            nvme_path=work.path,
+            nvme_bytes=2 * work.sessions * each + (64 << 20),
             backend="cpu",
         )
         with Engine.from_model(self._model, config, block_size=BLOCK_SIZE) as engine:
@@ -135,7 +122,7 @@ class Crowd:
                 chats.close()
                 loop.close()
             engine.pager.check_integrity()
-            self._computed += engine.pager.counters.get("computed_tokens")
+            self._result.computed += int(engine.pager.counters.get("computed_tokens"))
 
     def _begin(self, chats: Conversations, number: int) -> None:
         chats.create(f"s{number}")
@@ -148,15 +135,15 @@ class Crowd:
     def _ask_one(self, chats: Conversations, number: int, needle: Needle) -> None:
         answer = self._send(chats, number, [needle.key], SamplingParams(max_tokens=VALUES))
         with self._lock:
-            self._asked += 1
-            self._exact += tuple(answer) == tuple(needle.values)
+            self._result.asked += 1
+            self._result.exact += tuple(answer) == tuple(needle.values)
 
     def _send(self, chats: Conversations, number: int, tokens: list[int], params: SamplingParams) -> list[int]:
         answer = _Answer()
         chats.send(f"s{number}", tokens, params, answer)
         answer.wait()
         with self._lock:  # the last token of an answer is computed with the next message
-            self._wanted += len(tokens) + max(0, params.max_tokens - 1) + (params.max_tokens > 0)
+            self._result.wanted += len(tokens) + max(0, params.max_tokens - 1) + (params.max_tokens > 0)
         return answer.tokens
 
     def _each(self, do: Any, numbers: Iterable[int]) -> None:
@@ -164,13 +151,12 @@ class Crowd:
             for _ in clients.map(do, numbers):
                 pass
 
-    # ------------------------------------------------------------------ memory
-    def _memory_bytes(self) -> int:
-        """Of the device and the host tier together."""
-        return 3 * self._arguments.resident * self._room * TOKEN_BYTES
-
     def _measure_waste(self, chats: Conversations) -> None:
         """Share of the token slots of all sessions' blocks that hold no token."""
         tokens = [one.computed_tokens for one in chats.list_sessions()]
         slots = sum(-(-count // BLOCK_SIZE) * BLOCK_SIZE for count in tokens)
-        self._waste = 1 - sum(tokens) / slots
+        self._result.waste = 1 - sum(tokens) / slots
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(Crowd(Work(**json.load(sys.stdin))).live())))

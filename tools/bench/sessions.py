@@ -1,15 +1,21 @@
 """`kvtier bench sessions`: many long chats on a device tier that holds a few of them, asked over several turns and restarts.
 
-The needle model answers exactly or not at all, so every answer is checked. The server's own parts run in this process
-(EngineLoop, Conversations); a restart closes everything and opens it again from the store. Contiguous caches sized to the
-maximum length, in the same memory, are the reference for how many chats fit.
+The needle model answers exactly or not at all, so every answer is checked. Each turn is a process of its own with the
+server's own parts (EngineLoop, Conversations), which finds its sessions in the store that the one before left (crowd.py).
+Contiguous caches sized to the maximum length, in the same memory, are the reference for how many chats fit.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import tempfile
+import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ...tiers.errors import ConfigError
 from .harness import Row
@@ -32,6 +38,48 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     if not Path(arguments.path).is_dir():
         raise ConfigError(f"--path {arguments.path!r} is not a directory")
     with tempfile.TemporaryDirectory(dir=arguments.path, prefix="kvtier-bench-") as folder:
-        from .crowd import Crowd
+        return _rows(arguments, str(Path(folder) / "store"))
 
-        return Crowd(arguments, Path(folder) / "store").rows()
+
+def _rows(arguments: argparse.Namespace, store: str) -> list[Row]:
+    from .crowd import BLOCK_SIZE, DEVICE_PARTS, HOST_PARTS, VALUES, Result, Work
+
+    room = arguments.context + arguments.turns * arguments.needles * (VALUES + 1) + BLOCK_SIZE
+    started_s, whole = time.perf_counter(), Result()
+    for turn in range(arguments.turns):
+        numbers = {name: getattr(arguments, name) for name in ("sessions", "context", "resident", "needles")}
+        life = Result(**_live(asdict(Work(path=store, room=room, is_first=turn == 0, **numbers))))
+        for name in ("asked", "exact", "computed", "wanted"):
+            setattr(whole, name, getattr(whole, name) + getattr(life, name))
+        whole.waste = life.waste
+    spent_s = time.perf_counter() - started_s
+    case = f"{arguments.sessions} sessions of {arguments.context} tokens, {arguments.resident} resident"
+    contiguous = max(1, (DEVICE_PARTS + HOST_PARTS) * arguments.resident)  # in as many bytes, one of `room` tokens each
+    fit = arguments.sessions / contiguous
+    return [
+        Row(case, "needles exact", whole.exact, "", "asked", whole.asked, whole.exact / whole.asked, 1),
+        Row(case, "tokens computed", whole.computed, "", "new tokens", whole.wanted, whole.wanted / whole.computed, 1),
+        Row(
+            case,
+            "sessions in device and host memory",
+            arguments.sessions,
+            "",
+            f"contiguous caches of {room} tokens in as much",
+            contiguous,
+            fit,
+            1,
+        ),
+        Row(case, "token slots unused", 100 * whole.waste, "%", "aim: at most", 4.0, None, 1),
+        Row(case, "restarts, each in a new process", arguments.turns - 1, "", "nothing to compare with", None, None, 1),
+        Row(case, "whole run", spent_s, "s", "nothing to compare with", None, None, 1),
+    ]
+
+
+def _live(work: dict[str, Any]) -> dict[str, Any]:
+    """Run one life of the server. Raises ConfigError when it fails."""
+    command = [sys.executable, "-m", f"{__package__}.crowd"]
+    done = subprocess.run(command, input=json.dumps(work), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ConfigError(f"--context {work['context']}, --needles {work['needles']}: {done.stderr.strip()[-300:]}")
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result

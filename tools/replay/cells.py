@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -126,8 +127,8 @@ def _simulate(
     sizes = _sizes(plan, capacity)
     tiers = list(sizes)
     for place, (tier, blocks) in enumerate(sizes.items()):
-        load_cost = plan.machine.load_cost(tiers[place + 1 :])
-        setting = Setting(blocks, trace.block_tokens, plan.window, plan.sinks, load_cost=load_cost)
+        cost = plan.machine.load_cost(tiers[place + 1 :])
+        setting = Setting(blocks, trace.block_tokens, plan.window, plan.sinks, load_cost=partial(float, cost))
         policy = make_policy(name, setting)
         found[tier] = simulate(trace, policy, blocks, releases=freed, on_request=step)
     return found

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kvtier.kernels import PageFormat, quantize_blocks, triton_quant
-from kvtier.kernels.cpu_quant import dequantize_part, hadamard, part_views
+from kvtier.kernels.cpu_quant import dequantize_part, hadamard, part_views, quantize_part
 from kvtier.kernels.formats import FORMATS
 
 SHAPES = [(64, 64, 32), (16, 32, 64), (32, 96, 128)]  # block, head_dim, group
@@ -39,6 +39,26 @@ def test_bytes_are_those_of_torch(name, shape):
         triton_quant.dequantize_part(views, half, target, source)
         assert torch.equal(half[source.long()], back[source.long()].bfloat16())
     assert torch.equal(pages, expected)
+
+
+SPOILT = [float("nan"), float("inf"), -float("inf"), 1e30]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_blocks_that_no_format_holds_are_marked_as_torch_marks_them(name):
+    """Minima and maxima pass over NaN, here as on a GPU, so a scale alone does not tell."""
+    fmt = PageFormat(name, 2, 64, 64, group=64)
+    k, v = torch.randn(2, len(SPOILT) + 4, 2, 64, 64, generator=torch.Generator().manual_seed(2))
+    for i, value in enumerate(SPOILT):
+        k[1 + i, 1, 63, 17] = v[1 + i, 0, 40, 63] = value
+    k[-2, 0, :, 3] = v[-2, 1, 5] = 1e6 + torch.arange(64)  # a zero point beyond float16, between codes that would fit
+    source = torch.arange(len(k) - 1, -1, -1, dtype=torch.int32)
+    for x, views in zip((k, v), part_views(torch.zeros(len(k), fmt.layer_bytes, dtype=torch.uint8), fmt)):
+        bad, wanted = (torch.zeros(len(k), dtype=torch.int32) for _ in range(2))
+        triton_quant.quantize_part(x, views, source, source, bad)
+        quantize_part(x[source.long()], views, source.long(), wanted)
+        assert torch.equal(bad, wanted)
+        assert wanted.flip(0).tolist() == [0, *[1] * len(SPOILT), 0, int(views.part.has_zeros), 0]
 
 
 def test_every_fp8_value_and_every_tie_is_rounded_as_torch_rounds():

@@ -7,7 +7,7 @@ from kvtier.pager.policies.base import Request
 from kvtier.pager.policies.importance import Importance
 from kvtier.pager.policies.lru import Lru
 from kvtier.pager.policies.prefix_aware import PrefixAware
-from kvtier.pager.policies.registry import LIVE_NAMES, NAMES, Setting, make_policy
+from kvtier.pager.policies.registry import NAMES, Setting, make_policy, make_policy_of_tiers
 from kvtier.pager.policies.window import SlidingWindow
 from kvtier.tiers.errors import ConfigError
 
@@ -81,7 +81,7 @@ def test_a_chain_in_use_is_kept_over_one_that_was_used_once(name):
     assert tier.use(1, 2, 3, 4, 5) == 5
 
 
-@pytest.mark.parametrize("name", LIVE_NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_victims_come_only_from_the_candidates_and_naming_them_changes_nothing(name):
     policy = made(name)
     policy.on_insert(np.arange(6), np.arange(6))
@@ -93,20 +93,134 @@ def test_victims_come_only_from_the_candidates_and_naming_them_changes_nothing(n
     assert len(policy.victims(6, np.arange(6))) == 6
 
 
-@pytest.mark.parametrize("name", LIVE_NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_chain_leaves_from_its_end(name):
     policy = made(name)
     policy.on_insert(np.arange(6), np.arange(6))
     assert policy.victims(6, np.arange(6)).tolist() == [5, 4, 3, 2, 1, 0]
 
 
-@pytest.mark.parametrize("name", LIVE_NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_released_block_that_is_used_after_all_is_not_the_first_to_leave(name):
     policy = made(name)
     policy.on_insert(np.arange(6), np.arange(6))
     policy.on_release(ids(0, 1))
     policy.on_access(ids(0, 1))
     assert policy.victims(2, np.arange(6)).tolist() != [1, 0]
+
+
+@pytest.mark.parametrize("name", ["arc", "2q", "sieve", "s3fifo", "gdsf", "wtinylfu", "prefix"])
+@pytest.mark.parametrize("seed", range(4))
+def test_where_every_block_may_leave_a_pager_at_work_chooses_as_a_replay_does(name, seed):
+    """The same requests, told to one that names the coldest of all and to one that chooses among candidates."""
+    pick, capacity = np.random.default_rng(seed), 30
+    replayed, live = made(name, capacity), made(name, capacity)
+    held: set[int] = set()
+    for _ in range(800):
+        block = int(pick.zipf(1.4)) % 90
+        one, was_held = ids(block), block in held
+        for policy in (replayed, live):
+            policy.depth[one] = 0
+            policy.on_hit(one) if was_held else policy.on_insert(one, ids(0))
+        held.add(block)
+        if len(held) > capacity:
+            wanted = replayed.coldest(1)
+            chosen = live.victims(1, np.array(sorted(held), np.int64))
+            assert chosen.tolist() == wanted.tolist()
+            replayed.on_evict(wanted)
+            live.on_leave(chosen)
+            held -= set(chosen.tolist())
+
+
+@pytest.mark.parametrize("name", ["arc", "2q", "sieve", "s3fifo", "gdsf", "wtinylfu", "prefix"])
+def test_what_may_not_leave_is_passed_over_and_whatever_may_is_named_once(name):
+    pick, policy = np.random.default_rng(5), made(name, 30)
+    held: list[int] = []
+    for number in range(400):
+        block = ids(number)
+        policy.on_insert(block, ids(0))
+        held.append(number)
+        policy.on_hit(np.unique(pick.choice(held, 3)))
+        pinned = set(pick.choice(held, len(held) // 2, replace=False).tolist())
+        free = np.array([b for b in held if b not in pinned], np.int64)
+        count = min(int(pick.integers(0, 6)), len(free))
+        before = policy.victims(len(free), free).tolist()
+        assert sorted(before) == sorted(free.tolist())
+        chosen = policy.victims(count, free)
+        assert chosen.tolist() == before[:count] or name == "wtinylfu"  # there as many compete as are asked for
+        policy.on_leave(chosen)
+        held = [b for b in held if b not in set(chosen.tolist())]
+
+
+def by_tier(name: str, **capacities: int):
+    tiers = {tier: (blocks, lambda: float("inf")) for tier, blocks in capacities.items()}
+    policy = make_policy_of_tiers(name, Setting(sum(capacities.values()), 4), tiers)
+    policy.grow(1000)
+    return policy
+
+
+def test_each_tier_has_a_hand_of_its_own():
+    policy = by_tier("sieve", device=4, host=8)
+    blocks = np.arange(4)
+    policy.on_insert(blocks, ids(0, 0, 0, 0))
+    for tier in ("device", "host"):
+        policy.entered(tier, blocks)
+    policy.on_hit(ids(3))
+    assert policy.of("device").victims(1, blocks).tolist() == [2]
+    policy.left("device", ids(2))
+    assert policy.of("device").victims(3, ids(0, 1, 3)).tolist() == [1, 0, 3]
+    assert policy.of("host").victims(4, blocks).tolist() == [2, 1, 0, 3]  # there the hand has not moved
+
+
+@pytest.mark.parametrize("name", ["arc", "2q", "s3fifo"])
+def test_a_tier_remembers_who_left_it_for_the_one_below(name):
+    policy = by_tier(name, device=20, host=100)
+    blocks = np.arange(40)
+    policy.on_insert(blocks, np.zeros(40, np.int64))
+    policy.entered("host", blocks)
+    policy.entered("device", blocks[:20])
+    policy.left("device", ids(0))
+    policy.entered("device", ids(0))
+    policy.entered("device", blocks[20:])
+    assert policy.of("device").queues.queue_of(blocks).tolist() == [2, *39 * [1]]  # 2: of those used again
+    assert policy.of("host").queues.queue_of(blocks).tolist() == 40 * [1]
+
+
+@pytest.mark.parametrize("name", ["arc", "2q", "s3fifo"])
+def test_who_left_every_tier_is_known_again_by_its_key(name):
+    policy, key = by_tier(name, host=20), b"k" * 32
+    policy.on_insert(ids(0), ids(0))
+    policy.entered("host", ids(0))
+    policy.left("host", ids(0))
+    policy.gone(0, key)
+    policy.on_forget(ids(0))
+    policy.on_insert(np.arange(20), np.zeros(20, np.int64))  # its id is another's now
+    policy.entered("host", np.arange(20))
+    policy.named(7, key)
+    policy.named(8, key)  # told once
+    queue = policy.of("host").queues.queue_of(np.arange(20))
+    assert np.flatnonzero(queue == 2).tolist() == [7] and (np.delete(queue, 7) == 1).all()
+
+
+def test_wtinylfu_remembers_how_often_a_key_was_asked_for():
+    policy, key = by_tier("wtinylfu", host=100), b"k" * 32
+    policy.on_insert(ids(0), ids(0))
+    policy.entered("host", ids(0))
+    for _ in range(5):
+        policy.on_hit(ids(0))
+    policy.gone(0, key)
+    policy.on_forget(ids(0))
+    policy.on_insert(ids(1), ids(0))
+    policy.entered("host", ids(1))
+    policy.named(1, key)
+    assert policy.of("host").memory_of(1) == 7  # six uses and this one
+
+
+def test_no_more_keys_are_remembered_than_the_tiers_have_blocks():
+    policy = by_tier("arc", device=3, host=5)
+    for number in range(50):
+        policy.gone(0, number.to_bytes(32, "big"))
+    assert len(policy._remembered) == 8
 
 
 def test_lru_names_the_least_recent_first():
@@ -191,7 +305,7 @@ def test_gdsf_forgets_what_was_popular_once():
 
 def test_prefix_keeps_the_chain_that_is_dearer_to_have_back():
     def survivors(load_cost: float) -> set[int]:
-        policy = PrefixAware(300, 512, load_cost)
+        policy = PrefixAware(300, 512, lambda: load_cost)
         policy.grow(1000)
         tier = Tier(policy, 300)
         tier.use(*range(200, 400))  # deep: computing it again costs more per block

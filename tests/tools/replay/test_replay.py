@@ -232,4 +232,4 @@ def test_the_prefix_rule_knows_what_loading_costs_where_a_tier_is_below(monkeypa
     shares = {"device": 0.5, "host": 0.0, "nvme": 1.0}
     plan = cells.Plan(["prefix"], [cells.Capacity("2", 2)], shares, machine, has_bound=False)
     list(cells.run(trace, plan, lambda done, total: None))
-    assert [setting.load_cost for setting in told] == [pytest.approx(2.0), float("inf")]
+    assert [setting.load_cost() for setting in told] == [pytest.approx(2.0), float("inf")]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from kvtier.pager.policies.registry import LIVE_NAMES
+from kvtier.pager.policies.registry import NAMES
 from kvtier.pager.thrift import Thrift
 from kvtier.tools.bench.prefetch import without_pattern
 from kvtier.tools.replay.links import CHUNK_BYTES, Link
@@ -88,7 +88,7 @@ def test_what_was_called_off_on_its_way_is_neither_open_nor_wasted():
     assert all(one._open_bytes == 0 for one in found.thrift.values())
 
 
-@pytest.mark.parametrize("policy", [name for name in LIVE_NAMES if name != "sliding_window"])
+@pytest.mark.parametrize("policy", [name for name in NAMES if name != "sliding_window"])
 def test_a_request_without_blocks_waits_for_none(policy):
     lines = [Recorded(1e3 * n, (n, n + 1) if n % 2 else (), 32 * (n % 2), 1, False) for n in range(6)]
     found = TimedReplay(trace_of("t", lines, 16), policy, SIZES, MACHINE, Mode(True, True, 2.0)).run()
