@@ -161,3 +161,5 @@ def test_goodbye_waits_for_the_copies_that_were_ordered(tmp_path):
         assert not daemon.store.pinned_slots()
         client.orders.close()
         client.attachment.connection.close()
+        client.pool.close()
+        client.backend.close(5)

@@ -181,9 +181,10 @@ def test_a_peer_that_sends_without_reading_is_held_back(daemon):
     wait_for(lambda: daemon.service.attachments.by_connection)
     (connection,) = daemon.service.attachments.by_connection
     raw.settimeout(0.5)
+    late = m.to_fields(m.Release(1 << 30, 0, 0, b""))
     with pytest.raises(TimeoutError):
         for request in range(2, 1 << 20):
-            raw.sendall(pack(m.FindModel.KIND, request, {"model_fingerprint": "x" * 60_000}))
+            raw.sendall(pack(m.Release.KIND, request, late))  # the refusal is longer than most answers
     assert len(connection._in_flight) <= 2 * Limits().requests_in_flight
     raw.close()
 

@@ -15,7 +15,7 @@ from kvtier.pager.config import PagerConfig
 from kvtier.pager.lease import Lease, Span
 from kvtier.pager.pager import Pager
 from kvtier.pager.rules import ALL_RULES, Rules
-from kvtier.tiers.errors import BlockMissError, TierFullError
+from kvtier.tiers.errors import BlockMissError, KvTierError, TierFullError
 from kvtier.tiers.layout import KVLayout
 from kvtier.tiers.simulated import SimulatedBackend
 
@@ -68,15 +68,20 @@ class Rig:
         settings["host"] = host_format
         options = {"model_fingerprint": "rig", "backend": self.backend, "rules": rules, "clock": clock}
         device_bytes = pages * block_bytes + staging_bytes
-        if daemon is not None:
-            private = settings.pop("private_host", None)
-            host_bytes = 0 if private is None else private * block_bytes + staging_bytes
-            given = PagerConfig(device_bytes, host_bytes, **settings)
-            self.pager = Pager.connect(daemon, self.layouts, given, share_memory=private is None, **options)
-        else:
-            host_bytes = host * block_bytes + (staging_bytes if path else 0)
-            given = PagerConfig(device_bytes, host_bytes, nvme_path=path, **settings)
-            self.pager = Pager.open(self.layouts, given, calls=calls, **options)
+        try:
+            if daemon is not None:
+                private = settings.pop("private_host", None)
+                host_bytes = 0 if private is None else private * block_bytes + staging_bytes
+                given = PagerConfig(device_bytes, host_bytes, **settings)
+                self.pager = Pager.connect(daemon, self.layouts, given, share_memory=private is None, **options)
+            else:
+                host_bytes = host * block_bytes + (staging_bytes if path else 0)
+                given = PagerConfig(device_bytes, host_bytes, nvme_path=path, **settings)
+                self.pager = Pager.open(self.layouts, given, calls=calls, **options)
+        except KvTierError:
+            if not isinstance(self.backend, SimulatedBackend):
+                self.backend.close(5)  # it has threads
+            raise
         self._counted: list[list[str]] = []  # mismatches of each step that was committed; kernels may still add to them
         self._found: list[str] = []  # those of the step being computed
         self.expected: dict[int, np.ndarray] = {}

@@ -455,6 +455,8 @@ def run(seed: int, steps: int = STEPS, rules: Rules = ALL_RULES) -> World:
     try:
         world.run(steps)
     except BaseException as error:
+        for store in world.models._stores.values():
+            store.core.backend.close(5)  # its threads
         again = f"python tests/simulation/sim_clients.py {seed} {steps}"
         raise AssertionError(
             f"seed {seed}: {type(error).__name__}: {error}\nafter {world.report()}\n"
