@@ -19,15 +19,30 @@ def types(names: str, kind: str) -> dict[str, Any]:
     return dict.fromkeys(names.split(), kind)
 
 
+HEADS = ((64, 64), (128, 128), (256, 256), (192, 128))  # keys, values; the last are DeepSeek's
+
+
 def formats() -> list[PageFormat]:
-    """Every format at the shape that models in use have, and narrow and wide heads for one of them."""
-    groups = {name: 128 if name == "hack8" else 64 for name in FORMATS}
-    shapes = [PageFormat(name, kv_heads=8, block=64, head_dim=128, group=group) for name, group in groups.items()]
-    return [*shapes, PageFormat("int4", 8, 128, 256, group=128), PageFormat("int4", 8, 64, 64, group=32)]
+    """Every format at every width of heads that models in use have, and other groups for one of them."""
+    found = [fmt for name in FORMATS for dims in HEADS if (fmt := _smallest_group(name, *dims)) is not None]
+    return [*found, PageFormat("int4", 8, 128, 256, group=128), PageFormat("int4", 8, 64, 64, group=32)]
+
+
+def _smallest_group(name: str, head_dim: int, value_dim: int) -> PageFormat | None:
+    """In groups of 64 or, where it takes none, of 128; None for heads that it does not take at all (HACK's widest)."""
+    for group in (64, 128):
+        try:
+            return PageFormat(name, 8, 64, head_dim, value_dim, group)
+        except ValueError:
+            continue
+    return None
 
 
 def name_of(fmt: PageFormat) -> str:
-    return f"{fmt.name}_{fmt.head_dim}" if fmt.head_dim != 128 else fmt.name
+    dims = "" if fmt.head_dim == 128 else f"_{fmt.head_dim}"
+    dims += "" if fmt.values.dim == fmt.head_dim else f"_{fmt.values.dim}"
+    usual = _smallest_group(fmt.name, fmt.head_dim, fmt.values.dim)
+    return f"{fmt.name}{dims}" + ("" if usual is not None and fmt.group == usual.group else f"_group{fmt.group}")
 
 
 def quant_cases(make: Make) -> Iterator[Any]:

@@ -20,18 +20,21 @@ from .triton_quant import unpack
 
 @triton.jit
 def fold_keys(
-    scores, bias, q, bytes_, table, FIELD: tl.constexpr, ROW: tl.constexpr, ROW_P: tl.constexpr, ZEROS: tl.constexpr,
+    scores, bias, q, bytes_, table, INDEX: tl.constexpr, PIECE: tl.constexpr, PIECE_P: tl.constexpr, ZEROS: tl.constexpr,
     HAS_ZERO: tl.constexpr, BITS: tl.constexpr, IS_FP8: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Add one bit field's share of (q s).c to scores and of q.z to bias; `table` points at the tile's scales."""
+    """Add one piece's share of (q s).c to scores and of q.z to bias: a bit field, or half of a wide row of bytes.
+
+    `table` points at the tile's scales.
+    """
     if IS_FP8:
         return tl.dot(q.to(COMPUTE), unpack(bytes_, 0, 8, True, COMPUTE), scores, input_precision="ieee"), bias
     else:
-        channel = FIELD * ROW + tl.arange(0, ROW_P)
-        ok = tl.arange(0, ROW_P) < ROW
+        channel = INDEX * PIECE + tl.arange(0, PIECE_P)
+        ok = tl.arange(0, PIECE_P) < PIECE
         q = q.to(tl.float32)
         scale = tl.load(table + channel, mask=ok, other=0.0).to(tl.float32)
-        codes = unpack(bytes_, FIELD, BITS, False, COMPUTE)
+        codes = unpack(bytes_, INDEX, BITS, False, COMPUTE)
         scores = tl.dot((q * scale[None, :]).to(COMPUTE), codes, scores, input_precision="ieee")
         if HAS_ZERO:
             zero = tl.load(table + ZEROS + channel, mask=ok, other=0.0).to(tl.float32)

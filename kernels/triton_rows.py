@@ -16,33 +16,45 @@ import triton
 import triton.language as tl
 
 from .formats import PageFormat
+from .page_tiles import NARROW, page_cut
 from .triton_common import IS_INTERPRETED, finish_lse, narrow, soften
 from .triton_folded import fold_keys, fold_values
 from .triton_hack import hack_keys, hack_values, round_weights
 
 
 @triton.jit
-def load_field(q, offsets, row_ok, FIELD: tl.constexpr, FIELDS: tl.constexpr, ROW: tl.constexpr, ROW_P: tl.constexpr):
-    """Load the channels [M, ROW_P] of q that one bit field holds; zeros if the format has fewer fields."""
-    if FIELD < FIELDS:
-        column = tl.arange(0, ROW_P)
-        mask = row_ok[:, None] & (column < ROW)[None, :]
-        return tl.load(q + offsets[:, None] + FIELD * ROW + column[None, :], mask=mask, other=0.0)
+def load_piece(
+    q, offsets, row_ok, INDEX: tl.constexpr, PIECES: tl.constexpr, PIECE: tl.constexpr, PIECE_P: tl.constexpr
+):
+    """Load the channels [M, PIECE_P] of q that meet one piece of K; nothing if K has fewer pieces."""
+    if INDEX < PIECES:
+        column = tl.arange(0, PIECE_P)
+        mask = row_ok[:, None] & (column < PIECE)[None, :]
+        return tl.load(q + offsets[:, None] + INDEX * PIECE + column[None, :], mask=mask, other=0.0)
     else:
         return offsets
 
 
 @triton.jit
 def take_keys(
-    scores, bias, q, steps, row_ok, bytes_, table, slot, FIELD: tl.constexpr, ROW: tl.constexpr, ROW_P: tl.constexpr,
+    scores, bias, q, steps, row_ok, bytes_, table, slot, INDEX: tl.constexpr, PIECE: tl.constexpr, PIECE_P: tl.constexpr,
     GROUP: tl.constexpr, BLOCK: tl.constexpr, ZEROS: tl.constexpr, HAS_ZERO: tl.constexpr, BITS: tl.constexpr,
     IS_FP8: tl.constexpr, IS_HACK: tl.constexpr, COMPUTE: tl.constexpr,
 ):  # fmt: skip
-    """Add one bit field's share of the scores, in the way of the format."""
+    """Add the share of one piece of K's channels to the scores, in the way of the format."""
     if IS_HACK:
-        return hack_keys(scores, q, steps, row_ok, bytes_, table, slot, FIELD, ROW, GROUP, BLOCK, ZEROS, BITS), bias
+        return hack_keys(scores, q, steps, row_ok, bytes_, table, slot, INDEX, PIECE, GROUP, BLOCK, ZEROS, BITS), bias
     else:
-        return fold_keys(scores, bias, q, bytes_, table, FIELD, ROW, ROW_P, ZEROS, HAS_ZERO, BITS, IS_FP8, COMPUTE)
+        return fold_keys(scores, bias, q, bytes_, table, INDEX, PIECE, PIECE_P, ZEROS, HAS_ZERO, BITS, IS_FP8, COMPUTE)
+
+
+@triton.jit
+def load_bytes(at, PIECE: tl.constexpr, PIECE_P: tl.constexpr):
+    """Load one piece of K's rows [PIECE_P, TILE]."""
+    if PIECE < PIECE_P:
+        return tl.load(at, mask=(tl.arange(0, PIECE_P) < PIECE)[:, None], other=0)
+    else:
+        return tl.load(at)
 
 
 @triton.jit
@@ -80,8 +92,8 @@ def compressed_rows(
     q_row, q_head, q_turn, step_row, step_head, step_turn, page_bytes, page_words, table_row, out_row, out_head, out_split,
     lse_row, lse_head, group, head_blocks,
     HEADS: tl.constexpr, TOKENS: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
-    K_RECORD: tl.constexpr, K_ROW: tl.constexpr, K_ROW_P: tl.constexpr, K_DIM: tl.constexpr, K_GROUP: tl.constexpr,
-    K_SCALES: tl.constexpr, K_ZEROS: tl.constexpr,
+    K_RECORD: tl.constexpr, K_ROW: tl.constexpr, K_PIECE: tl.constexpr, K_PIECE_P: tl.constexpr, K_PIECES: tl.constexpr,
+    K_DIM: tl.constexpr, K_GROUP: tl.constexpr, K_SCALES: tl.constexpr, K_ZEROS: tl.constexpr,
     V_AT: tl.constexpr, V_RECORD: tl.constexpr, V_ROW: tl.constexpr, V_PIECE: tl.constexpr, V_PIECE_P: tl.constexpr,
     V_PIECES: tl.constexpr, V_GROUP: tl.constexpr, V_SCALES: tl.constexpr, V_ZEROS: tl.constexpr,
     BITS: tl.constexpr, HAS_ZERO: tl.constexpr, IS_FP8: tl.constexpr, IS_HACK: tl.constexpr, TURNS: tl.constexpr,
@@ -108,11 +120,10 @@ def compressed_rows(
     at_row = (begin + token).to(tl.int64)
     at_q = at_row * q_row + heads * q_head
     at_steps = steps + at_row * step_row + heads * step_head
-    FIELDS: tl.constexpr = 8 // BITS
-    q_0 = load_field(q, at_q, row_ok, 0, FIELDS, K_ROW, K_ROW_P)
-    q_1 = load_field(q, at_q, row_ok, 1, FIELDS, K_ROW, K_ROW_P)
-    q_2 = load_field(q, at_q, row_ok, 2, FIELDS, K_ROW, K_ROW_P)
-    q_3 = load_field(q, at_q, row_ok, 3, FIELDS, K_ROW, K_ROW_P)
+    q_0 = load_piece(q, at_q, row_ok, 0, K_PIECES, K_PIECE, K_PIECE_P)
+    q_1 = load_piece(q, at_q, row_ok, 1, K_PIECES, K_PIECE, K_PIECE_P)
+    q_2 = load_piece(q, at_q, row_ok, 2, K_PIECES, K_PIECE, K_PIECE_P)
+    q_3 = load_piece(q, at_q, row_ok, 3, K_PIECES, K_PIECE, K_PIECE_P)
     first = 0
     sink_tiles = 0
     pos_q = token
@@ -129,7 +140,7 @@ def compressed_rows(
     acc_1 = tl.zeros([M, V_PIECE_P], tl.float32)
     acc_2 = tl.zeros([M, V_PIECE_P], tl.float32)
     acc_3 = tl.zeros([M, V_PIECE_P], tl.float32)
-    in_tile, in_row = tl.arange(0, TILE), tl.arange(0, K_ROW_P)
+    in_tile, in_piece = tl.arange(0, TILE), tl.arange(0, K_PIECE_P)
     for i in range(split * per_split, tl.minimum(tiles, (split + 1) * per_split)):
         start = i * TILE
         if WINDOW > 0:
@@ -139,16 +150,13 @@ def compressed_rows(
         if TURNS:
             turn = tl.load(turn_ids + at_block).to(tl.int64)
             at_turn = at_q + turn * q_turn
-            q_0 = load_field(q, at_turn, row_ok, 0, FIELDS, K_ROW, K_ROW_P)
-            q_1 = load_field(q, at_turn, row_ok, 1, FIELDS, K_ROW, K_ROW_P)
-            q_2 = load_field(q, at_turn, row_ok, 2, FIELDS, K_ROW, K_ROW_P)
-            q_3 = load_field(q, at_turn, row_ok, 3, FIELDS, K_ROW, K_ROW_P)
+            q_0 = load_piece(q, at_turn, row_ok, 0, K_PIECES, K_PIECE, K_PIECE_P)
+            q_1 = load_piece(q, at_turn, row_ok, 1, K_PIECES, K_PIECE, K_PIECE_P)
+            q_2 = load_piece(q, at_turn, row_ok, 2, K_PIECES, K_PIECE, K_PIECE_P)
+            q_3 = load_piece(q, at_turn, row_ok, 3, K_PIECES, K_PIECE, K_PIECE_P)
         slot = start % BLOCK + in_tile
-        at_k = pages + page * page_bytes + head * K_RECORD + slot[None, :] * K_ROW + in_row[:, None]
-        if K_ROW < K_ROW_P:
-            bytes_ = tl.load(at_k, mask=(in_row < K_ROW)[:, None], other=0)
-        else:
-            bytes_ = tl.load(at_k)
+        at_k = pages + page * page_bytes + head * K_RECORD + slot[None, :] * K_ROW + in_piece[:, None]
+        bytes_ = load_bytes(at_k, K_PIECE, K_PIECE_P)
         keys = words + page * page_words + head * (K_RECORD // 2) + K_SCALES
         turned_steps = at_steps
         if TURNS and IS_HACK:
@@ -158,21 +166,23 @@ def compressed_rows(
         scores = tl.zeros([M, TILE], tl.float32)
         bias = tl.zeros([M], tl.float32)
         scores, bias = take_keys(
-            scores, bias, q_0, turned_steps, row_ok, bytes_, keys, slot, 0, K_ROW, K_ROW_P, K_GROUP, BLOCK, K_ZEROS,
+            scores, bias, q_0, turned_steps, row_ok, bytes_, keys, slot, 0, K_PIECE, K_PIECE_P, K_GROUP, BLOCK, K_ZEROS,
             HAS_ZERO, BITS, IS_FP8, IS_HACK, COMPUTE,
         )  # fmt: skip
-        if FIELDS > 1:
+        if K_PIECES > 1:
+            if BITS == 8:
+                bytes_ = load_bytes(at_k + K_PIECE, K_PIECE, K_PIECE_P)
             scores, bias = take_keys(
-                scores, bias, q_1, turned_steps, row_ok, bytes_, keys, slot, 1, K_ROW, K_ROW_P, K_GROUP, BLOCK, K_ZEROS,
+                scores, bias, q_1, turned_steps, row_ok, bytes_, keys, slot, 1, K_PIECE, K_PIECE_P, K_GROUP, BLOCK, K_ZEROS,
                 HAS_ZERO, BITS, IS_FP8, IS_HACK, COMPUTE,
             )  # fmt: skip
-        if FIELDS > 2:
+        if K_PIECES > 2:
             scores, bias = take_keys(
-                scores, bias, q_2, turned_steps, row_ok, bytes_, keys, slot, 2, K_ROW, K_ROW_P, K_GROUP, BLOCK, K_ZEROS,
+                scores, bias, q_2, turned_steps, row_ok, bytes_, keys, slot, 2, K_PIECE, K_PIECE_P, K_GROUP, BLOCK, K_ZEROS,
                 HAS_ZERO, BITS, IS_FP8, IS_HACK, COMPUTE,
             )  # fmt: skip
             scores, bias = take_keys(
-                scores, bias, q_3, turned_steps, row_ok, bytes_, keys, slot, 3, K_ROW, K_ROW_P, K_GROUP, BLOCK, K_ZEROS,
+                scores, bias, q_3, turned_steps, row_ok, bytes_, keys, slot, 3, K_PIECE, K_PIECE_P, K_GROUP, BLOCK, K_ZEROS,
                 HAS_ZERO, BITS, IS_FP8, IS_HACK, COMPUTE,
             )  # fmt: skip
         if IS_FP8:
@@ -224,32 +234,32 @@ def compressed_rows(
 def compressed_shape(fmt: PageFormat, group: int, rows: int, arch: int) -> dict[str, Any]:
     """Choose tile sizes and offsets for `rows` query rows per KV head; the same for the launcher and the report.
 
-    Source: the ahead-of-time report; the largest tiles of rows that do not spill.
+    Source: page_tiles.py, and the ahead-of-time report for the rest: K of 8 bits is taken in two pieces where heads are wide,
+            since all of q and its scales at once spill.
     """
-    keys, values = fmt.keys, fmt.values
-    is_wide = max(keys.dim, values.dim) > 128
-    most = 128 if fmt.bits == 8 else 64
-    if is_wide or arch < 90:
-        most = 64 if arch >= 90 or not (is_wide or fmt.name == "hack4") else 32
-    m = max(16, min(most, triton.next_power_of_2(rows)))
+    keys, values, cut = fmt.keys, fmt.values, page_cut(fmt)
+    m = max(16, min(cut.rows if arch >= 90 else cut.rows_before, triton.next_power_of_2(rows)))
+    is_wide, is_decode = max(keys.dim, values.dim) > NARROW, m <= 16
     heads = min(group, m)
-    tile = min(32 if is_wide and m > 16 else 64, fmt.block)
+    tile = min(cut.tile if is_decode or not is_wide else 32, fmt.block)
+    ahead = 2 if m > 64 or fmt.name == "fp8" else 3  # fp8 with three spills before sm_90
     if fmt.is_hack:
         tile = values.group
     elif keys.axis == "channel":
         tile = min(tile, keys.group)
     narrowest = 32 if fmt.is_hack else 16  # the shortest products of int8 and of 16-bit operands
+    piece = keys.row_bytes // 2 if fmt.bits == 8 and keys.dim > 128 else keys.row_bytes
     return dict(
         HEADS=heads, TOKENS=m // heads, M=m, TILE=tile, BLOCK=fmt.block,
         K_RECORD=keys.record_bytes, K_ROW=keys.row_bytes,
-        K_ROW_P=max(narrowest, triton.next_power_of_2(keys.row_bytes)),
+        K_PIECE=piece, K_PIECE_P=max(narrowest, triton.next_power_of_2(piece)), K_PIECES=keys.dim // piece,
         K_DIM=keys.dim, K_GROUP=keys.group, K_SCALES=keys.scales_at // 2, K_ZEROS=(keys.zeros_at - keys.scales_at) // 2,
         V_AT=fmt.kv_heads * keys.record_bytes, V_RECORD=values.record_bytes, V_ROW=values.row_bytes,
         V_PIECE=values.piece, V_PIECE_P=max(16, triton.next_power_of_2(values.piece)),
         V_PIECES=values.dim // values.piece, V_GROUP=values.group, V_SCALES=values.scales_at // 2,
         V_ZEROS=(values.zeros_at - values.scales_at) // 2, BITS=fmt.bits, HAS_ZERO=keys.has_zeros,
         IS_FP8=fmt.name == "fp8", IS_HACK=fmt.is_hack, COMPUTE=operand_dtype(fmt),
-        num_warps=8 if m > 16 or is_wide else 4, num_stages=2 if m > 64 else 3,
+        num_warps=cut.warps if is_decode else 8, num_stages=cut.stages if is_decode else ahead,
     )  # fmt: skip
 
 

@@ -26,7 +26,10 @@ from ..tiers.errors import ConfigError
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("tiers", "kernels", "pager", "daemon", "engine")
 NEEDED = ("crc32c", "msgpack", "xxhash", "triton", "transformers", "pytest", "pytest_timeout", "hypothesis")
-SHORT = "byte_equal or streamed_blocks or quantised_bytes or pages_are_scored or (plain and (int4 or hack2))"
+SHORT = (
+    "byte_equal or streamed_blocks or quantised_bytes or pages_are_scored or (plain and (int4 or hack2))"
+    " or ((marked_as or in_any_order) and int4)"
+)
 WORKERS = 8  # most of the time is the compiler's
 _MARK = "mark.gpu"
 _REFUSALS = (3, 4, 5)  # of pytest: a fault of its own, arguments that it does not understand, no test found

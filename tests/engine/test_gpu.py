@@ -9,6 +9,7 @@ from kvtier import Engine, PagerConfig, PrefixCache, SamplingParams
 from kvtier.engine.needle import NeedleSpec, build_needle_model, needle_prompt
 from kvtier.engine.needle_check import build_needle_cache, stock_cache
 from kvtier.tiers.backends import cuda_missing
+from kvtier.tiers.errors import UnpackableError
 
 MISSING = cuda_missing()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(MISSING is not None, reason=f"no usable CUDA: {MISSING}")]
@@ -75,6 +76,42 @@ def test_packed_pages_answer_read_whole_and_selected(device):
             outputs = engine.generate([[*ids, needle.key] for needle in needles[:4]], params)
             assert [tuple(out.token_ids) for out in outputs] == [needle.values for needle in needles[:4]]
         assert all(out.selection.steps == 3 for out in outputs)
+
+
+def test_formats_of_the_tiers_below_answer_from_every_tier_and_after_a_restart(tmp_path):
+    """Packed on the stream that copies out, unpacked on the one that copies in."""
+    ids, needles = needle_prompt(NeedleSpec(), LENGTH, 16, seed=6)
+    model = build_needle_model()
+    cache = [(k.to(DEVICE), v.to(DEVICE)) for k, v in build_needle_cache(model, ids)]
+    model, kv_bytes = model.to(DEVICE), LENGTH * 2048
+    sizes = dict(
+        device_bytes=kv_bytes // 4, host_bytes=kv_bytes // 5, nvme_path=tmp_path / "s", nvme_bytes=2 * kv_bytes
+    )
+    config = PagerConfig(**sizes, host="int8", nvme="int4", backend=BACKEND)
+    for is_first in (True, False):
+        with Engine.from_model(model, config, block_size=64) as engine:
+            session = engine.session("needles")
+            if is_first:
+                session.inject(ids, cache)
+            assert session.num_computed == LENGTH
+            for needle in needles:
+                out = session.send([needle.key], SamplingParams(max_tokens=4, top2_margin=True))
+                assert tuple(out.token_ids) == needle.values and 15 < min(out.margins) < 24
+                session.rollback(LENGTH)
+            session.park()
+
+
+def test_values_that_no_format_holds_are_refused_before_they_have_a_name():
+    ids, _ = needle_prompt(NeedleSpec(), 512, 4, seed=7)
+    model = build_needle_model()
+    cache = [(k.to(DEVICE), v.to(DEVICE)) for k, v in build_needle_cache(model, ids)]
+    cache[1][1][0, 300, 5] = float("nan")
+    config = PagerConfig(device_bytes="16MiB", host_bytes="16MiB", backend=BACKEND, device="int4")
+    with Engine.from_model(model.to(DEVICE), config, block_size=64) as engine:
+        session = engine.session("bad")
+        with pytest.raises(UnpackableError, match="device='int4': layer 1"):
+            session.inject(ids, cache)
+        assert session.num_computed == 0 and not engine.pager._core.groups[0].directory.by_key
 
 
 def test_a_prefix_cache_packs_and_unpacks_on_the_device(tmp_path):

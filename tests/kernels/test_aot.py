@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from kvtier.kernels.formats import FORMATS
+
 pytest.importorskip("triton", reason="triton is not installed: no kernels to compile")
 
 # One compile costs about a second: every kernel and format for sm_90, and for sm_80 where its code differs. The soak has
@@ -67,13 +69,35 @@ def test_ampere_code_does_not_spill():
     assert rows["prefill"]["HMMA"] > 0
 
 
+LISTED = """
+import json
+from kvtier.kernels import aot
+print(json.dumps([case.name for case in aot.cases(90)]))
+"""
+
+
+def test_every_format_is_listed_at_every_width_of_heads():
+    """Compiled by the soak and by `kvtier bench kernels --aot`; HACK takes no heads wider than its groups allow."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", LISTED], env=env, capture_output=True, text=True, check=True)
+    names = json.loads(done.stdout)
+    assert len(names) == len(set(names))
+    widths, refused = ("_64", "", "_256", "_192_128"), {"hack8_256", *(f"hack{n}_192_128" for n in (8, 4, 2))}
+    wanted = {f"{name}{width}" for name in FORMATS for width in widths} - refused
+    for kind in ("decode", "prefill"):
+        assert {f"{kind}_{one}" for one in wanted} < set(names)
+        assert not {f"{kind}_{one}" for one in refused} & set(names)
+        assert {kind, f"{kind}_64", f"{kind}_256"} < set(names)
+    assert {"decode_192_128", "prefill_mla"} < set(names)
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("arch", [90, 80])
 def test_every_case_compiles_and_none_spills(arch):
     rows = report(arch, "")
     check_no_spill(rows)
-    assert len(rows) > 40
+    assert len(rows) > 150
 
 
 def test_a_process_that_interprets_refuses_to_compile():

@@ -74,7 +74,8 @@ def test_the_tests_find_this_package_installed_or_not(tmp_path):
 
 def test_what_others_stand_on_runs_first():
     files = gpu_tests.gpu_files(Path(__file__).parents[1])
-    assert [path.parent.name for path in files] == ["tiers", "kernels", "pager", "daemon", "engine"]
+    assert list(dict.fromkeys(path.parent.name for path in files)) == ["tiers", "kernels", "pager", "daemon", "engine"]
+    assert {path.name for path in files if path.parent.name == "kernels"} == {"test_gpu.py", "test_gpu_features.py"}
 
 
 def test_a_clean_sanitizer_is_told_from_one_that_found_or_could_not():
@@ -100,13 +101,15 @@ def test_what_is_chosen_for_the_sanitizer_is_there():
     """Collected without a device: an expression that pytest refuses, or that fits nothing, would watch no kernel."""
     command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider"]
     ran = subprocess.run(
-        [*command, "-k", gpu_tests.SHORT, "tests/kernels/test_gpu.py"],
+        [*command, "-k", gpu_tests.SHORT, "tests/kernels/test_gpu.py", "tests/kernels/test_gpu_features.py"],
         cwd=gpu_tests.ROOT,
         capture_output=True,
         text=True,
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     for name in ("byte_equal", "streamed_blocks", "quantised_bytes", "pages_are_scored", "plain-int4", "plain-hack2"):
+        assert name in ran.stdout
+    for name in ("marked_as_on_the_cpu[int4", "in_any_order[int4"):
         assert name in ran.stdout
     assert "window-int4" not in ran.stdout
 

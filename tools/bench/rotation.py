@@ -3,7 +3,8 @@
 Keys are random, evenly loud, or with some channels or tokens loud; the figure is the error of the scores q.k, as a share
 of how far the scores spread. With a scale per channel (int2) a loud channel has a scale of its own, and turning spreads it
 over all; with a scale per token (hack2) it takes the codes of all others, and turning takes that away. The format's own way
-is the value, the other way the reference, in the same run.
+is the value, the other way the reference, in the same run. Beside them fp8 and int8, which have no zero point, against int4,
+which has one: a channel that lies off zero costs them codes.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 DIM, BLOCK, BLOCKS, ROWS, LOUD = 128, 64, 16, 16, 8.0
 FORMATS = ("int2", "hack2")
+WITHOUT_ZERO, WITH_ZERO = ("fp8", "int8"), "int4"
 KINDS = ("even", "loud channels", "constant loud channels", "loud tokens")
 
 
@@ -39,6 +41,11 @@ def rotation_rows() -> list[Row]:
             rows.append(
                 Row(f"keys: {kind}", f"error of scores, {name}", ours, "of spread", reference, other, other / ours)
             )
+        beside = _error(q, k, PageFormat(WITH_ZERO, 1, BLOCK, DIM), is_turned=False)
+        for name in WITHOUT_ZERO:
+            ours = _error(q, k, PageFormat(name, 1, BLOCK, DIM), is_turned=False)
+            metric, reference = f"error of scores, {name}", f"{WITH_ZERO}, same keys"
+            rows.append(Row(f"keys: {kind}", metric, ours, "of spread", reference, beside, beside / ours))
     return rows
 
 

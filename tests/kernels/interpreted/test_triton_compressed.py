@@ -47,6 +47,13 @@ def test_ragged_batch_matches_the_reference(make_pages, assert_close, name, shap
     assert_close(run(case), case.expected(), 4e-6, 5e-6)
 
 
+@pytest.mark.parametrize("name", ["fp8", "int8"])
+@pytest.mark.parametrize("dims", [(256, 256), (192, 128)], ids=str)
+def test_wide_heads_of_bytes_are_taken_in_two_pieces(make_pages, assert_close, name, dims):
+    case = make_pages(PageFormat(name, 1, 32, *dims, group=128), SPANS[:2], group=3, outliers=3.0, softcap=2.0)
+    assert_close(run(case), case.expected(), 4e-6, 5e-6)
+
+
 def test_many_rows_take_several_tiles(make_pages, assert_close):
     case = make_pages(PageFormat("int4", 1, 32, 32, group=32), [(70, 2, 5)], group=2, window=60, sinks=3)
     assert_close(run(case), case.expected(), 4e-6, 5e-6)
@@ -161,8 +168,9 @@ def test_any_step_matches_the_reference(
         assert_close(run(case, splits=splits), case.expected(), 5e-6, 1e-5)
 
 
-def test_turned_queries_meet_each_block_with_its_own_rotation(make_pages, assert_close):
-    case = make_pages(PageFormat("int2", 1, 32, 32, group=32), [(2, 3, 1), (1, 2, 0)])
+@pytest.mark.parametrize(("name", "dim"), [("int2", 32), ("int8", 192)])
+def test_turned_queries_meet_each_block_with_its_own_rotation(make_pages, assert_close, name, dim):
+    case = make_pages(PageFormat(name, 1, 32, dim, 32, group=32), [(2, 3, 1), (1, 2, 0)])
     inv_freq = 10_000.0 ** (-torch.arange(16) / 16)
     turns = plan_turns([[5, 0, 5], [-900, 5, 0]], inv_freq)
     out, lse = run(case, turns=turns)
