@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -226,20 +227,23 @@ def problems(row: dict[str, Any]) -> list[str]:
 
 
 def report(archs: Sequence[int] = ARCHS, only: str = "") -> list[dict[str, Any]]:
-    """Compile every case for every architecture."""
+    """Compile every case for every architecture, in as many processes as there are cores."""
     if triton_common.IS_INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET is set: the kernels cannot be compiled in this process")
-    rows = []
-    for arch in archs:
-        for case in cases(arch):
-            if not re.search(only, case.name):
-                continue
-            try:
-                row = compile_case(case, arch)
-            except Exception as error:  # the compiler's errors have no common class; one bad case is a row
-                row = dict(case=case.name, arch=arch, error=f"{type(error).__name__}: {str(error)[:300]}")
-            rows.append(row | dict(problems=problems(row)))
-    return rows
+    jobs = [(arch, i) for arch in archs for i, case in enumerate(cases(arch)) if re.search(only, case.name)]
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        return list(pool.map(_row, jobs))
+
+
+def _row(job: tuple[int, int]) -> dict[str, Any]:
+    """What becomes of one case, named by architecture and place in its list."""
+    arch, index = job
+    case = cases(arch)[index]
+    try:
+        row = compile_case(case, arch)
+    except Exception as error:  # the compiler's errors have no common class; one bad case is a row
+        row = dict(case=case.name, arch=arch, error=f"{type(error).__name__}: {str(error)[:300]}")
+    return row | dict(problems=problems(row))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
