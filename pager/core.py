@@ -230,17 +230,20 @@ class Core:
 
     def _balance_device(self, group: BlockGroup) -> None:
         """Below the low mark of free or clean pages, or below what the next steps will take, write back."""
-        total = len(group.pages)
-        foreseen = group.pressure.foreseen()
-        low = max(1, int(total * self.config.low_watermark), foreseen)
-        if group.pages.num_free >= low:
+        total, foreseen = len(group.pages), group.pressure.foreseen()
+        low = max(1, int(total * self.config.low_watermark))
+        if group.pages.num_free >= max(low, foreseen):
             return
         ready = group.pages.num_free + group.leaving.clean_pages()
         underway = int((group.pages.state == PageState.WRITING_BACK).sum())
-        if ready + underway >= low:
-            return
-        high = max(1, int(total * self.config.high_watermark), foreseen)
-        self.write_back(group, high - ready - underway, "writeback")
+        short = 0
+        if ready + underway < low:
+            short = max(1, int(total * self.config.high_watermark)) - ready - underway
+        if foreseen - ready - underway > max(
+            short, 0
+        ):  # a guess: it may cost a copy, not what others have in the host tier
+            short = max(short, min(foreseen - ready - underway, group.leaving.idle_host_slots()))
+        self.write_back(group, short, "writeback")
 
     def write_back(self, group: BlockGroup, n: int, reason: str) -> int:
         """Start copies of up to n dirty, idle blocks to the host tier; those given up are dropped. Returns how many of both."""

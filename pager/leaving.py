@@ -98,6 +98,12 @@ class Leaving:
             return most
         return max(0, min(most, room + self._slots_of_victims(keep_clean, asker, asker)))
 
+    def idle_host_slots(self) -> int:
+        """Host slots that are free, or whose blocks lie on nvme as well and would only come up more slowly."""
+        host = self._group.host
+        below = self._group.directory.nvme_valid[host.block[host.state == SlotState.VALID]]
+        return int(host.num_free) + int(np.count_nonzero(below))
+
     def _slots_of_victims(self, keep_clean: bool, asker: int | None, of: int | None = None) -> int:
         group = self._group
         return group.forms.slots_held(np.concatenate([group.host.block[:0], *self._may_leave(keep_clean, asker, of)]))

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 _MEAN_GAIN, _DEVIATION_GAIN = 1 / 8, 1 / 4
 _STEPS_AHEAD, _DEVIATIONS = 2, 4
-_MOST_SHARE = 0.5  # of a pool: beyond that, what would be cleaned is what the steps themselves read
+# of a pool: what is clean leaves first, so the more of it, the earlier it is decided who leaves; a request that waits is sure
+_MOST_SHARE, _MOST_QUEUED_SHARE = 0.25, 0.5
 
 
 class Pressure:
     """Of one layer group. Bookkeeping in pages; no clock."""
 
     def __init__(self, num_pages: int) -> None:
-        self._most = int(num_pages * _MOST_SHARE)
+        self._most, self._most_queued = int(num_pages * _MOST_SHARE), int(num_pages * _MOST_QUEUED_SHARE)
         self._mean = self._deviation = 0.0
         self._taken = 0
         self.queued = 0  # pages that the first request in the queue has yet to fill
@@ -37,4 +38,4 @@ class Pressure:
     def foreseen(self) -> int:
         """Pages that should be free or clean now."""
         steps = _STEPS_AHEAD * self._mean + _DEVIATIONS * self._deviation
-        return min(self._most, max(int(steps), self.queued))
+        return max(min(self._most, int(steps)), min(self._most_queued, self.queued))

@@ -71,14 +71,35 @@ def test_what_waits_in_the_queue_is_made_room_for_before_it_runs(monkeypatch):
     assert group.pressure.queued == 0 and rig.wrong == []
 
 
-def test_a_forecast_is_forgotten_when_the_steps_grow_small_and_never_asks_for_more_than_half():
+def test_a_forecast_is_forgotten_when_the_steps_grow_small_and_never_asks_for_more_than_its_share():
     pressure = Pressure(100)
     for _ in range(50):
         pressure.took(40)
         pressure.step()
-    assert pressure.foreseen() == 50
+    assert pressure.foreseen() == 25
     for _ in range(100):
         pressure.step()
     assert pressure.foreseen() == 0
     pressure.queued = 1000
     assert pressure.foreseen() == 50
+
+
+def test_a_forecast_takes_nothing_from_a_full_host_tier():
+    """What lies there alone stays as long as pages are not needed now."""
+    rig = Rig(0, pages=40, host=20, low_watermark=0.05, high_watermark=0.1)
+    group = rig.pager._core.groups[0]
+    first = rig.start(list(range(20 * BLOCK)))
+    rig.prefill(first, chunk=5 * BLOCK)
+    for _ in range(4):
+        rig.pager.demote(first)
+        rig.settle()
+    assert group.host.num_free == 0
+    rig.pager.finish(first)
+    seq = rig.start(list(range(5000, 5000 + 30 * BLOCK)))
+    rig.prefill(seq, chunk=6 * BLOCK)  # leaves ten pages free
+    assert group.pressure.foreseen() == 10
+    group.pressure.queued = 20
+    for _ in range(5):
+        rig.pager.poll()
+        rig.settle()
+    assert rig.pager.match(list(range(20 * BLOCK))).tokens == 20 * BLOCK and rig.wrong == []
