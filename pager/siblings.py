@@ -46,23 +46,24 @@ def _may_take_more(group: BlockGroup, blocks: IntArray, slots: IntArray, asker: 
 
 
 def _siblings(group: BlockGroup, blocks: IntArray) -> IntArray:
-    """Behind the last and before the first slot of each run. Cost: a pass over the directory, and a step per sibling."""
+    """From each block on, slot by slot, after it and before it. Cost: of the blocks and of what is found, not of all."""
     assert group.cold is not None and group.cold.ring is not None
-    d, room = group.directory, MAX_READ_BYTES // group.cold_bytes - len(blocks)
-    size = group.cold.ring.geometry(group.index).slots_per_segment
-    is_wanted = d.is_named & d.nvme_valid & (d.refs > 0) & (d.host_slot == NOWHERE) & (d.page == NOWHERE)
-    is_wanted[blocks] = False
-    wanted = np.flatnonzero(is_wanted)
-    by_slot = dict(zip(d.nvme_slot[wanted].tolist(), wanted.tolist(), strict=True))
-    found: list[int] = []
-    for block in blocks.tolist() if by_slot else ():
-        for step in (1, -1):
-            last, slot = block, int(d.nvme_slot[block]) + step
-            while len(found) < room and slot // size == (slot - step) // size:
-                other = by_slot.get(slot)
-                child, parent = (other, last) if step > 0 else (last, other)
-                if other is None or parent is None or child is None or d.parent[child] != d.key[parent]:
-                    break
-                found.append(by_slot.pop(slot))
-                last, slot = other, slot + step
-    return np.array(found, np.int64)
+    d, ring, room = group.directory, group.cold.ring, MAX_READ_BYTES // group.cold_bytes - len(blocks)
+    size = ring.geometry(group.index).slots_per_segment
+    seen, found = set(blocks.tolist()), list[int]()
+    for step in (1, -1):
+        ends = blocks
+        while len(ends) and len(found) < room:
+            slots = d.nvme_slot[ends] + step
+            others = d.find(ring.keys_at(group.index, slots))
+            fits = (others >= 0) & (slots // size == (slots - step) // size)
+            ends, slots, others = ends[fits], slots[fits], others[fits]
+            fits = (d.nvme_slot[others] == slots) & d.nvme_valid[others] & (d.refs[others] > 0)
+            fits &= (d.host_slot[others] == NOWHERE) & (d.page[others] == NOWHERE)
+            pairs = zip(ends[fits].tolist(), others[fits].tolist(), strict=True)
+            children = [(other, *((other, end) if step > 0 else (end, other))) for end, other in pairs]
+            new = [other for other, child, parent in children if other not in seen and d.parent[child] == d.key[parent]]
+            seen.update(new)
+            found += new
+            ends = np.array(new, np.int64)
+    return np.array(found[:room], np.int64)

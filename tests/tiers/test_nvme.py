@@ -524,3 +524,18 @@ def test_segments_are_as_large_as_asked_for(tmp_path, backend):
         )
         assert 0.9 * size < tier.geometry(0).segment_bytes <= size + tier.geometry(0).header_bytes
         tier.close()
+
+
+def test_keys_are_told_by_slot_and_nothing_where_nothing_is_listed(tmp_path, backend):
+    tier = open_tier(tmp_path / "s", backend)
+    slots, _ = store(tier, 5)
+    tier.free(0, slots[1:2])
+    keys = tier.keys_at(0, np.array([slots[0], slots[1], slots[2], -1, 10**6]))
+    assert keys == [
+        tier.stamps(0, slots[:1])["key"][0].tobytes(),
+        b"",
+        tier.stamps(0, slots[2:3])["key"][0].tobytes(),
+        b"",
+        b"",
+    ]
+    tier.close()

@@ -195,6 +195,15 @@ class NvmeTier:
         """What the manifest says of these slots."""
         return self._books[group].listing.stamps[slots]
 
+    def keys_at(self, group: int, slots: IntArray) -> list[bytes]:
+        """The keys that the manifest lists in these slots, empty where it lists nothing or there is no such slot."""
+        listing = self._books[group].listing
+        is_listed, stamps = listing.listed, listing.stamps
+        there = (slots >= 0) & (slots < min(len(is_listed), len(stamps)))
+        there[there] = is_listed[slots[there]]
+        keys = iter(stamps["key"][slots[there]])
+        return [next(keys).tobytes() if one else b"" for one in there.tolist()]
+
     def recovered(self) -> list[tuple[IntArray, npt.NDArray[Any]]]:
         """Slots and stamps per group that the manifest lists."""
         found = []
