@@ -117,6 +117,8 @@ def test_victims_of_a_large_pool_come_from_a_part_that_moves_on(monkeypatch):
         rig.prefill(rig.start(list(range(start, start + 28))))
     rig.settle()
     group = rig.pager._core.groups[0]
+    rig.pager._core.write_back(group, 8, "writeback")
+    rig.settle()
     asked: list[int] = []
     victims = group.policy.victims
     monkeypatch.setattr(group.policy, "victims", lambda n, c: asked.append(len(c)) or victims(n, c))
