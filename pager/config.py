@@ -56,13 +56,13 @@ class PagerConfig:
     nvme_path: str | os.PathLike[str] | None = None
     nvme_bytes: Size | None = None  # None: as much as the disk gives
     durability: str = "batch"  # none, batch (group commit every 64 MiB or 0.1 s) or always
-    # one codec for all layer groups, one each, or by the group's name; None: a store's own, and none in a new one
     # requests in flight on the disk, each way, and the size of a new store's files; auto: as `kvtier doctor --tune` measured
     # on that disk, else 12 and 32 MiB
     nvme_queue_depth: int | str = MEASURED
     nvme_segment_bytes: Size = MEASURED
     nvme_write_bytes_per_s: Size | None = None  # budgets for cache; what is parked or persisted is always written
     nvme_write_bytes_per_day: Size | None = None
+    # one codec for all layer groups, one each, or by the group's name; None: a store's own, and none in a new one
     nvme_codec: str | Sequence[str] | Mapping[str, str] | None = None
     # formats: "full" (or its dtype, "bf16"), or fewer bits, such as "int8" or "int4/128; layers 0-1: bf16", for all layer
     # groups or by the group's name; the store has what the host tier has unless told. In the device tier only an Engine or

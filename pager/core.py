@@ -235,14 +235,10 @@ class Core:
         if group.pages.num_free >= max(low, foreseen):
             return
         ready = group.pages.num_free + group.leaving.clean_pages()
-        underway = int((group.pages.state == PageState.WRITING_BACK).sum())
-        short = 0
-        if ready + underway < low:
-            short = max(1, int(total * self.config.high_watermark)) - ready - underway
-        if foreseen - ready - underway > max(
-            short, 0
-        ):  # a guess: it may cost a copy, not what others have in the host tier
-            short = max(short, min(foreseen - ready - underway, group.leaving.idle_host_slots()))
+        ready += int((group.pages.state == PageState.WRITING_BACK).sum())
+        short = max(1, int(total * self.config.high_watermark)) - ready if ready < low else 0
+        if foreseen - ready > short:  # a guess: it may cost a copy, not what others have in the host tier
+            short = max(short, min(foreseen - ready, group.leaving.idle_host_slots()))
         self.write_back(group, short, "writeback")
 
     def write_back(self, group: BlockGroup, n: int, reason: str) -> int:

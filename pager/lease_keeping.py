@@ -79,9 +79,8 @@ class LeaseKeeper:
                         blocks = table.ids[dead]
                         table.put(dead, NOWHERE)
                         group.unref(blocks)
-                        hints.demote(
-                            group, blocks[group.directory.refs[blocks] == 0]
-                        )  # out of every window: first to leave
+                        out_of_all = blocks[group.directory.refs[blocks] == 0]  # of every window: first to leave
+                        hints.demote(group, out_of_all)
             num_tokens = sum([span.end - span.start for span in lease.spans])
             core.counters.add("stored_tokens" if lease.is_write_only else "computed_tokens", num_tokens)
 

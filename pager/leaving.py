@@ -29,9 +29,8 @@ class Leaving:
     def __init__(self, group: BlockGroup) -> None:
         self._group = group
         self._hand = 0  # page at which the next search begins
-        self.is_host_first = (
-            False  # no tier above the host: what is not used soon leaves there, as elsewhere the device
-        )
+        # no tier above the host: what is not used soon leaves there, as elsewhere the device
+        self.is_host_first = False
 
     # ------------------------------------------------------------------ device pages
     def clean_pages(self) -> int:

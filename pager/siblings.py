@@ -60,9 +60,11 @@ def _siblings(group: BlockGroup, blocks: IntArray) -> IntArray:
             ends, slots, others = ends[fits], slots[fits], others[fits]
             fits = (d.nvme_slot[others] == slots) & d.nvme_valid[others] & (d.refs[others] > 0)
             fits &= (d.host_slot[others] == NOWHERE) & (d.page[others] == NOWHERE)
-            pairs = zip(ends[fits].tolist(), others[fits].tolist(), strict=True)
-            children = [(other, *((other, end) if step > 0 else (end, other))) for end, other in pairs]
-            new = [other for other, child, parent in children if other not in seen and d.parent[child] == d.key[parent]]
+            new = list[int]()
+            for end, other in zip(ends[fits].tolist(), others[fits].tolist(), strict=True):
+                parent, child = (end, other) if step > 0 else (other, end)
+                if other not in seen and d.parent[child] == d.key[parent]:
+                    new.append(other)
             seen.update(new)
             found += new
             ends = np.array(new, np.int64)

@@ -205,9 +205,8 @@ def _disk_settings(path: Path) -> Finding:
     if chosen.source is None:
         return Finding("disk settings", True, f"{found}; the defaults (`kvtier doctor --tune --path {path}` measures)")
     try:
-        measured = json.loads(chosen.source.read_text())["measured"]
-        figures = "; ".join(f"{name}: {_rates(measured[name])}" for name in ("write", "read", "fill"))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        figures = "; ".join(f"{name}: {_rates(chosen.measured[name])}" for name in ("write", "read", "fill"))
+    except (ValueError, LookupError, TypeError, AttributeError):
         figures = "without figures"
     return Finding("disk settings", True, f"{found}; measured ({chosen.source}) {figures}")
 

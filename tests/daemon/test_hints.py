@@ -36,12 +36,15 @@ def crowd(rig, chains: int) -> None:
         rig.pager.finish(stored(rig, list(range(start, start + 32))))
 
 
+def keys_of(rig, token_ids: list[int]) -> list[bytes]:
+    keys: list[bytes] = []
+    rig.pager._core.chain("default").extend(keys, token_ids)
+    return keys
+
+
 def held_by_daemon(rig, token_ids: list[int]) -> int:
     """Asked of the daemon itself: the client may know of a block longer."""
-    chain = rig.pager._core.chain("default")
-    keys: list[bytes] = []
-    chain.extend(keys, token_ids)
-    found = rig.pager._remote._tier.attachment.lookup(keys, prefix=True, hold=False)
+    found = rig.pager._remote._tier.attachment.lookup(keys_of(rig, token_ids), prefix=True, hold=False)
     return int(np.count_nonzero(found[0]))
 
 
@@ -85,7 +88,7 @@ def test_an_unknown_hint_changes_nothing(daemon):
     rig = client(daemon, pages=12)
     rig.pager.finish(stored(rig, KEPT))
     attachment = rig.pager._remote._tier.attachment
-    attachment.hint(rig.pager._core.chain("default").extend(keys := [], KEPT) or keys, "bake")
+    attachment.hint(keys_of(rig, KEPT), "bake")
     assert held_by_daemon(rig, KEPT) == 8
     rig.close()
 
@@ -133,7 +136,7 @@ def test_a_pin_ends_with_its_time(tmp_path):
         rig = client(inside, pages=12)
         attachment = rig.pager._remote._tier.attachment
         rig.pager.finish(stored(rig, KEPT))
-        rig.pager._core.chain("default").extend(keys := [], KEPT)
+        keys = keys_of(rig, KEPT)
         attachment.hint(keys, "pin", 200)
         assert pinned(store_of(inside)) == 8
         wait_for(lambda: pinned(store_of(inside)) == 0)
@@ -146,7 +149,7 @@ def test_of_two_who_pinned_the_one_that_stays_keeps_it(tmp_path):
     with InsideDaemon(tmp_path, host_bytes=32 * SIZE) as inside:
         first, second = client(inside, pages=12), client(inside, pages=12)
         first.pager.finish(stored(first, KEPT))
-        first.pager._core.chain("default").extend(keys := [], KEPT)
+        keys = keys_of(first, KEPT)
         first.pager._remote._tier.attachment.hint(keys, "pin", 1_000_000)
         second.pager._remote._tier.attachment.hint(keys[:3], "pin", 500_000)
         first.close()
@@ -158,7 +161,7 @@ def test_pins_keep_to_half_of_the_memory_and_to_the_quota(tmp_path):
     with InsideDaemon(tmp_path, host_bytes=32 * SIZE) as inside:
         rig = client(inside, pages=24)
         attachment = rig.pager._remote._tier.attachment
-        rig.pager._core.chain("default").extend(keys := [], KEPT + OVER)
+        keys = keys_of(rig, KEPT + OVER)
         rig.pager.finish(stored(rig, KEPT + OVER[:28]))
         store = store_of(inside)
         attachment.hint(keys, "pin", 1_000_000)
@@ -186,8 +189,8 @@ def test_what_is_demoted_leaves_the_daemons_memory_first(tmp_path):
         seq = stored(rig, OVER)
         rig.pager.demote(seq)
         store = store_of(inside)
-        rig.pager._core.chain("default").extend(kept := [], KEPT)
-        rig.pager._core.chain("default").extend(over := [], OVER)
+        kept = keys_of(rig, KEPT)
+        over = keys_of(rig, OVER)
         d = store.core.groups[0].directory
         wait_for(lambda: rig.pager.poll() or d.is_demoted[d.find(over)].all())
         wait_for(lambda: d.nvme_valid[d.find(over)].all())  # written down before anybody needs the room
@@ -206,7 +209,7 @@ def test_what_the_queue_will_read_comes_into_the_daemons_memory_before_anybody_a
         crowd(rig, 8)
         store = store_of(inside)
         d = store.core.groups[0].directory
-        rig.pager._core.chain("default").extend(keys := [], KEPT)
+        keys = keys_of(rig, KEPT)
         wait_for(lambda: d.nvme_valid[d.find(keys)].all())
         with store.core.lock:
             blocks = d.find(keys)
@@ -227,7 +230,7 @@ def test_a_foreign_namespaces_pin_and_an_absent_one_change_nothing_and_look_alik
         rig = client(inside, pages=12)
         rig.pager.finish(stored(rig, KEPT))
         store = store_of(inside)
-        rig.pager._core.chain("default").extend(keys := [], KEPT)
+        keys = keys_of(rig, KEPT)
         [one] = store.clients
         stranger = store.attach(Tenant("stranger", {"other": b""}))
         for hint in ("pin", "demote", "release", "prefetch"):

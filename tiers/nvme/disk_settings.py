@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,12 @@ _LOG = logging.getLogger("kvtier.nvme")
 
 @dataclass(frozen=True, slots=True)
 class DiskSettings:
-    """`source` is the file that says so, None for what holds where nobody measured."""
+    """`source` is the file that says so, None for what holds where nobody measured; `measured` are the figures behind it."""
 
     queue_depth: int = IO_DEPTH
     segment_bytes: int = SEGMENT_BYTES
     source: Path | None = None
+    measured: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 def settings_for(path: str | os.PathLike[str] | None) -> DiskSettings:
@@ -92,4 +93,5 @@ def _read(path: Path) -> DiskSettings | None:
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         _LOG.warning("event=disk_settings_bad path=%s error=%s: `kvtier doctor --tune` writes it anew", path, error)
         return None
-    return DiskSettings(depth, size, path)
+    measured = said.get("measured")
+    return DiskSettings(depth, size, path, measured if isinstance(measured, dict) else {})

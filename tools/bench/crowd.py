@@ -22,10 +22,10 @@ from ...engine.conversations import Conversations
 from ...engine.loop import EngineLoop
 from ...engine.needle import Needle, NeedleSpec, build_needle_model, needle_prompt
 from ...engine.sampling import Output, TokenLogprob
+from .sessions import BLOCK_SIZE, DEVICE_PARTS, HOST_PARTS, VALUES, Result, Work
 
 TOKEN_BYTES = 2048  # of KV, per token of the needle model in float32
-BLOCK_SIZE, VALUES, CLIENTS = 256, 4, 16
-DEVICE_PARTS, HOST_PARTS = 1, 2  # of the K/V of the sessions that shall be resident
+CLIENTS = 16
 TURN_TIMEOUT_S = 600.0
 
 
@@ -53,30 +53,6 @@ class _Answer:
             raise self.error
         assert self.output is not None
         return self.output
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a life of the server is for."""
-
-    path: str  # of the store
-    sessions: int
-    context: int  # tokens of each
-    resident: int  # sessions that the device tier holds
-    needles: int  # of each session, all asked for
-    room: int  # tokens of the longest session at the end of the last life
-    is_first: bool  # sessions are begun
-
-
-@dataclass
-class Result:
-    """What came of it: needles asked for and answered right, tokens computed and new ones, share of slots without a token."""
-
-    asked: int = 0
-    exact: int = 0
-    computed: int = 0
-    wanted: int = 0
-    waste: float = 0.0
 
 
 class Crowd:

@@ -24,18 +24,16 @@ from typing import Any
 
 import numpy as np
 
-from kvtier import KVLayout
-
 from ...tiers.checksum import slice_sum
 from ...tiers.cpu import IO_DEPTH, CpuBackend
 from ...tiers.errors import ConfigError
+from ...tiers.nvme.calibrate import LAYOUT
 from ...tiers.nvme.store import STAMP, IoTicket, NvmeTier, StoreIdentity
 from . import lmcache
 from .harness import Row
 from .lmcache import LmcachePeer
 from .page_cache import sync_files
 
-LAYOUT = KVLayout(num_layers=16, num_kv_heads=8, head_dim=128, block_size=32, dtype="bfloat16")  # 2 MiB blocks
 FIO_ENGINES = {"psync": ["--ioengine=psync", "--thread"], "io_uring": ["--ioengine=io_uring"]}
 FIO_DEPTHS = (8, IO_DEPTH)  # the better one counts
 FIO_SETTINGS = {f"{engine} QD {depth}": (engine, depth) for engine in FIO_ENGINES for depth in FIO_DEPTHS}

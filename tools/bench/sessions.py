@@ -13,12 +13,39 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ...tiers.errors import ConfigError
 from .harness import Row
+
+BLOCK_SIZE, VALUES = 256, 4
+DEVICE_PARTS, HOST_PARTS = 1, 2  # of the K/V of the sessions that shall be resident
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a life of the server is for."""
+
+    path: str  # of the store
+    sessions: int
+    context: int  # tokens of each
+    resident: int  # sessions that the device tier holds
+    needles: int  # of each session, all asked for
+    room: int  # tokens of the longest session at the end of the last life
+    is_first: bool  # sessions are begun
+
+
+@dataclass
+class Result:
+    """What came of it: needles asked for and answered right, tokens computed and new ones, share of slots without a token."""
+
+    asked: int = 0
+    exact: int = 0
+    computed: int = 0
+    wanted: int = 0
+    waste: float = 0.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,8 +69,6 @@ def run(arguments: argparse.Namespace) -> list[Row]:
 
 
 def _rows(arguments: argparse.Namespace, store: str) -> list[Row]:
-    from .crowd import BLOCK_SIZE, DEVICE_PARTS, HOST_PARTS, VALUES, Result, Work
-
     room = arguments.context + arguments.turns * arguments.needles * (VALUES + 1) + BLOCK_SIZE
     started_s, whole = time.perf_counter(), Result()
     for turn in range(arguments.turns):
