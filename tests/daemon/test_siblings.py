@@ -26,6 +26,7 @@ def cold(tmp_path):
             store.core.sink_blocks(group, group.directory.find(kept + over), "writeback")
         wait_for(lambda: group.directory.nvme_valid[group.directory.find(kept + over)].all())
         wait_for(lambda: rig.pager.poll() or not (group.host.holds > 0).any())
+        wait_for(lambda: rig.pager.poll() or not group.directory.refs[group.directory.find(over)].any())
         with store.core.lock:
             hosted = group.directory.find(kept + over)
             group.drop_host_copies(hosted[group.directory.in_host(hosted)], "pressure")
