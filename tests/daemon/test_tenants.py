@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -270,11 +271,13 @@ def path_of(work) -> list[tuple[str, str, int]]:
         name = getattr(argument, "__name__", frame.f_code.co_name) if event.startswith("c_") else frame.f_code.co_name
         seen.append((event, name, frame.f_lineno))
 
+    gc.disable()  # a collection in the middle would call other objects' finalizers
     sys.setprofile(note)
     try:
         work()
     finally:
         sys.setprofile(None)
+        gc.enable()
     return seen
 
 
