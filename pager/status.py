@@ -100,7 +100,7 @@ def _host(core: Core) -> dict[str, Any]:
     total: dict[str, Any] = dict.fromkeys(_LEVELS, 0)
     for group, ring in zip(core.groups, core.rings, strict=True):
         size, host = group.forms.slot_bytes, group.host
-        staging = ring.bounce.nbytes if ring is not None else 0
+        staging = ring.bounce_nbytes if ring is not None else 0
         used = len(host) - host.num_free
         total["capacity_bytes"] += len(host) * size + staging
         total["staging_bytes"] += staging

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from .errors import ConfigError
 from .layout import KVLayout
 from .machine import Machine
-from .memory import HUGE_PAGES
+from .memory import HUGE_PAGES, resident_bytes
 from .numa import Placement
 from .prefault import Prefault
 from .streams import Backend, IntArray
@@ -50,6 +50,7 @@ class HostMemory:
             self._note("host_huge_pages='reserved' has no say: the driver chooses the pages of pinned memory")
         self._arrays: list[npt.NDArray[np.uint8]] = []
         self._prefault: Prefault | None = None
+        self._huge_bytes: int | None = None
 
     def alloc(self, rows: int, row_bytes: int, *, spread: bool = False) -> npt.NDArray[np.uint8]:
         """Zeroed rows on the chosen nodes, on the nearest of them where they are not to be `spread` over a split memory.
@@ -71,6 +72,10 @@ class HostMemory:
             made = self._alloc(rows, row_bytes) if made is None else made
         self._arrays.append(made)
         return made
+
+    def adopt(self, rows: npt.NDArray[np.uint8]) -> None:
+        """Memory that was allocated elsewhere and belongs to this tier: it is faulted in and counted with the rest."""
+        self._arrays.append(rows)
 
     def start_prefault(self) -> None:
         """Fault in, in the background, everything allocated so far. Pinned memory is there already."""
@@ -96,10 +101,16 @@ class HostMemory:
             found |= {
                 "prefault": running.state,
                 "prefaulted_bytes": running.done_bytes,
-                "huge_page_bytes": running.huge_bytes,
+                "huge_page_bytes": self._huge_page_bytes() if running.state == "done" else None,
                 "notices": [*self.notices, *([running.notice] if running.notice else [])],
             }
         return found
+
+    def _huge_page_bytes(self) -> int:
+        """Looked up once, when somebody asks: it takes some ms, which the first reads of a pager are better without."""
+        if self._huge_bytes is None:
+            self._huge_bytes = resident_bytes(self._arrays)[1]
+        return self._huge_bytes
 
     def close(self, timeout_s: float = 5.0) -> None:
         """Stop prefaulting. The memory lives as long as whoever uses it."""

@@ -66,11 +66,10 @@ def resident_bytes(arrays: Sequence[npt.NDArray[np.uint8]]) -> tuple[int, int]:
     """
     resident = huge = 0
     spans = [address_of(rows) for rows in arrays if rows.nbytes]
-    for start, end, fields in _mappings():
-        if any(start < address + nbytes and address < end for address, nbytes in spans):
-            reserved = fields.get("Private_Hugetlb", 0) + fields.get("Shared_Hugetlb", 0)
-            resident += fields.get("Rss", 0) + reserved
-            huge += fields.get("AnonHugePages", 0) + reserved
+    for fields in _mappings_of(spans):
+        reserved = fields.get("Private_Hugetlb", 0) + fields.get("Shared_Hugetlb", 0)
+        resident += fields.get("Rss", 0) + reserved
+        huge += fields.get("AnonHugePages", 0) + reserved
     total = sum(nbytes for _, nbytes in spans)
     return min(resident, total), min(huge, total)
 
@@ -89,16 +88,23 @@ def _reserved(size: int) -> npt.NDArray[np.uint8]:
     return np.frombuffer(memory, np.uint8)[:size]
 
 
-def _mappings() -> list[tuple[int, int, dict[str, int]]]:
-    """(start, end, sizes in bytes by name) of every mapping of this process."""
-    found: list[tuple[int, int, dict[str, int]]] = []
+def _mappings_of(spans: Sequence[tuple[int, int]]) -> list[dict[str, int]]:
+    """Sizes in bytes by name of every mapping of this process in which one of these (address, bytes) lies.
+
+    A process has tens of thousands of lines here: those of other mappings cost no more than a look at their first letter.
+    """
+    found: list[dict[str, int]] = []
     try:
         lines = Path("/proc/self/smaps").read_text().splitlines()
     except OSError:
         return found
+    is_ours = False
     for line in lines:
-        if head := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            found.append((int(head[1], 16), int(head[2], 16), {}))
-        elif field := re.match(r"(\w+):\s+(\d+) kB", line):
-            found[-1][2][field[1]] = int(field[2]) << 10
+        if not line[0].isupper():
+            start, end = (int(part, 16) for part in line.split(" ", 1)[0].split("-"))
+            is_ours = any(start < address + nbytes and address < end for address, nbytes in spans)
+            if is_ours:
+                found.append({})
+        elif is_ours and (field := re.match(r"(\w+):\s+(\d+) kB", line)):
+            found[-1][field[1]] = int(field[2]) << 10
     return found

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from .kernel_calls import populate
 from .layout import format_bytes
-from .memory import address_of, resident_bytes
+from .memory import address_of
 
 PIECE_BYTES = 4 << 20  # half a millisecond in huge pages, one in small ones: what a closing pager waits for at most
 CHECK_BYTES = 256 << 20  # so much between two looks at the memory limits
@@ -42,7 +42,6 @@ class Prefault:
         """room: bytes that may still be taken, asked for again and again."""
         self.total_bytes = sum(rows.nbytes for rows in arrays)
         self.done_bytes = 0
-        self.huge_bytes: int | None = None  # known once it is done
         self.state, self.notice = "running", ""
         self._arrays, self._room, self._populate = arrays, room, populate
         self._stop = threading.Event()
@@ -63,8 +62,6 @@ class Prefault:
     def _run(self) -> None:
         try:
             self.state = self._populate_all()
-            if self.state == "done":
-                self.huge_bytes = resident_bytes(self._arrays)[1]
         except (OSError, ValueError) as error:  # ValueError: a kernel file of another shape
             self.state, self.notice = "refused", _reason(error)
         self._arrays = ()  # whoever drops the memory gets it back

@@ -100,5 +100,5 @@ def test_a_context_larger_than_device_and_host_is_streamed(backend, tmp_path):
     rig.prefill(seq)
     for turn in range(5):
         rig.say(seq, ids(2, 9 + turn))
-    assert rig.pager.counters.get("moved_slices", direction="host_to_device", reason="stream") > 0
+    assert rig.pager.counters.get("moved_slices", direction="nvme_to_host", reason="stream") > 0
     finish(rig)

@@ -11,6 +11,7 @@ import pytest
 
 from kvtier.pager.lease import Span
 from kvtier.pager.rules import ALL_RULES, Rule
+from kvtier.pager.streaming import StagingRing
 from kvtier.tiers.cpu import CpuBackend
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,6 +36,25 @@ def test_host_slots_are_read_in_place_and_only_the_rest_takes_the_ring(tmp_path)
     rig.settle()
     assert rig.wrong == [] and done(rig, "attended") > 0 and done(rig, "moved") > 0
     rig.pager.check_integrity()
+    rig.close()
+
+
+@pytest.mark.parametrize("is_guarded", [True, False], ids=["as far as there is room", "one chunk further"])
+def test_what_comes_from_nvme_is_computed_on_where_it_was_read_to(tmp_path, monkeypatch, is_guarded):
+    """Rule 12: nothing is read over the chunk that is computed on."""
+    if not is_guarded:
+        monkeypatch.setattr(StagingRing, "reads_ahead", property(lambda ring: ring.num_slots + 1))
+    rig = Rig(pages=6, host=4, backend=CpuBackend(), path=tmp_path / "s", staging=1, nvme_bytes=1 << 20)
+    (ring,) = rig.pager._core.rings
+    chunks_per_layer = 100 // ring.chunk_slices
+    assert ring.num_slots < chunks_per_layer // 2, "each slot is read into again and again"
+    seq = rig.start(tokens(400))
+    rig.prefill(seq)
+    rig.settle()
+    assert bool(rig.wrong) == (not is_guarded)
+    count = rig.pager.counters.get
+    assert count("moved_slices", reason="stream", direction="nvme_to_host") > 0
+    assert count("moved_slices", reason="stream", direction="host_to_device") == 0
     rig.close()
 
 
