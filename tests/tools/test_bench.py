@@ -8,12 +8,13 @@ import subprocess
 import sys
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
 from kvtier.tiers.errors import ConfigError
 from kvtier.tools import cli
-from kvtier.tools.bench import harness, lmcache, prefix_peers
+from kvtier.tools.bench import demo, harness, lmcache, prefix_peers
 from kvtier.tools.bench.harness import Row, interleave
 from kvtier.tools.bench.peer_process import PeerProcess
 
@@ -201,3 +202,14 @@ def test_cases_can_take_turns_in_another_order_each_round_after_what_is_not_time
 
 def test_a_ratio_is_higher_when_kvtier_is_faster():
     assert Row.of_times("c", "m", "ms", 1.0, "peer", 2.0, 1e3, 5).ratio == 2.0
+
+
+def test_a_demo_beside_another_checkout_runs_that_checkout_wherever_it_is_started(tmp_path, monkeypatch):
+    """Not the kvtier of the directory that we are in, and not an installed one in the place of a checkout that is none."""
+    (other := tmp_path / "other").mkdir()
+    (other / "kvtier").symlink_to(Path(__file__).parents[2] / "kvtier")
+    monkeypatch.chdir(Path(__file__).parents[2])
+    demo._check_is_imported(other)
+    (tmp_path / "kvtier").mkdir()
+    with pytest.raises(ConfigError, match=r"imports .* in its place"):
+        demo._check_is_imported(tmp_path)

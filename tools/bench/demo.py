@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     if arguments.before is not None and not (Path(arguments.before) / "kvtier").is_dir():
         raise ConfigError(f"--before {arguments.before!r} is no checkout of kvtier")
     here = Path(__file__).resolve().parents[2]
+    for checkout in (here, *([Path(arguments.before)] if arguments.before is not None else [])):
+        _check_is_imported(checkout)
     case = f"{arguments.context} tokens"
     whole = _demo(here, arguments.context)
     if whole["needles_exact_after_restart"] != whole["needles_asked"] or whole["recomputed_tokens_after_restart"]:
@@ -78,13 +80,30 @@ def _before_row(case: str, here: Path, other: Path, arguments: argparse.Namespac
 
 def _demo(checkout: Path, context: int, *more: str) -> dict[str, Any]:
     """What `kvtier demo --json` of a checkout prints last. Raises ConfigError."""
-    command = [sys.executable, "-m", "kvtier.tools.cli", "demo", "--context", str(context), "--json", *more]
-    env = os.environ | {"PYTHONPATH": str(checkout)}
+    result: dict[str, Any] = json.loads(
+        _python_of(checkout, "-m", "kvtier.tools.cli", "demo", "--context", str(context), "--json", *more)
+    )
+    return result
+
+
+def _python_of(checkout: Path, *arguments: str) -> str:
+    """The last line that this interpreter prints with the checkout's kvtier. Raises ConfigError."""
+    env = os.environ | {
+        "PYTHONPATH": str(checkout.resolve()),
+        "PYTHONSAFEPATH": "1",
+    }  # else the directory we are in is first
+    command = [sys.executable, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=TIMEOUT_S, check=False)
     if done.returncode:
-        raise ConfigError(f"kvtier demo of {checkout.name} failed: {done.stderr.strip()[-300:]}")
-    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
+        raise ConfigError(f"kvtier of {checkout.name} failed: {done.stderr.strip()[-300:]}")
+    return done.stdout.strip().splitlines()[-1]
+
+
+def _check_is_imported(checkout: Path) -> None:
+    """Raises ConfigError when another kvtier would run in its place."""
+    file = _python_of(checkout, "-c", "import kvtier; print(kvtier.__file__)")
+    if checkout.resolve() not in Path(file).parents:
+        raise ConfigError(f"--before {str(checkout)!r}: this interpreter imports {file} in its place")
 
 
 def _head(checkout: Path) -> str:
