@@ -2,7 +2,7 @@
 
 Look-ups of a prompt's keys by clients in processes of their own, against the same look-up called in this process; blocks put
 into and read from the daemon's slab, copied by the client or by the daemon, against a plain memcpy (daemon_copies.py).
-A local Valkey or Redis and LMCache's own server do the same work in those rounds (daemon_peers.py). Every reply is checked.
+A local Valkey or Redis and LMCache's own server do the same work in rounds with ours (daemon_peers.py). Every reply is checked.
 """
 
 from __future__ import annotations
@@ -155,29 +155,30 @@ def _ask(address: str, clients: int, count: int, seconds: float) -> list[float]:
 
 # ---------------------------------------------------------------------- blocks
 def _copies(folder: Path, arguments: argparse.Namespace, peers: Peers) -> tuple[list[Row], dict[str, float]]:
-    """Rows, and seconds of put and get by the client. The peers take their turns in the same rounds as those."""
+    """Rows, and seconds of put and get by the client in the rounds in which the peers do theirs."""
     blocks, batch, rounds = arguments.blocks, min(arguments.batch, arguments.blocks), arguments.rounds
     host_bytes = max(3 * blocks, SLAB_BATCHES * batch) * BLOCKS.block_bytes
     moved_gb, case = blocks * BLOCKS.block_bytes * 1e-9, f"{blocks} blocks of 2 MiB, {batch} a message"
     rows: list[Row] = []
-    ours_s: dict[str, float] = {}
-    kinds: list[tuple[type[ByClient | ByDaemon], str, dict[str, Callable[[], object]]]] = [
-        (ByClient, "", {"peers": partial(peers.run_round, ("put", "get"))}),
-        (ByDaemon, ", copied by the daemon", {}),
-    ]
-    for kind, said, others in kinds:
+    kinds: list[tuple[type[ByClient | ByDaemon], str]] = [(ByClient, ""), (ByDaemon, ", copied by the daemon")]
+    for kind, said in kinds:
         with _daemon(folder, host_bytes=host_bytes, options=("--allow-ipc",)) as daemon:
             copies = kind(daemon.address, BLOCKS, blocks, batch)
-            seconds = measure(copies, rounds, others)
+            rows += rows_of(measure(copies, rounds), case + said, moved_gb, rounds)
+            if kind is ByClient:  # in rounds of their own: what a peer does leaves our caches cold
+                compared = medians(
+                    interleave(
+                        {"put": copies.put, "get": copies.get, "peers": partial(peers.run_round, ("put", "get"))},
+                        rounds,
+                    )
+                )
             copies.close()
-        rows += rows_of(seconds, case + said, moved_gb, rounds)
-        ours_s = ours_s or {name: seconds[name] for name in ("put", "get")}
     one_layer, count = replace(BLOCKS, num_layers=1), max(SLICES)
     with _daemon(folder, host_bytes=SLAB_BATCHES * count * one_layer.block_bytes, options=("--allow-ipc",)) as daemon:
         ordering = ByDaemon(daemon.address, one_layer, count, count)
         rows += slices(ordering, np.ones((count, BLOCKS.block_bytes), np.uint8), rounds)
         ordering.close()
-    return rows, ours_s
+    return rows, compared
 
 
 # ---------------------------------------------------------------------- parts

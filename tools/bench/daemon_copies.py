@@ -190,8 +190,8 @@ class _Told:
         """The benchmark ends with it."""
 
 
-def measure(copies: SlabCopies, rounds: int, others: dict[str, Callable[[], object]] | None = None) -> dict[str, float]:
-    """Seconds of put, get, their limits (memcpy) and their messages alone; `others` take turns in the same rounds."""
+def measure(copies: SlabCopies, rounds: int) -> dict[str, float]:
+    """Seconds of put, get, their limits (memcpy) and their messages alone."""
     order: dict[str, Callable[[], object]] = {
         "put limit": copies.into_slab,
         "put": copies.put,
@@ -202,7 +202,7 @@ def measure(copies: SlabCopies, rounds: int, others: dict[str, Callable[[], obje
     }
     if (populating := copies.client.populate()) is not None:
         populating.wait(WAIT_S)
-    seconds = medians(interleave(order | (others or {}), rounds, warmup=3))  # every row was touched once
+    seconds = medians(interleave(order, rounds, warmup=3))  # every row was touched once
     source = np.random.default_rng(0).integers(0, 256, copies.pages.shape, np.uint8)
     copies.pages[:] = source
     copies.put()
