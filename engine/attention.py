@@ -40,9 +40,10 @@ from ..kernels import (
 from ..pager.lease import Lease
 from ..pager.pager import Pager
 from ..pager.streaming import Staged
+from ..tiers.formats import tail_of
 from ..tiers.streams import IntArray
 from .hf import LayerSpec, ModelSpec
-from .packed import PackedPages, PackedStep, Rows, attend_blocks, tail_of
+from .packed import PackedPages, PackedStep, Rows, attend_blocks
 
 if TYPE_CHECKING:
     from .mass import StepMass

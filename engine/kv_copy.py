@@ -29,11 +29,12 @@ from ..pager.lease import Lease, Span
 from ..pager.pager import Pager
 from ..pager.reading import HeldBlocks
 from ..tiers.errors import BlockMissError, TierFullError
+from ..tiers.formats import tail_of
 from ..tiers.layout import KVLayout
 from ..tiers.runs import plan_runs
 from ..tiers.streams import aligned_rows
 from .attention import typed
-from .packed import PackedPages, PackedStep, tail_of
+from .packed import PackedPages, PackedStep
 
 HUGE_PAGE_BYTES = (
     2 << 20

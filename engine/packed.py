@@ -2,9 +2,11 @@
 
 A packed layer group has a companion, its tail: there the K/V of new tokens are written in full precision, and there the
 block that is being filled stays. A block is packed once, in the step that fills it, from the tail into its page; from then
-on nobody reads it elsewhere. A step attends to packed blocks as they are and to the tail, and merges both by LSE: a prompt's
-chunk sees itself in full precision. Guards: only blocks that are whole and were not packed before this step are packed,
-and a step is not committed before it is known that their format holds them.
+on nobody reads it elsewhere, except its own sequence: for that the newest whole blocks stay in the tail as far as `residual`
+tokens back (KIVI, arXiv 2402.02750), and are read there instead of on their pages. A step attends to packed blocks as they
+are and to the tail, and merges both by LSE: a prompt's chunk sees itself in full precision. Guards: only blocks that are
+whole and were not packed before this step are packed, no block is read twice, and a step is not committed before it is known
+that their format holds them.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from ..kernels.conversion import quantize_blocks
 from ..kernels.formats import PageFormat
 from ..kernels.plan import PagesPlan, StepPlan
 from ..kernels.uploads import to_device
-from ..pager.lease import Lease, Span
+from ..pager.lease import Lease
 from ..tiers.errors import UnpackableError
 from ..tiers.formats import page_format
 from ..tiers.layout import KVLayout
@@ -70,14 +72,6 @@ class Rows:
     cu_q: npt.NDArray[np.int32]
 
 
-def tail_of(layouts: Sequence[KVLayout], group: int) -> int:
-    """The group that holds new tokens of this one in full precision: itself where it is not packed."""
-    if not layouts[group].is_packed:
-        return group
-    tails = [index for index, layout in enumerate(layouts) if layout.is_tail]
-    return tails[sum(layout.is_packed for layout in layouts[:group])]
-
-
 class PackedStep:
     """One packed group in one lease."""
 
@@ -85,14 +79,13 @@ class PackedStep:
         self._held, self._tail = lease.groups[group], lease.groups[tail]
         self._spans, self._size = lease.spans, block_size
         firsts = [span.start // block_size for span in lease.spans]
-        self._before = np.array(
-            [np.count_nonzero(at < first) for at, first in zip(self._held.listed, firsts, strict=True)]
-        )
         whole = [span.end // block_size - first for span, first in zip(lease.spans, firsts, strict=True)]
-        self._source = _each(self._tail.tables, np.zeros_like(self._before), whole)
-        self._target = _each(self._held.tables, self._before, whole)
+        self._tail_from = np.array([int(at[0]) for at in self._tail.listed])
+        self._before = _count_below(self._held.listed, self._tail_from)
+        self._source = _each(self._tail.tables, _count_below(self._tail.listed, firsts), whole)
+        self._target = _each(self._held.tables, _count_below(self._held.listed, firsts), whole)
         begun = [first + (span.start % block_size > 0) for span, first in zip(lease.spans, firsts, strict=True)]
-        known = np.array([np.count_nonzero(at < i) for at, i in zip(self._held.listed, begun, strict=True)])
+        known = _count_below(self._held.listed, begun)
         listed = np.array([len(at) for at in self._held.listed])
         self._new = torch.from_numpy(_each(self._held.tables, known, (listed - known).tolist()))
         self._plans: dict[tuple[int, ...], PagesPlan] = {}
@@ -175,12 +168,18 @@ class PackedStep:
         """Made once per step for these rows, and used by every layer."""
         key = tuple(rows.cu_q.tolist())
         if key not in self._plans:
-            spans: list[Span] = [self._spans[i] for i in rows.spans]
-            starts = np.array([span.end for span in spans]) - np.diff(rows.cu_q)  # of the first row that attends
-            ahead = starts - np.array([span.start // self._size * self._size for span in spans])
+            starts = np.array([self._spans[i].end for i in rows.spans]) - np.diff(
+                rows.cu_q
+            )  # of the first row that attends
+            ahead = starts - self._tail_from[rows.spans] * self._size
             table = self._held.tables[rows.spans]
             self._plans[key] = PagesPlan(table, before, rows.cu_q, ahead, block_size=self._size, num_pages=num_pages)
         return self._plans[key]
+
+
+def _count_below(listed: Sequence[IntArray], firsts: Sequence[int] | IntArray) -> IntArray:
+    """Of every span, how many of these logical blocks lie before that one."""
+    return np.array([np.count_nonzero(at < first) for at, first in zip(listed, firsts, strict=True)])
 
 
 def attend_blocks(fmt: PageFormat, pages: Tensor, ids: IntArray, q: Tensor, **kind: Any) -> tuple[Tensor, Tensor]:

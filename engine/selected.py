@@ -11,7 +11,7 @@ Source: Quest (arXiv 2406.10774); the second look for a recall target follows fr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -102,13 +102,13 @@ class SelectedStep:
         selection = self._lease.groups[group].selection
         assert selection is not None
         before = selection.counts
-        scores = [self._scores(pages, share, q, scale, softcap) for share in self._shares]
-        chosen = [self._choose(share, found, scale) for share, found in zip(self._shares, scores, strict=True)]
+        shares = self._shares_of(pages)
+        scores = [self._scores(pages, share, q, scale, softcap) for share in shares]
+        chosen = [self._choose(share, found, scale) for share, found in zip(shares, scores, strict=True)]
         kind: dict[str, Any] = dict(scale=scale, softcap=softcap, out_dtype=torch.float32)
         out, lse = self._resident(pages, q, chosen, kind)
-        for share, found, picked in zip(self._shares, scores, chosen, strict=True):
+        for index, (share, found, picked) in enumerate(zip(shares, scores, chosen, strict=True)):
             rows = slice(share.first, share.end)
-            index = self._shares.index(share)
             below = picked[selection.pages[index][picked] < 0]
             self._merge_slices(pages, q, out, lse, rows, selection.spans[index][below], kind)
             if share.attention.recall is not None:
@@ -123,6 +123,16 @@ class SelectedStep:
         share = self._shares[0]  # of several spans the first stands for what all of them fetched
         share.report.note_slices(selection.counts - before, selection.slice_bytes)
         return out, lse
+
+    def _shares_of(self, pages: LayerPages) -> list[_Share]:
+        """Of a packed group without what its tail holds, which is read there anyway."""
+        if pages.packed is None:
+            return self._shares
+        kept_from = [int(listed[0]) for listed in self._lease.groups[pages.group].listed]
+        return [
+            replace(share, summaries=share.summaries[:first])
+            for share, first in zip(self._shares, kept_from, strict=True)
+        ]
 
     # ------------------------------------------------------------------ choosing
     def _scores(self, pages: LayerPages, share: _Share, q: Tensor, scale: float, softcap: float | None) -> Tensor:

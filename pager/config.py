@@ -68,6 +68,9 @@ class PagerConfig:
     # groups or by the group's name; the store has what the host tier has unless told. In the device tier only an Engine or
     # a PrefixCache packs pages, an Engine also by heads: "int4; heads 0: bf16"; the tiers below then hold the same bytes
     device: FormatText = FULL
+    residual: int = (
+        0  # newest tokens, beside the block being filled, that a packed device tier keeps in full precision too
+    )
     host: FormatText = FULL
     nvme: FormatText | None = None
     policy: str = "auto"
@@ -265,6 +268,8 @@ class PagerConfig:
                 "need 0 <= low_watermark <= high_watermark < 1"
             )
         check_policy(self.policy, self.window)
+        if isinstance(self.residual, bool) or not isinstance(self.residual, int) or self.residual < 0:
+            raise ConfigError(f"residual={self.residual!r}: a number of tokens, not negative")
         if self.sinks < 0:
             raise ConfigError(f"sinks={self.sinks}: the number of sink tokens must not be negative")
         if self.backend not in ("auto", "cpu", "cuda"):

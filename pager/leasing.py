@@ -13,11 +13,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..tiers.errors import Busy, ConfigError, TierFullError
+from ..tiers.formats import tail_of
 from .core import Core
 from .group import BlockGroup
 from .lease import GroupLease, Lease, Span
 from .lease_in_place import fill_in_place
-from .page_table import Sequence, num_blocks_of, visible_blocks
+from .page_table import Sequence, num_blocks_of, seen_blocks
 from .prefix import lose
 from .rules import Rule
 from .selecting import SliceSelection
@@ -39,6 +40,7 @@ class _Need:
     context_ids: IntArray
     resident: npt.NDArray[np.bool_]  # which of these are readable in the device tier
     writes_tail: bool  # the last context block is partly filled and will be appended to
+    num_kept: int  # of the newest whole ones, read in the tail and not here
     num_new: int
     first_new: int
 
@@ -81,7 +83,8 @@ class LeaseFiller:
         for group in self._core.groups:
             if seq.tables[group.index].known_row(group.pages.num_left) is not None:
                 continue
-            context = seq.tables[group.index].ids[visible_blocks(group.layout, seq.num_computed, seq.num_computed)]
+            table = seq.tables[group.index].ids
+            context = table[seen_blocks(group.layout, table, seq.num_computed, seq.num_computed)]
             resident = group.directory.in_device(context)
             if not resident.all():
                 waiting = context[~resident]
@@ -96,8 +99,8 @@ class LeaseFiller:
         for group in self._core.groups:
             context, new = [np.empty(0, np.int64)], 0
             for seq, num_new in work:
-                held = visible_blocks(group.layout, seq.num_computed, seq.num_computed)
-                context.append(seq.tables[group.index].ids[held])
+                table = seq.tables[group.index].ids
+                context.append(table[seen_blocks(group.layout, table, seq.num_computed, seq.num_computed)])
                 num_existing = num_blocks_of(seq.num_computed, size)
                 blocks = num_blocks_of(seq.num_computed + num_new, size) - num_existing + (seq.num_computed % size > 0)
                 new += min(blocks, TAIL_BLOCKS) if group.layout.is_tail else blocks
@@ -156,7 +159,7 @@ class LeaseFiller:
         core, seq = self._core, self._core.sequences[span.seq]
         table, size = seq.tables[group.index].ids, core.block_size
         num_existing = num_blocks_of(span.start, size)
-        context = _listed(group, replace(span, end=span.start), is_write_only)
+        context = _listed(group, table, replace(span, end=span.start), is_write_only)
         ids = table[context]
         resident = group.directory.in_device(ids)
         if not resident.all():
@@ -164,7 +167,15 @@ class LeaseFiller:
             if not valid.all():
                 lose(self._core, seq, int(context[np.argmin(valid)]))
         num_new = num_blocks_of(span.end, size) - num_existing
-        return _Need(seq, context, ids, resident, span.start % size != 0, num_new, num_existing)
+        kept = self._num_kept(group, seq, span.start) if group.layout.is_packed and not is_write_only else 0
+        return _Need(seq, context, ids, resident, span.start % size != 0, kept, num_new, num_existing)
+
+    def _num_kept(self, group: BlockGroup, seq: Sequence, start: int) -> int:
+        """Whole blocks before this token that the tail of a packed group holds: they need not be read from its pages."""
+        groups = self._core.groups
+        tail = tail_of([other.layout for other in groups], group.index)
+        first = seen_blocks(groups[tail].layout, seq.tables[tail].ids, start, start + 1)[0]
+        return start // self._core.block_size - int(first)
 
     def _count_reads(self, group: BlockGroup, needs: list[_Need]) -> None:
         """Context that this step reads, in blocks, by the tier that holds it now (of the first layer group)."""
@@ -201,7 +212,7 @@ class LeaseFiller:
         if len(context) <= room and not is_selected:
             return context[:0]
         ring = self._core.rings[group.index]
-        keep = sum(n.writes_tail for n in needs)
+        keep = sum(n.writes_tail + n.num_kept for n in needs)
         if not may_stream or ring is None or room < keep:
             raise TierFullError(
                 f"device tier: {len(context) + new} pages of layer group {group.layout.name!r} are needed at once, "
@@ -211,7 +222,7 @@ class LeaseFiller:
             )
         if is_ring_taken:
             raise TierFullError("device tier: another streamed step holds the staging ring", retry_after_s=0.01)
-        whole = [n.context_ids[: len(n.context_ids) - n.writes_tail] for n in needs]
+        whole = [n.context_ids[: len(n.context_ids) - n.writes_tail - n.num_kept] for n in needs]
         full = whole[0] if len(whole) == 1 else np.unique(np.concatenate(whole))
         budget = room - keep
         inside = group.directory.in_device(full)
@@ -420,7 +431,7 @@ class LeaseFiller:
         rows, lens, slots = [], [], []
         for span in lease.spans:
             table = core.sequences[span.seq].tables[group.index].ids
-            logical = _listed(group, span, lease.is_write_only)
+            logical = _listed(group, table, span, lease.is_write_only)
             if len(streamed):
                 logical = logical[~np.isin(table[logical], streamed)]
             pages = d.page[table[logical]]
@@ -437,11 +448,11 @@ class LeaseFiller:
         held.slots = np.concatenate(slots)
 
 
-def _listed(group: BlockGroup, span: Span, is_write_only: bool) -> IntArray:
+def _listed(group: BlockGroup, table: IntArray, span: Span, is_write_only: bool) -> IntArray:
     """Logical blocks that a table lists for a span: all that it reads, or only those that it writes."""
     if is_write_only:
         return np.arange(span.start // group.layout.block_size, num_blocks_of(span.end, group.layout.block_size))
     layout = group.layout
     if span.window is not None and layout.window is None:
         layout = replace(layout, window=span.window, sinks=span.sinks)
-    return visible_blocks(layout, span.start, span.end)
+    return seen_blocks(layout, table, span.start, span.end)

@@ -120,6 +120,22 @@ def lowest_visible(layout: KVLayout, position: int) -> int:
     return 0 if layout.window is None else max(0, position - layout.window + 1)
 
 
+def lowest_needed(layout: KVLayout, position: int) -> int:
+    """First token that has to be there for it; a tail's whole blocks need not be."""
+    window = layout.needed_window
+    return 0 if window is None else max(0, position - window + 1)
+
+
+def seen_blocks(layout: KVLayout, table: IntArray, start: int, end: int) -> IntArray:
+    """As `visible_blocks`, of a sequence with that table: of a tail only the newest ones that it holds without a gap."""
+    logical = visible_blocks(layout, start, end)
+    if not layout.is_tail:
+        return logical
+    old = logical[logical < min(start // layout.block_size, len(table))]
+    gaps = np.flatnonzero(table[old] == NOWHERE)
+    return logical[int(gaps[-1]) + 1 :] if len(gaps) else logical
+
+
 def visible_blocks(layout: KVLayout, start: int, end: int) -> IntArray:
     """Logical blocks that queries at [start, end) read or write, ascending: sinks, then the window, then the span.
 

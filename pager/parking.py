@@ -139,20 +139,16 @@ class Parking:
 
     # ------------------------------------------------------------------ parking, step by step
     def _seal_tail(self, seq: Sequence) -> None:
-        core, size = self._core, self._core.block_size
+        size = self._core.block_size
         full, rest = divmod(seq.num_computed, size)
-        if not rest:
-            return
         seq.chain.extend(seq.keys, seq.token_ids[: full * size])
-        parent, key = seq.keys[full - 1] if full else None, seal_key(self._core, seq, seq.num_computed)
-        for group, table in zip(core.groups, seq.tables, strict=True):
-            block = int(table.ids[full])
-            if group.directory.key[block] is None and not group.directory.bind(block, key, parent, rest):
-                twin = group.directory.by_key[key]
-                if group.directory.is_valid(np.array([twin]))[0]:
-                    group.ref(np.array([twin]))
-                    table.put(full, twin)
-                    group.unref(np.array([block]))
+        key = seal_key(self._core, seq, seq.num_computed) if rest else b""
+        for group, table in zip(self._core.groups, seq.tables, strict=True):
+            if group.layout.is_tail:  # what is whole of a tail has no name as long as its sequence runs
+                for index in np.flatnonzero(table.ids[:full] >= 0).tolist():
+                    _name(group, table, index, seq.keys[index], seq.keys[index - 1] if index else None, size)
+            if rest:
+                _name(group, table, full, key, seq.keys[full - 1] if full else None, rest)
 
     def _tail_keys(self, seq: Sequence) -> list[bytes]:
         """The keys of tail blocks that had names already and so could not be sealed: more tokens than ours made them."""
@@ -285,3 +281,14 @@ def _recover_blocks(group: BlockGroup, slots: IntArray, stamps: Any) -> None:
     group.note_new(blocks)
     twice = d.bind_many(blocks, stamps["key"].tolist(), stamps["tokens"])
     group.discard_dead(twice)
+
+
+def _name(group: BlockGroup, table: BlockTable, index: int, key: bytes, parent: bytes | None, num_tokens: int) -> None:
+    """Give a block of a sequence that has none a name; where another has that name, share the other."""
+    block = int(table.ids[index])
+    if group.directory.key[block] is None and not group.directory.bind(block, key, parent, num_tokens):
+        twin = np.array([group.directory.by_key[key]])
+        if group.directory.is_valid(twin)[0]:
+            group.ref(twin)
+            table.put(index, int(twin[0]))
+            group.unref(np.array([block]))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from ..tiers.errors import BlockMissError
 from .core import Core
-from .page_table import Sequence, lowest_visible, num_blocks_of, visible_blocks
+from .page_table import Sequence, lowest_needed, lowest_visible, num_blocks_of, visible_blocks
 from .states import NOWHERE, IntArray
 
 
@@ -63,7 +63,8 @@ def match_keys(core: Core, keys: list[bytes], first: int = 0) -> tuple[int, list
     usable = np.ones(end - first + 1, bool)  # usable[i]: first + i blocks can be resumed from
     for group, blocks in zip(core.groups, found, strict=True):
         if group.layout.window is not None:
-            usable &= _window_complete(core, group.layout.window, group.layout.sinks, blocks >= 0, first)
+            window = group.layout.needed_window or 1
+            usable &= _window_complete(core, window, group.layout.sinks, blocks >= 0, first)
     usable[0] = True
     best = int(np.flatnonzero(usable)[-1])
     return first + best, [blocks[:best] for blocks in found]
@@ -142,9 +143,10 @@ def take_back(core: Core, seq: Sequence, num_tokens: int, tail_keys: list[bytes]
     for group, tail in zip(core.groups, tail_keys if rest else [b""] * len(core.groups), strict=True):
         ids = group.directory.find([*seq.keys[:full], *([tail] if rest else [])])
         seen = visible_blocks(group.layout, num_tokens, num_tokens)
-        if not group.directory.is_valid(ids[seen]).all():
+        is_there = group.directory.is_valid(ids[seen])
+        if not is_there[seen >= lowest_needed(group.layout, num_tokens) // core.block_size].all():
             return False
-        found.append((group, ids, seen))
+        found.append((group, ids, seen[is_there]))
     for (group, ids, seen), table in zip(found, seq.tables, strict=True):
         table.extend(np.where(np.isin(np.arange(len(ids)), seen), ids, NOWHERE))
         group.ref(ids[seen])
@@ -200,7 +202,7 @@ def rewind(core: Core, seq: Sequence, num_tokens: int) -> None:
     for group, table in zip(core.groups, seq.tables, strict=True):
         if group.layout.window is None:
             continue
-        low = lowest_visible(group.layout, now) // size
+        low = lowest_needed(group.layout, now) // size
         window = np.arange(low, len(table))
         gone = window[table.ids[window] == NOWHERE]
         if len(gone) and int(gone[-1]) == now // size:  # what ends in the middle of a block has no key to find it by

@@ -16,7 +16,7 @@ import numpy as np
 from ..tiers.errors import Busy
 from .core import Core
 from .group import MAX_MOVE_BYTES, BlockGroup
-from .page_table import Sequence, visible_blocks
+from .page_table import Sequence, seen_blocks
 from .prefix import lose
 from .rules import Rule
 from .states import IntArray
@@ -51,7 +51,7 @@ class BlockReader:
         deadline_s = core.clock() + timeout_s
         with core.locked():
             seq = core.idle_sequence(seq_id, "reading it")
-            logical = visible_blocks(group.layout, seq.num_computed, seq.num_computed)
+            logical = seen_blocks(group.layout, seq.tables[group.index].ids, seq.num_computed, seq.num_computed)
             seq.num_leases += 1
         awaited: list[IntArray] = []  # what this reader has in group.awaited
         try:

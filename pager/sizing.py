@@ -22,7 +22,7 @@ WINDOWS_KEPT = 8  # windows of this many sequences (or resume points) fit in a w
 TAIL_TOKENS = 4096  # of a step's new tokens, in the device tier, where pages are packed,
 TAILS_KEPT = 16  # beside the blocks that so many sequences are filling;
 TAIL_SHARE, MOST_TAIL_SHARE = 256, 8  # 1/256 of it where that is more, at most 1/8
-MIN_TAIL_PAGES = 8  # three blocks of new tokens
+MIN_TAIL_PAGES = 8  # three blocks of new tokens, without what is kept
 STAGING_SHARE = 8  # 1/8 of the device tier for streaming unless told otherwise,
 STAGING_SHARE_OF_SMALL = 4  # and up to 1/4 of a small one, where chunks would cost more calls than they move bytes:
 BOUNCE_SHARE = 6  # at most 1/6 of the host tier is read ahead into
@@ -57,7 +57,9 @@ def plan_sizes(
     pages = _pages(layouts, left - sum(staging_each))
     for layout, n in zip(layouts, pages, strict=True):
         if n < MIN_PAGES:
-            smallest = sum((MIN_TAIL_PAGES if other.is_tail else MIN_PAGES) * other.block_bytes for other in layouts)
+            smallest = sum(
+                (_least_tail(other) if other.is_tail else MIN_PAGES) * other.block_bytes for other in layouts
+            )
             need = device - left + sum(staging_each) + smallest
             raise ConfigError(
                 f"device_bytes={format_bytes(device)} holds {max(n, 0)} blocks of {format_bytes(layout.block_bytes)} for layer "
@@ -114,9 +116,18 @@ def _pages(layouts: Sequence[KVLayout], budget: int) -> list[int]:
 
 
 def _tail_pages(layout: KVLayout, budget: int) -> int:
-    wanted = num_blocks_of(TAIL_TOKENS, layout.block_size) + TAILS_KEPT
+    assert layout.window is not None
+    wanted = num_blocks_of(TAIL_TOKENS, layout.block_size) + TAILS_KEPT * num_blocks_of(
+        layout.window, layout.block_size
+    )
     most = budget // MOST_TAIL_SHARE // layout.block_bytes
-    return max(min(max(wanted, budget // TAIL_SHARE // layout.block_bytes), most), MIN_TAIL_PAGES)
+    return max(min(max(wanted, budget // TAIL_SHARE // layout.block_bytes), most), _least_tail(layout))
+
+
+def _least_tail(layout: KVLayout) -> int:
+    """Three blocks of new tokens behind what one sequence keeps."""
+    assert layout.window is not None
+    return MIN_TAIL_PAGES + (layout.window - 1) // layout.block_size
 
 
 def split_blocks(layouts: Sequence[KVLayout], budget: int, sizes: Sequence[int] | None = None) -> list[int]:

@@ -54,7 +54,12 @@ def split_device(config: PagerConfig, layouts: Sequence[KVLayout]) -> tuple[Page
 
 def device_layouts(config: PagerConfig, layouts: Sequence[KVLayout]) -> list[KVLayout]:
     """Layouts of a pager whose owner packs pages as config.device says. Raises ConfigError for what cannot be."""
-    made = packed_layouts(config.device, layouts, name="device")
+    made = packed_layouts(config.device, layouts, name="device", residual=config.residual)
+    if config.residual and not any(layout.is_packed for layout in made):
+        raise ConfigError(
+            f"residual={config.residual} with device={config.device!r}: no pages are packed, so all tokens are in full precision; "
+            "leave residual out, or give device a format such as 'int4'"
+        )
     if config.selection_size and any(layout.is_packed and page_format(layout).is_hack for layout in made):
         raise ConfigError(
             f"device={config.device!r} with selection_bytes={config.selection_bytes!r}: attention on these pages rounds q too, "
@@ -88,7 +93,7 @@ def _check_device(config: PagerConfig, layouts: Sequence[KVLayout]) -> None:
     """Raises ConfigError where pages would have to be packed, and the owner of the pager does not do that."""
     plain = unpacked_layouts(layouts)
     if any(fmt.is_lossy for fmt in block_formats(config.device, plain, name="device")) and (
-        packed_layouts(config.device, plain, name="device") != list(layouts)
+        packed_layouts(config.device, plain, name="device", residual=config.residual) != list(layouts)
     ):
         raise ConfigError(
             f"device={config.device!r}: only an Engine and a PrefixCache pack pages; in other hands the device tier keeps full "

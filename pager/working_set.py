@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..tiers.layout import KVLayout
-from .page_table import Sequence, visible_blocks
+from .page_table import Sequence, seen_blocks
 from .states import IntArray
 
 
@@ -32,5 +32,5 @@ class WorkingSet:
         table = seq.tables[self._index].ids
         if self._layout.window is None:
             return table
-        seen = visible_blocks(self._layout, seq.num_computed, seq.num_computed)
+        seen = seen_blocks(self._layout, table, seq.num_computed, seq.num_computed)
         return table[seen[seen < len(table)]]

@@ -155,11 +155,12 @@ def policies_of(text: FormatText, layouts: Sequence[KVLayout], *, name: str) -> 
     return policies
 
 
-def packed_layouts(text: FormatText, layouts: Sequence[KVLayout], *, name: str) -> list[KVLayout]:
+def packed_layouts(text: FormatText, layouts: Sequence[KVLayout], *, name: str, residual: int = 0) -> list[KVLayout]:
     """Layouts for a device tier in these formats: packed groups where they stood, and behind all of them a tail for each.
 
-    A tail sees one token back, so it holds the block that is being filled, and a new chunk. Raises as block_formats, and
-    ConfigError where layers of one group differ: parts.py cuts such groups.
+    A tail holds the block that is being filled, a new chunk, and whole blocks as far as `residual` tokens back: it sees those
+    beside the token that comes. Raises as block_formats, and ConfigError where layers of one group differ: parts.py cuts
+    such groups.
     """
     made, tails = list(layouts), list[KVLayout]()
     for index, fmt in enumerate(block_formats(text, layouts, name=name)):
@@ -177,8 +178,23 @@ def packed_layouts(text: FormatText, layouts: Sequence[KVLayout], *, name: str) 
                 f"group {layout.name!r}; use a larger block_size"
             )
         made[index] = replace(layout, form=fmt.text, packed_bytes=fmt.layer_bytes(0))
-        tails.append(replace(layout, name=f"{layout.name}-{TAIL}", window=1, sinks=0, form=TAIL))
+        tails.append(replace(layout, name=f"{layout.name}-{TAIL}", window=_seen(layout, residual), sinks=0, form=TAIL))
     return made + tails
+
+
+def _seen(layout: KVLayout, residual: int) -> int:
+    """Tokens that a tail keeps in sight, the one that comes among them: whole blocks, so that the tokens of one block, which
+    may be drafted and computed together, see the same."""
+    seen = -(-residual // layout.block_size) * layout.block_size + 1
+    return seen if layout.window is None else min(seen, layout.window)
+
+
+def tail_of(layouts: Sequence[KVLayout], group: int) -> int:
+    """The group that holds new tokens of this one in full precision: itself where it is not packed."""
+    if not layouts[group].is_packed:
+        return group
+    tails = [index for index, layout in enumerate(layouts) if layout.is_tail]
+    return tails[sum(layout.is_packed for layout in layouts[:group])]
 
 
 def unpacked_layouts(layouts: Sequence[KVLayout]) -> list[KVLayout]:

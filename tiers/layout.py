@@ -44,8 +44,8 @@ class KVLayout:
 
     value_dim: width of V where it differs from K's head_dim (MLA). window: tokens that a query sees, itself included
     (None: all). sinks: first tokens kept beside the window. form: "full"; a page format such as "int8/64", whose layers take
-    packed_bytes each; or "tail", the newest tokens of a packed group in full precision, which are no cache once their block
-    is whole. Raises ConfigError on construction for what cannot be.
+    packed_bytes each; or "tail", the newest tokens of a packed group in full precision: its window is what is kept of them,
+    and only a block that is not whole has to be there. Raises ConfigError on construction for what cannot be.
     """
 
     num_layers: int
@@ -110,6 +110,11 @@ class KVLayout:
     @property
     def is_tail(self) -> bool:
         return self.form == TAIL
+
+    @property
+    def needed_window(self) -> int | None:
+        """Tokens whose blocks a query has to find, itself included. What is whole of a tail is packed too."""
+        return 1 if self.is_tail else self.window
 
     @property
     def format_text(self) -> str:

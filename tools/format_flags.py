@@ -18,6 +18,12 @@ def add_format_flags(parser: argparse.ArgumentParser) -> None:
         "'int4/128', also 'int4; layers 0-1: bf16; heads 0: int8'",
     )
     parser.add_argument(
+        "--residual",
+        type=int,
+        metavar="N",
+        help="newest tokens that a packed device tier keeps in full precision too, beside the block being filled (default 0)",
+    )
+    parser.add_argument(
         "--host-format",
         metavar="FORMAT",
         help="how the host tier keeps whole blocks: full (default), fp8, int8, int4, int2, also 'int8; layers 0-1: full'",
@@ -29,5 +35,10 @@ def add_format_flags(parser: argparse.ArgumentParser) -> None:
 
 def given_formats(arguments: argparse.Namespace) -> dict[str, Any]:
     """The settings that were given."""
-    said = {"device": arguments.device_format, "host": arguments.host_format, "nvme": arguments.nvme_format}
+    said = {
+        "device": arguments.device_format,
+        "residual": arguments.residual,
+        "host": arguments.host_format,
+        "nvme": arguments.nvme_format,
+    }
     return {name: value for name, value in said.items() if value is not None}

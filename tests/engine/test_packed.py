@@ -22,7 +22,16 @@ from .test_scheduler import prompt_of
 
 BLOCK, CHUNK = 32, 80
 ONE = SamplingParams(max_tokens=1, top2_margin=True)
-_SETTINGS = ("host", "nvme", "staging_bytes", "selection_bytes")
+_SETTINGS = ("host", "nvme", "staging_bytes", "selection_bytes", "residual")
+_DEFAULT = {"residual": 0}
+
+
+@pytest.fixture(params=[0, 70], ids=["the block being filled", "and 70 tokens before it"], autouse=True)
+def residual(request):
+    """What is kept in full precision."""
+    _DEFAULT["residual"] = request.param
+    yield request.param
+    _DEFAULT["residual"] = 0
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +42,7 @@ def llama():
 def open_packed(model, device="int8", blocks=40, path=None, **options) -> Engine:
     size = sum(layout.block_bytes for layout in discover(model).layouts(BLOCK))
     sizes = dict(device_bytes=blocks * size, host_bytes=40 * size, nvme_path=path, staging_bytes=0)
+    sizes |= _DEFAULT if device != "full" else {}
     options = {"block_size": BLOCK, "max_batch_tokens": CHUNK} | options
     below = {key: options.pop(key) for key in _SETTINGS if key in options}
     config = PagerConfig(
@@ -51,19 +61,19 @@ def pages_of(engine, seq: int, group: int) -> np.ndarray:
 def seen(engine, seq: int) -> DynamicCache:
     """K and V of a sequence of one full-attention group as its next step sees them: unpacked blocks, then the tail."""
     pager, cache = engine.pager, DynamicCache()
-    packed = pager.layouts[0]
-    fmt, whole, end = page_format(packed), pager.num_computed(seq) // BLOCK, pager.num_computed(seq)
-    ids, last = pages_of(engine, seq, 0)[:whole], pages_of(engine, seq, 1)
-    assert (last[:whole] == -1).all() and len(last) == -(-end // BLOCK)
+    packed, end, last = pager.layouts[0], pager.num_computed(seq), pages_of(engine, seq, 1)
+    fmt, whole = page_format(packed), 1 + int(np.flatnonzero(last < 0).max(initial=-1))
+    if not _DEFAULT["residual"]:
+        assert whole == end // BLOCK
+    ids = pages_of(engine, seq, 0)[:whole]
+    assert (last[:whole] == -1).all() and len(last) == -(-end // BLOCK) and whole <= end // BLOCK
     for layer in range(packed.num_layers):
         rows = typed(pager.device_rows(0), torch.uint8)[:, layer * fmt.layer_bytes : (layer + 1) * fmt.layer_bytes]
         kv = [torch.empty(len(ids), 2, BLOCK, packed.head_dim) for _ in "kv"]
         dequantize_blocks(rows, ids, *kv, np.arange(len(ids)), fmt)
         new = layer_views(typed(pager.device_rows(1), torch.float32), layer, 2, BLOCK, packed.head_dim)
         both = [
-            torch.cat(
-                [x.transpose(0, 1).flatten(1, 2), *(y[p, :, : end - whole * BLOCK] for p in last[whole:].tolist())], 1
-            )
+            torch.cat([x.transpose(0, 1).flatten(1, 2), *(y[p] for p in last[whole:].tolist())], 1)[:, :end]
             for x, y in zip(kv, new, strict=True)
         ]
         cache.update(both[0][None], both[1][None], layer)
@@ -110,28 +120,31 @@ def test_a_step_sees_its_packed_blocks_and_its_tail(llama, device):
         assert engine.pager.status()["tiers"]["device"]["formats"][1] == "full"
 
 
-def test_what_is_packed_is_what_full_precision_held(llama):
+def test_what_is_packed_is_what_full_precision_held(llama, residual):
     """Layer 0's K/V do not depend on attention, so both engines make the same."""
-    prompt, kept = prompt_of(5 * BLOCK + 3, 1), []
+    prompt = prompt_of(5 * BLOCK + 3, 1)
     with open_packed(llama) as engine:
         session = engine.session("a")
         session.send(prompt, SamplingParams(max_tokens=0))
-        kept = [x[0] for x in (seen(engine, session.seq).layers[0].keys, seen(engine, session.seq).layers[0].values)]
+        layer = seen(engine, session.seq).layers[0]
+        found = [layer.keys[0], layer.values[0]]
         pages = engine.pager._core.groups[1].pages
-        assert len(pages) - pages.num_free == 1  # nothing but the last block's tail, not even as cache
+        kept = -(-residual // BLOCK)
+        assert len(pages) - pages.num_free == 1 + kept  # nothing but the tail, not even as cache
     with open_packed(llama, "full") as engine:
         session = engine.session("a")
         session.send(prompt, SamplingParams(max_tokens=0))
         ids = pages_of(engine, session.seq, 0)
         views = layer_views(typed(engine.pager.device_rows(0), torch.float32), 0, 2, BLOCK, 16)
-        for mine, pool in zip(kept, views, strict=True):
+        for mine, pool in zip(found, views, strict=True):
             exact = pool[ids].transpose(0, 1).flatten(1, 2)[:, : len(prompt)]
-            assert torch.equal(mine[:, 5 * BLOCK :], exact[:, 5 * BLOCK :])
-            error = (mine - exact).abs()[:, : 5 * BLOCK].max()
+            first = (5 - kept) * BLOCK
+            assert torch.equal(mine[:, first:], exact[:, first:])
+            error = (mine - exact).abs()[:, :first].max()
             assert 0 < error < exact.abs().max() / 127
 
 
-def test_bytes_stay_as_they_are_over_ten_rounds_of_park_and_resume(llama, tmp_path):
+def test_bytes_stay_as_they_are_over_ten_rounds_of_park_and_resume(llama, tmp_path, residual):
     with open_packed(llama, "int4", path=tmp_path / "s") as engine:
         session = engine.session("a")
         session.send(prompt_of(4 * BLOCK + 11, 2), SamplingParams(max_tokens=0))
@@ -154,10 +167,13 @@ def test_bytes_stay_as_they_are_over_ten_rounds_of_park_and_resume(llama, tmp_pa
     with open_packed(llama, "int4", path=tmp_path / "s") as engine:  # the last park's
         session = engine.session("a")
         assert session.num_computed == length
+        held = engine.pager._core.sequences[session.seq].tables[1].ids >= 0
+        assert held.sum() == 1 + -(-residual // BLOCK), "what was in full precision is again"
         session.send([3], SamplingParams(max_tokens=0))  # brings its blocks up
         check_next(engine, session, 7)
-    with pytest.raises(StoreMismatchError):
-        open_packed(llama, "full", path=tmp_path / "s")
+    for change in (dict(device="full"), dict(device="int4", residual=2 * residual + 1)):
+        with pytest.raises(StoreMismatchError):
+            open_packed(llama, path=tmp_path / "s", **change)
 
 
 def test_forks_write_to_tails_of_their_own(llama):
@@ -175,19 +191,21 @@ def test_forks_write_to_tails_of_their_own(llama):
 @pytest.mark.parametrize(
     ("back", "kept"), [(3 * BLOCK - 5, 2 * BLOCK), (2 * BLOCK, 2 * BLOCK), (3 * BLOCK + 2, 3 * BLOCK + 2)]
 )
-def test_what_is_rolled_back_into_a_packed_block_is_computed_from_its_start(llama, back, kept):
+def test_what_is_rolled_back_into_a_packed_block_is_computed_from_its_start(llama, residual, back, kept):
+    """Where its tail still holds the block, nothing is."""
     with open_packed(llama) as engine:
         session = engine.session("a")
         session.send(prompt_of(3 * BLOCK + 6, 4), SamplingParams(max_tokens=0))
         session.rollback(back)
-        assert session.num_computed == kept and len(session.token_ids) == back
+        assert session.num_computed == (back if residual else kept) and len(session.token_ids) == back
         session.send([3], SamplingParams(max_tokens=0))
         check_next(engine, session, 8)
         engine.pager.check_integrity()
 
 
-def test_a_context_larger_than_the_device_tier_streams_packed(llama):
-    prompt, answers, small = prompt_of(40 * BLOCK + 9, 5), [], dict(blocks=16, staging_bytes=1 << 16)
+def test_a_context_larger_than_the_device_tier_streams_packed(llama, residual):
+    prompt, answers = prompt_of(40 * BLOCK + 9, 5), []
+    small = dict(blocks=20 if residual else 16, staging_bytes=1 << 16)
     for options, way in ((dict(blocks=60), None), (small, "attended"), (small, "moved")):
         with open_packed(llama, **options) as engine:
             engine.pager.backend.reads_host = way == "attended"
@@ -213,6 +231,21 @@ def test_families_answer_near_full_precision(family):
             found.append([out.margins[0] for out in outputs])
             engine.pager.check_integrity()
     assert found[0] == pytest.approx(found[1], abs=0.05)
+
+
+def test_a_window_begins_where_it_does_whatever_is_kept():
+    model, found = tiny("mistral", sliding_window=100), []
+    for options in (dict(device="full"), dict(device="int8", residual=0), dict(device="int8", residual=BLOCK)):
+        with open_packed(model, blocks=60, **options) as engine:
+            margins = []
+            for n in (90, 4 * BLOCK - 3, 250):
+                session = engine.session(f"s{n}")
+                session.send(prompt_of(n, n), SamplingParams(max_tokens=0))
+                margins += [session.send([token], ONE).margins[0] for token in range(5, 11)]
+            found.append(margins)
+            engine.pager.check_integrity()
+    for margins in found[1:]:
+        assert margins == pytest.approx(found[0], abs=0.05)
 
 
 def test_a_window_with_sinks_lies_packed_too(llama):
@@ -259,8 +292,9 @@ def test_values_that_no_format_holds_end_their_own_request(llama):
 def test_who_drafts_goes_on_beside_values_that_no_format_holds(llama):
     weight, prompt = llama.model.embed_tokens.weight, [5, 6, 7, 8] * 8 + [5]
     kept = weight[0].clone()
-    with open_packed(llama) as engine, torch.no_grad():
+    with open_packed(llama) as engine:
         plain = engine.generate([prompt], SamplingParams(max_tokens=BLOCK))[0]
+    with open_packed(llama) as engine, torch.no_grad():
         try:
             weight[0] = float("nan")
             drafts = engine.request(prompt, SamplingParams(max_tokens=BLOCK, speculation="ngram"))
@@ -276,8 +310,8 @@ def test_who_drafts_goes_on_beside_values_that_no_format_holds(llama):
         engine.pager.check_integrity()
 
 
-def test_a_page_whose_block_is_not_whole_holds_nothing_of_another(llama):
-    with open_packed(llama, blocks=12) as engine:
+def test_a_page_whose_block_is_not_whole_holds_nothing_of_another(llama, residual):
+    with open_packed(llama, blocks=16 if residual else 12) as engine:
         for number in range(4):  # every page has been used
             session = engine.session(f"s{number}")
             session.send(prompt_of(5 * BLOCK + 5, 10 + number), SamplingParams(max_tokens=0))
@@ -320,6 +354,8 @@ def test_a_lost_block_costs_one_block(llama):
         (dict(streaming=StreamingWindow(64, 40)), "do not lie within one block"),
         (dict(attention="window:64,sinks=40"), "must lie within one block"),
         (dict(block_size=8), "block=8"),
+        (dict(residual=-1), "residual=-1"),
+        (dict(device="full", residual=64), "no pages are packed"),
     ],
 )
 def test_what_cannot_be_is_refused(llama, change, message):

@@ -21,11 +21,13 @@ from .test_selected import ALL, BLOCK, logprobs, open_selecting
 ROOM = 12  # blocks in full precision, for the tail
 
 
-def test_what_is_picked_whole_is_full_attention_on_the_same_pages():
-    """Resident and streamed, from slices and from pages, in picks and in the second look."""
+@pytest.mark.parametrize("residual", [0, BLOCK])
+def test_what_is_picked_whole_is_full_attention_on_the_same_pages(residual):
+    """Resident and streamed, from slices and from pages, in picks and in the second look; what is kept in full precision is
+    not read on its page as well."""
     model, prompt, params = tiny("llama"), prompt_of(20 * BLOCK + 5, 1), dict(max_tokens=14, logprobs=5)
-    for pages in (14, 60):
-        with open_selecting(model, pages=pages, blocks=200, slices=200, device="int8") as engine:
+    for pages in (14 + residual // BLOCK, 60):
+        with open_selecting(model, pages=pages, blocks=200, slices=200, device="int8", residual=residual) as engine:
             engine.generate([prompt], SamplingParams(max_tokens=1))  # a chunk sees itself exactly, cached blocks do not
             full = engine.generate([prompt], SamplingParams(**params))[0]
             some = engine.generate([prompt], SamplingParams(**params, attention=ALL))[0]
