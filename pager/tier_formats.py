@@ -57,7 +57,7 @@ def device_layouts(config: PagerConfig, layouts: Sequence[KVLayout]) -> list[KVL
     made = packed_layouts(config.device, layouts, name="device", residual=config.residual)
     if config.residual and not any(layout.is_packed for layout in made):
         raise ConfigError(
-            f"residual={config.residual} with device={config.device!r}: no pages are packed, so all tokens are in full precision; "
+            f"residual={config.residual} with device={config.device!r}: no pages are packed, and all is in full precision; "
             "leave residual out, or give device a format such as 'int4'"
         )
     if config.selection_size and any(layout.is_packed and page_format(layout).is_hack for layout in made):

@@ -28,7 +28,7 @@ by_both = pytest.mark.parametrize("copies", list(KINDS), ids="copied_by_{}".form
 
 def running(tmp_path: Path, copies: str) -> Pagerd:
     options = ("--no-prefault", "--allow-ipc")
-    sizes = {"host_bytes": 96 * SIZE, "nvme_bytes": 32_000 * SIZE}
+    sizes = {"host_bytes": 96 * SIZE, "nvme_bytes": 128_000 * SIZE}  # a block takes 4 KiB there; no session ever goes
     return Pagerd(tmp_path, **sizes, options=options, slow_copies=copies == "daemon")
 
 
