@@ -73,7 +73,6 @@ class Crowd:
             if self._work.is_first:
                 self._each(lambda i: self._begin(chats, i), range(self._work.sessions))
             self._each(lambda i: self._ask(chats, i), range(self._work.sessions))
-            self._measure_waste(chats)
         return self._result
 
     # ------------------------------------------------------------------ inside
@@ -94,6 +93,7 @@ class Crowd:
                 yield chats
                 if chats.park_all():
                     raise RuntimeError("a session could not be parked")
+                self._measure_waste(engine, sum(one.computed_tokens for one in chats.list_sessions()))
             finally:
                 chats.close()
                 loop.close()
@@ -127,11 +127,10 @@ class Crowd:
             for _ in clients.map(do, numbers):
                 pass
 
-    def _measure_waste(self, chats: Conversations) -> None:
-        """Share of the token slots of all sessions' blocks that hold no token."""
-        tokens = [one.computed_tokens for one in chats.list_sessions()]
-        slots = sum(-(-count // BLOCK_SIZE) * BLOCK_SIZE for count in tokens)
-        self._result.waste = 1 - sum(tokens) / slots
+    def _measure_waste(self, engine: Engine, num_tokens: int) -> None:
+        """Share of the token slots that the pager keeps for all sessions, which are parked, without a token in them."""
+        kept_bytes = engine.pager.status()["tiers"]["nvme"]["pinned_bytes"]
+        self._result.waste = 1 - num_tokens * TOKEN_BYTES / kept_bytes
 
 
 if __name__ == "__main__":
