@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..tiers.errors import BlockMissError
-from . import hints
+from . import hints, kept
 from .page_table import dropped_from_window
 from .prefix import rewind
 from .selecting import Picked, SliceSelection
@@ -172,6 +172,10 @@ class LeaseKeeper:
             for group, table in zip(self._core.groups, seq.tables, strict=True):
                 held = np.flatnonzero(table.ids >= 0)
                 lost = held[~group.directory.is_valid(table.ids[held]) & (group.directory.page[table.ids[held]] < 0)]
+                if group.layout.is_tail:
+                    optional = lost < seq.num_computed // self._core.block_size
+                    kept.forget(group, table, int(lost[optional].max(initial=-1)) + 1)
+                    lost = lost[~optional]
                 if len(lost):
                     had = seq.num_computed
                     rewind(self._core, seq, int(lost[0]) * self._core.block_size)

@@ -165,7 +165,7 @@ class LeaseFiller:
         if not resident.all():
             valid = group.directory.is_valid(ids)
             if not valid.all():
-                lose(self._core, seq, int(context[np.argmin(valid)]))
+                lose(self._core, seq, int(context[np.flatnonzero(~valid)[-1 if group.layout.is_tail else 0]]), group)
         num_new = num_blocks_of(span.end, size) - num_existing
         kept = self._num_kept(group, seq, span.start) if group.layout.is_packed and not is_write_only else 0
         return _Need(seq, context, ids, resident, span.start % size != 0, kept, num_new, num_existing)
@@ -275,7 +275,7 @@ class LeaseFiller:
             seq = self._core.sequences[span.seq]
             hit = np.flatnonzero(np.isin(seq.tables[group.index].ids, gone))
             if len(hit):
-                lose(self._core, seq, int(hit[0]))
+                lose(self._core, seq, int(hit[0]), group)
 
     def _start_promotions(self, group: BlockGroup, blocks: IntArray) -> int:
         """Start demand copies for blocks that are nowhere on their way yet. Returns how many copies started.

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..tiers.backends import get_backend
 from ..tiers.errors import Busy, ConfigError
-from ..tiers.formats import BlockFormat
+from ..tiers.formats import BlockFormat, tail_of
 from ..tiers.layout import KVLayout
 from ..tiers.streams import Backend
 from . import hints
@@ -266,7 +266,12 @@ class Pager:
             if window is not None:
                 spare -= num_blocks_of(window + group.layout.sinks, self.block_size) + 1
             elif self._core.rings[index] is not None:
-                spare = len(group.pages) // 2  # leaves the other half to resident context
+                kept = self.layouts[
+                    tail_of(self.layouts, index)
+                ].num_kept  # blocks that are resident too, though unread
+                spare = min(
+                    len(group.pages) // 2, len(group.pages) - kept - 1
+                )  # leaves the other half to resident context
             spans.append(max(spare, 0) * self.block_size)
         return min(spans)
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..tiers.errors import Busy, ConfigError, TierFullError, TierUnavailableError, UnknownSessionError
+from . import kept
 from .core import Core
 from .group import BlockGroup
 from .page_table import BlockTable, Sequence
@@ -54,6 +55,7 @@ class Parking:
             del core.sequences[seq.id]
             for group, table in zip(core.groups, entry.tables, strict=True):
                 self._leave_device(group, table.ids[table.ids >= 0])
+            kept.let_go(core, entry.tables, seq.num_computed)
             core.counters.add("parked_sessions", 1)
 
     def checkpoint(self, session_id: str, seq: Sequence, extra: dict[str, Any], timeout_s: float) -> None:
@@ -69,7 +71,9 @@ class Parking:
         other = core.sessions.get(session_id)
         if other is not None and other.active_seq not in (None, seq.id):
             raise ConfigError(f"session {session_id!r} is active in another sequence; park or release that one")
-        self.seal(seq)
+        with core.locked():
+            self._seal_tail(seq)
+            kept.name(core, seq)
         self._write_down(seq, timeout_s, f"session {session_id!r}")
         entry = SessionEntry(session_id, seq.namespace, list(seq.token_ids), seq.num_computed, extra)
         entry.summary, entry.tail_keys, entry.branch = _summary(seq), self._tail_keys(seq), seq.branch
@@ -107,6 +111,7 @@ class Parking:
             entry.active_seq = seq.id
             if seq.num_computed == 0 and entry.num_computed >= core.block_size:
                 adopt(core, seq, entry.num_computed)
+            kept.find(core, seq)
             seq.resumed = residency(core, seq)
             core.counters.add("resumed_sessions", 1)
             return seq, ParkedSession(session_id, list(seq.token_ids), seq.num_computed, dict(entry.extra))
@@ -139,16 +144,20 @@ class Parking:
 
     # ------------------------------------------------------------------ parking, step by step
     def _seal_tail(self, seq: Sequence) -> None:
-        size = self._core.block_size
+        core, size = self._core, self._core.block_size
         full, rest = divmod(seq.num_computed, size)
+        if not rest:
+            return
         seq.chain.extend(seq.keys, seq.token_ids[: full * size])
-        key = seal_key(self._core, seq, seq.num_computed) if rest else b""
-        for group, table in zip(self._core.groups, seq.tables, strict=True):
-            if group.layout.is_tail:  # what is whole of a tail has no name as long as its sequence runs
-                for index in np.flatnonzero(table.ids[:full] >= 0).tolist():
-                    _name(group, table, index, seq.keys[index], seq.keys[index - 1] if index else None, size)
-            if rest:
-                _name(group, table, full, key, seq.keys[full - 1] if full else None, rest)
+        parent, key = seq.keys[full - 1] if full else None, seal_key(self._core, seq, seq.num_computed)
+        for group, table in zip(core.groups, seq.tables, strict=True):
+            block = int(table.ids[full])
+            if group.directory.key[block] is None and not group.directory.bind(block, key, parent, rest):
+                twin = group.directory.by_key[key]
+                if group.directory.is_valid(np.array([twin]))[0]:
+                    group.ref(np.array([twin]))
+                    table.put(full, twin)
+                    group.unref(np.array([block]))
 
     def _tail_keys(self, seq: Sequence) -> list[bytes]:
         """The keys of tail blocks that had names already and so could not be sealed: more tokens than ours made them."""
@@ -163,7 +172,7 @@ class Parking:
         """Take back, by key, the block before each window: then every point in the last block can be resumed at."""
         for group, table in zip(self._core.groups, seq.tables, strict=True):
             held = np.flatnonzero(table.ids >= 0)
-            if group.layout.window is None or not len(held) or held[0] == 0:
+            if group.layout.window is None or group.layout.is_tail or not len(held) or held[0] == 0:
                 continue
             before = int(held[0]) - 1
             block = group.directory.find(seq.keys[before : before + 1])
@@ -281,14 +290,3 @@ def _recover_blocks(group: BlockGroup, slots: IntArray, stamps: Any) -> None:
     group.note_new(blocks)
     twice = d.bind_many(blocks, stamps["key"].tolist(), stamps["tokens"])
     group.discard_dead(twice)
-
-
-def _name(group: BlockGroup, table: BlockTable, index: int, key: bytes, parent: bytes | None, num_tokens: int) -> None:
-    """Give a block of a sequence that has none a name; where another has that name, share the other."""
-    block = int(table.ids[index])
-    if group.directory.key[block] is None and not group.directory.bind(block, key, parent, num_tokens):
-        twin = np.array([group.directory.by_key[key]])
-        if group.directory.is_valid(twin)[0]:
-            group.ref(twin)
-            table.put(index, int(twin[0]))
-            group.unref(np.array([block]))

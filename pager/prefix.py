@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from ..tiers.errors import BlockMissError
+from . import kept
 from .core import Core
+from .group import BlockGroup
 from .page_table import Sequence, lowest_needed, lowest_visible, num_blocks_of, visible_blocks
 from .states import NOWHERE, IntArray
 
@@ -57,6 +59,9 @@ def match_keys(core: Core, keys: list[bytes], first: int = 0) -> tuple[int, list
         found.append(blocks)
     for index, group in enumerate(core.groups):
         if group.layout.window is not None:
+            if group.layout.is_tail:  # a cached prefix is read packed, whatever somebody has kept of it
+                found[index] = np.full(end - first, NOWHERE)
+                continue
             blocks = group.directory.find(keys[first:end])
             found[index] = np.where(group.directory.is_valid(blocks), blocks, NOWHERE)
         found[index] = found[index][: end - first]
@@ -143,10 +148,11 @@ def take_back(core: Core, seq: Sequence, num_tokens: int, tail_keys: list[bytes]
     for group, tail in zip(core.groups, tail_keys if rest else [b""] * len(core.groups), strict=True):
         ids = group.directory.find([*seq.keys[:full], *([tail] if rest else [])])
         seen = visible_blocks(group.layout, num_tokens, num_tokens)
-        is_there = group.directory.is_valid(ids[seen])
-        if not is_there[seen >= lowest_needed(group.layout, num_tokens) // core.block_size].all():
+        if group.layout.is_tail:
+            seen = seen[seen >= full]
+        if not group.directory.is_valid(ids[seen]).all():
             return False
-        found.append((group, ids, seen[is_there]))
+        found.append((group, ids, seen))
     for (group, ids, seen), table in zip(found, seq.tables, strict=True):
         table.extend(np.where(np.isin(np.arange(len(ids)), seen), ids, NOWHERE))
         group.ref(ids[seen])
@@ -180,10 +186,16 @@ def take_tail(core: Core, seq: Sequence, num_tokens: int) -> bool:
     return True
 
 
-def lose(core: Core, seq: Sequence, logical: int) -> NoReturn:
-    """A block of this sequence is gone: count only what lies before it, and say so."""
+def lose(core: Core, seq: Sequence, logical: int, group: BlockGroup) -> NoReturn:
+    """A block of this sequence is gone from a group: count only what lies before it, and say so.
+
+    Of a tail nothing but the block that is being filled is missed: without another the same is asked for again.
+    """
     had = seq.num_computed
-    rewind(core, seq, logical * core.block_size)
+    if group.layout.is_tail and logical < had // core.block_size:
+        kept.forget(group, seq.tables[group.index], logical + 1)
+    else:
+        rewind(core, seq, logical * core.block_size)
     core.counters.add("lost_tokens", had - seq.num_computed)
     raise BlockMissError(
         f"sequence {seq.id}: block {logical} is in no tier any more; compute again from token {seq.num_computed}",

@@ -78,7 +78,7 @@ class BlockReader:
         d, blocks = group.directory, seq.tables[group.index].ids[logical]
         gone = ~d.is_valid(blocks) & (d.host_slot[blocks] < 0) & (d.page[blocks] < 0)
         if gone.any():
-            lose(self._core, seq, int(logical[np.argmax(gone)]))
+            lose(self._core, seq, int(logical[np.argmax(gone)]), group)
         self._await(group, awaited, blocks[d.host_slot[blocks] >= 0])
         rising = int(((d.host_slot[blocks] >= 0) & ~d.in_host(blocks)).sum())
         limit = READ_AHEAD_MOVES * max(1, MAX_MOVE_BYTES // group.layout.block_bytes) - rising
@@ -125,7 +125,7 @@ class BlockReader:
             intact = group.slab.intact(piece.slots)
             if not intact.all():
                 with self._core.lock:
-                    lose(self._core, seq, int(piece.logical[np.argmin(intact)]))
+                    lose(self._core, seq, int(piece.logical[np.argmin(intact)]), group)
 
     def _let_go(self, group: BlockGroup, piece: HeldBlocks) -> None:
         with self._core.lock:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..tiers.errors import ConfigError
-from ..tiers.formats import BlockFormat
+from ..tiers.formats import BlockFormat, tail_of
 from ..tiers.layout import KVLayout, format_bytes
 from ..tiers.packed_slab import width_of
 from .page_table import num_blocks_of
@@ -55,15 +55,14 @@ def plan_sizes(
     left = device - selection if any(summaries) else device
     staging_each = [_staging_of(layout, layouts, left, staging) for layout in layouts]
     pages = _pages(layouts, left - sum(staging_each))
-    for layout, n in zip(layouts, pages, strict=True):
-        if n < MIN_PAGES:
-            smallest = sum(
-                (_least_tail(other) if other.is_tail else MIN_PAGES) * other.block_bytes for other in layouts
-            )
+    least_pages = [_least_pages(layouts, index) for index in range(len(layouts))]
+    for layout, n, few in zip(layouts, pages, least_pages, strict=True):
+        if n < few:
+            smallest = sum(few * other.block_bytes for few, other in zip(least_pages, layouts, strict=True))
             need = device - left + sum(staging_each) + smallest
             raise ConfigError(
                 f"device_bytes={format_bytes(device)} holds {max(n, 0)} blocks of {format_bytes(layout.block_bytes)} for layer "
-                f"group {layout.name!r}; at least {MIN_PAGES} are needed: give {format_bytes(need)} or use a smaller block_size"
+                f"group {layout.name!r}; at least {few} are needed: give {format_bytes(need)} or use a smaller block_size"
             )
     bounce_each = [_bounce_of(staging, host // len(layouts)) if has_nvme else 0 for staging in staging_each]
     bounce = sum(bounce_each)
@@ -116,18 +115,21 @@ def _pages(layouts: Sequence[KVLayout], budget: int) -> list[int]:
 
 
 def _tail_pages(layout: KVLayout, budget: int) -> int:
-    assert layout.window is not None
-    wanted = num_blocks_of(TAIL_TOKENS, layout.block_size) + TAILS_KEPT * num_blocks_of(
-        layout.window, layout.block_size
-    )
+    wanted = num_blocks_of(TAIL_TOKENS, layout.block_size) + TAILS_KEPT * (1 + layout.num_kept)
     most = budget // MOST_TAIL_SHARE // layout.block_bytes
     return max(min(max(wanted, budget // TAIL_SHARE // layout.block_bytes), most), _least_tail(layout))
 
 
 def _least_tail(layout: KVLayout) -> int:
     """Three blocks of new tokens behind what one sequence keeps."""
-    assert layout.window is not None
-    return MIN_TAIL_PAGES + (layout.window - 1) // layout.block_size
+    return MIN_TAIL_PAGES + layout.num_kept
+
+
+def _least_pages(layouts: Sequence[KVLayout], index: int) -> int:
+    """Of a packed group what its tail keeps stays in the device tier too, although it is not read there."""
+    return (
+        _least_tail(layouts[index]) if layouts[index].is_tail else MIN_PAGES + layouts[tail_of(layouts, index)].num_kept
+    )
 
 
 def split_blocks(layouts: Sequence[KVLayout], budget: int, sizes: Sequence[int] | None = None) -> list[int]:

@@ -117,6 +117,11 @@ class KVLayout:
         return 1 if self.is_tail else self.window
 
     @property
+    def num_kept(self) -> int:
+        """Whole blocks before the one that is being filled that a tail keeps."""
+        return (self.window - 1) // self.block_size if self.is_tail and self.window is not None else 0
+
+    @property
     def format_text(self) -> str:
         """The format that blocks have, as settings say it."""
         return self.form if self.is_packed else FULL

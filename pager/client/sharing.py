@@ -80,7 +80,7 @@ class Sharing:
                 has = group.directory.is_valid(group.directory.find(keys[:known]))
                 known = known if has.all() else int(np.argmin(has))
         for group in self._core.groups:
-            if group.layout.window is not None:
+            if group.layout.window is not None and not group.layout.is_tail:
                 low = max(0, known - num_blocks_of(group.layout.window, self._core.block_size) - 1)
                 if not group.directory.is_valid(group.directory.find(keys[low:known])).all():
                     known = low

@@ -22,7 +22,7 @@ from .test_scheduler import prompt_of
 
 BLOCK, CHUNK = 32, 80
 ONE = SamplingParams(max_tokens=1, top2_margin=True)
-_SETTINGS = ("host", "nvme", "staging_bytes", "selection_bytes", "residual")
+_SETTINGS = ("host", "nvme", "staging_bytes", "selection_bytes", "residual", "nvme_bytes")
 _DEFAULT = {"residual": 0}
 
 
@@ -45,9 +45,8 @@ def open_packed(model, device="int8", blocks=40, path=None, **options) -> Engine
     sizes |= _DEFAULT if device != "full" else {}
     options = {"block_size": BLOCK, "max_batch_tokens": CHUNK} | options
     below = {key: options.pop(key) for key in _SETTINGS if key in options}
-    config = PagerConfig(
-        **(sizes | below), nvme_bytes=None if path is None else 400 * size, backend="cpu", device=device
-    )
+    sizes["nvme_bytes"] = None if path is None else 400 * size
+    config = PagerConfig(**(sizes | below), backend="cpu", device=device)
     return Engine.from_model(model, config, **options)
 
 
@@ -63,7 +62,7 @@ def seen(engine, seq: int) -> DynamicCache:
     pager, cache = engine.pager, DynamicCache()
     packed, end, last = pager.layouts[0], pager.num_computed(seq), pages_of(engine, seq, 1)
     fmt, whole = page_format(packed), 1 + int(np.flatnonzero(last < 0).max(initial=-1))
-    if not _DEFAULT["residual"]:
+    if not pager.layouts[1].num_kept:
         assert whole == end // BLOCK
     ids = pages_of(engine, seq, 0)[:whole]
     assert (last[:whole] == -1).all() and len(last) == -(-end // BLOCK) and whole <= end // BLOCK

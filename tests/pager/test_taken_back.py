@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
+from kvtier.pager.lease import Span
 
 sys.path.insert(0, str(Path(__file__).parent))
 from harness import BLOCK, LAYOUT, WINDOWED, Rig
@@ -100,3 +103,27 @@ def test_a_windowed_sequence_is_cut_anywhere(left):
     rig.say(seq, [5, 6])
     rig.settle()
     assert rig.wrong == []
+
+
+def test_a_window_without_its_sinks_is_not_taken_back(tmp_path):
+    """They lie before the window, and are seen like what lies in it."""
+    layout = replace(WINDOWED, sinks=BLOCK)
+    rig = Rig(0, path=tmp_path / "store", layouts=[layout], **STORE)
+    seq = rig.start(tokens(30))
+    for end in (10, 20, 30):
+        with rig.pager.lease([Span(seq, end - 10, end)]) as lease:
+            lease.commit()
+    rig.pager.checkpoint("s", seq)
+    core, group = rig.pager._core, rig.pager._core.groups[0]
+    sinks = core.sequences[seq].tables[0].ids[[0]]
+    assert sinks[0] >= 0
+    rig.pager.finish(seq)
+    rig.settle()
+    with core.locked():
+        for drop in (group.evict, group.drop_host_copies):
+            drop(sinks, "test")
+        group.cold.lose_copies(sinks)
+    seq, parked = rig.pager.resume("s")
+    assert parked.num_computed == rig.pager.num_computed(seq) == 0
+    rig.pager.check_integrity()
+    rig.close()

@@ -1,7 +1,7 @@
 """`kvtier bench sessions`: many long chats on a device tier that holds a few of them, asked over several turns and restarts.
 
 The needle model answers exactly or not at all, so every answer is checked. Each turn is a process of its own with the
-server's own parts (EngineLoop, Conversations; no HTTP), which finds its sessions in the store that the one before left (crowd.py).
+server's own parts (EngineLoop, Conversations; no HTTP), which finds its sessions in the store that the one before left.
 Contiguous caches sized to the maximum length, in the same memory, are the reference for how many chats fit.
 """
 
