@@ -266,12 +266,8 @@ class Pager:
             if window is not None:
                 spare -= num_blocks_of(window + group.layout.sinks, self.block_size) + 1
             elif self._core.rings[index] is not None:
-                kept = self.layouts[
-                    tail_of(self.layouts, index)
-                ].num_kept  # blocks that are resident too, though unread
-                spare = min(
-                    len(group.pages) // 2, len(group.pages) - kept - 1
-                )  # leaves the other half to resident context
+                kept = self.layouts[tail_of(self.layouts, index)].num_kept  # resident too, though unread
+                spare = min(len(group.pages) // 2, len(group.pages) - kept - 1)  # half is for resident context
             spans.append(max(spare, 0) * self.block_size)
         return min(spans)
 
