@@ -1,5 +1,5 @@
-"""Runs a target on many inputs and judges it: no undocumented error, no input over a second of our time, no growing
-memory.
+"""Runs a target on many inputs and judges it: no undocumented error, no input over a second of our time, none that waits
+for much longer, no growing memory.
 
 One batch again, by its seed:    python tests/fuzz/fuzzing.py TARGET SEED [INPUTS]
 """
@@ -10,10 +10,13 @@ import ctypes
 import gc
 import os
 import random
+import signal
 import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +25,14 @@ sys.path.insert(0, str(Path(__file__).parent))
 from targets import TARGETS, Call, Target
 
 BATCH = 1000  # inputs of one generator
-SLOWEST_S = 1.0
+SLOWEST_S = 1.0  # of the thread's time: a busy machine is no hang
+LONGEST_S = 20.0  # of anybody's: what waits so long is stopped, and named
 MOST_GROWTH_BYTES = 16 << 20
 MEMORY = Path("/dev/shm")
+
+
+class Hang(BaseException):
+    """Nothing that is tested may take it for an error of its own."""
 
 
 @dataclass
@@ -67,11 +75,12 @@ def again(target: Target, seed: int, inputs: int = BATCH) -> str:
 
 
 def run_batch(target: Target, call: Call, seed: int, inputs: int, verdict: Verdict) -> None:
-    choose, clock, errors = random.Random(seed), time.thread_time, target.errors  # a busy machine is no hang
+    choose, clock, errors = random.Random(seed), time.thread_time, target.errors
     for number in range(inputs):
         started_s = clock()
         try:
-            call(choose)
+            with stopped_after(LONGEST_S):
+                call(choose)
         except errors:
             verdict.refused += 1
         except BaseException as error:
@@ -84,6 +93,22 @@ def run_batch(target: Target, call: Call, seed: int, inputs: int, verdict: Verdi
             what = f"{target.name}: input {number} of seed {seed} took {spent_s:.1f} s"
             assert spent_s < SLOWEST_S, what + again(target, seed)
     verdict.inputs += inputs
+
+
+@contextmanager
+def stopped_after(seconds: float) -> Iterator[None]:
+    """Raises Hang in what takes longer, by anybody's clock. The alarm of whoever set one before is set again."""
+
+    def ring(*_: object) -> None:
+        raise Hang(f"still under way after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    left_s, _ = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, left_s)
 
 
 def resident_bytes() -> int:

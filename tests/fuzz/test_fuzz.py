@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +49,13 @@ def test_a_failure_for_time_or_memory_says_how_to_see_it_again(monkeypatch, limi
     monkeypatch.setattr(fuzzing, limit, lowered)
     with pytest.raises(AssertionError, match=r"again: python tests/fuzz/fuzzing.py journal 4 \d+$"):
         fuzzing.run(BY_NAME["journal"], 1, 4)
+
+
+def test_an_input_that_waits_is_stopped_and_named(monkeypatch):
+    monkeypatch.setattr(fuzzing, "LONGEST_S", 0.1)
+    waiting = replace(BY_NAME["journal"], make=lambda _: nullcontext(lambda _: time.sleep(60)))
+    with pytest.raises(AssertionError, match=r"input 0 of seed 4 raised Hang.*\nagain: python"):
+        fuzzing.run(waiting, 1, 4)
 
 
 @pytest.mark.soak
