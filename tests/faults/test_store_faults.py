@@ -259,7 +259,17 @@ def test_a_fault_at_every_call_is_never_served_and_never_a_foreign_exception(scr
     fail_at_every_call(scratch, backend, script, how, codec)
 
 
-@pytest.mark.parametrize(("script", "how"), [(fill, "EIO"), (read_all, "short")])
+QUICK = [(fill, "EIO"), (rewrite, "ENOSPC"), (read_all, "short")]  # each takes as long as a dozen of the small ones
+
+
+@pytest.mark.parametrize(
+    ("script", "how"),
+    [
+        pytest.param(script, how, marks=() if (script, how) in QUICK else pytest.mark.soak)
+        for script in SCRIPTS
+        for how in ("EIO", "ENOSPC", "short")
+    ],
+)
 def test_a_fault_at_every_call_that_goes_past_the_page_cache(tmp_path, monkeypatch, script, how):
     """As in use: large blocks, in steps that change hands between threads."""
     backend, begin, begun = CpuBackend(io_depth=1), StagedWorkers._begin, []

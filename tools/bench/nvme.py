@@ -30,7 +30,7 @@ from ...tiers.errors import ConfigError
 from ...tiers.nvme.calibrate import LAYOUT
 from ...tiers.nvme.store import STAMP, IoTicket, NvmeTier, StoreIdentity
 from . import lmcache
-from .harness import Row
+from .harness import Row, resident_bytes
 from .lmcache import LmcachePeer
 from .page_cache import sync_files
 
@@ -113,7 +113,7 @@ class _Disk:
             partial(self._take_latencies, checked),
             self._take_one_pass,
         ]
-        order = random.Random(0)
+        order, held = random.Random(0), list[int]()
         for number in range(self._rounds + 1):
             self._is_counted = number > 0  # the first pass meets unwritten extents on all sides
             if self._is_counted:
@@ -121,7 +121,20 @@ class _Disk:
             for case in cases:
                 time.sleep(PAUSE_S)
                 case()
+            held.append(resident_bytes())
         found = self._report(settings)
+        found.append(
+            Row(
+                f"{self._rounds} rounds of all cases",
+                "process memory at their end",
+                held[-1] / 1e6,
+                "MB",
+                "after the first",
+                held[1] / 1e6,
+                held[1] / held[-1],
+                1,
+            )
+        )
         if self._peer:
             spoiled = {"one byte flipped": _flip, "truncated to half": _truncate}
             ours = {kind: int(checked.serves(spoil, self._out)) for kind, spoil in spoiled.items()}
@@ -137,15 +150,17 @@ class _Disk:
         for name in ("write", "committed", "read"):
             best = max(settings, key=lambda each: middle[f"fio {each} {name}"], default="")
             limit = middle.get(f"fio {best} {name}")
-            said = f"{_fio_version()} {best}, O_DIRECT" if best else "fio is not installed"
+            pages = "huge" if _huge_pages() else "4 KiB"  # reserve some (vm.nr_hugepages) for a fair limit
+            said = f"{_fio_version()} {best}, O_DIRECT, buffers in {pages} pages" if best else "fio is not installed"
             for suffix in ("", "_checksummed"):
                 ours = middle[name + suffix]
                 ratio = None if limit is None else self._paired(name + suffix, f"fio {best} {name}")
                 found.append(Row(case, name + suffix, ours, "GB/s", said, limit, ratio, self._rounds))
+        reference = f"zarr-python {_zarr_version()}, chunk = block, LocalStore, {len(self._slab)} blocks"
         for name in ("write", "read"):
-            ours, stock = middle[f"{name}_checksummed"], middle[f"zarr {name}"]
-            reference = f"zarr-python {_zarr_version()}, chunk = block, LocalStore"
-            found.append(Row(case, f"{name}_checksummed", ours, "GB/s", reference, stock, ours / stock, self._rounds))
+            for suffix in ("", "_checksummed"):
+                ours, stock = middle[name + suffix], middle[f"zarr {name}"]
+                found.append(Row(case, name + suffix, ours, "GB/s", reference, stock, ours / stock, self._rounds))
         found += lmcache.rows(self._values, self._peer, case, self._rounds)
         latency, limit = middle["latency"] * 1e3, middle["latency limit"] * 1e3
         found.append(
