@@ -165,7 +165,7 @@ def _copies(folder: Path, arguments: argparse.Namespace, peers: Peers) -> tuple[
         with _daemon(folder, host_bytes=host_bytes, options=("--allow-ipc",)) as daemon:
             copies = kind(daemon.address, BLOCKS, blocks, batch)
             rows += rows_of(measure(copies, rounds), case + said, moved_gb, rounds)
-            if kind is ByClient:  # in rounds of their own: what a peer does leaves our caches cold
+            if kind is ByClient:  # in rounds of their own
                 compared = medians(
                     interleave(
                         {"put": copies.put, "get": copies.get, "peers": partial(peers.run_round, ("put", "get"))},
