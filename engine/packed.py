@@ -168,9 +168,8 @@ class PackedStep:
         """Made once per step for these rows, and used by every layer."""
         key = tuple(rows.cu_q.tolist())
         if key not in self._plans:
-            starts = np.array([self._spans[i].end for i in rows.spans]) - np.diff(
-                rows.cu_q
-            )  # of the first row that attends
+            ends = np.array([self._spans[i].end for i in rows.spans])
+            starts = ends - np.diff(rows.cu_q)  # of the first row that attends
             ahead = starts - self._tail_from[rows.spans] * self._size
             table = self._held.tables[rows.spans]
             self._plans[key] = PagesPlan(table, before, rows.cu_q, ahead, block_size=self._size, num_pages=num_pages)

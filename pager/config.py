@@ -68,9 +68,7 @@ class PagerConfig:
     # groups or by the group's name; the store has what the host tier has unless told. In the device tier only an Engine or
     # a PrefixCache packs pages, an Engine also by heads: "int4; heads 0: bf16"; the tiers below then hold the same bytes
     device: FormatText = FULL
-    residual: int = (
-        0  # newest tokens, beside the block being filled, that a packed device tier keeps in full precision too
-    )
+    residual: int = 0  # newest tokens, beside the block being filled, that packed pages have in full precision too
     host: FormatText = FULL
     nvme: FormatText | None = None
     policy: str = "auto"

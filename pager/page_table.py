@@ -122,8 +122,7 @@ def lowest_visible(layout: KVLayout, position: int) -> int:
 
 def lowest_needed(layout: KVLayout, position: int) -> int:
     """First token that has to be there for it; a tail's whole blocks need not be."""
-    window = layout.needed_window
-    return 0 if window is None else max(0, position - window + 1)
+    return position if layout.is_tail else lowest_visible(layout, position)
 
 
 def seen_blocks(layout: KVLayout, table: IntArray, start: int, end: int) -> IntArray:

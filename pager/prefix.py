@@ -67,9 +67,8 @@ def match_keys(core: Core, keys: list[bytes], first: int = 0) -> tuple[int, list
         found[index] = found[index][: end - first]
     usable = np.ones(end - first + 1, bool)  # usable[i]: first + i blocks can be resumed from
     for group, blocks in zip(core.groups, found, strict=True):
-        if group.layout.window is not None:
-            window = group.layout.needed_window or 1
-            usable &= _window_complete(core, window, group.layout.sinks, blocks >= 0, first)
+        if group.layout.window is not None and not group.layout.is_tail:
+            usable &= _window_complete(core, group.layout.window, group.layout.sinks, blocks >= 0, first)
     usable[0] = True
     best = int(np.flatnonzero(usable)[-1])
     return first + best, [blocks[:best] for blocks in found]

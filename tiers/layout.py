@@ -112,11 +112,6 @@ class KVLayout:
         return self.form == TAIL
 
     @property
-    def needed_window(self) -> int | None:
-        """Tokens whose blocks a query has to find, itself included. What is whole of a tail is packed too."""
-        return 1 if self.is_tail else self.window
-
-    @property
     def num_kept(self) -> int:
         """Whole blocks before the one that is being filled that a tail keeps."""
         return (self.window - 1) // self.block_size if self.is_tail and self.window is not None else 0

@@ -88,10 +88,8 @@ def _demo(checkout: Path, context: int, *more: str) -> dict[str, Any]:
 
 def _python_of(checkout: Path, *arguments: str) -> str:
     """The last line that this interpreter prints with the checkout's kvtier. Raises ConfigError."""
-    env = os.environ | {
-        "PYTHONPATH": str(checkout.resolve()),
-        "PYTHONSAFEPATH": "1",
-    }  # else the directory we are in is first
+    # without the second the directory that we are in would be first
+    env = os.environ | {"PYTHONPATH": str(checkout.resolve()), "PYTHONSAFEPATH": "1"}
     command = [sys.executable, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=TIMEOUT_S, check=False)
     if done.returncode:
