@@ -356,6 +356,12 @@ class Connection(asyncio.BufferedProtocol):
         if self._transport is not None and not self.is_closed:
             self._transport.abort()
 
+    def send_away(self, error: KvTierError) -> None:
+        """Close; whoever waits for an answer is told why there is none."""
+        for request_id in list(self._in_flight):
+            self.fail(request_id, error)
+        self.close()
+
     def _refuse(self, error: ProtocolError) -> None:
         """What follows in the stream cannot be trusted: say why and close."""
         _LOG.warning("event=protocol_error pid=%d reason=%s", self.pid, error)

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ...tiers.errors import InvariantError, KvTierError, ProtocolError, QueueFullError
+from ...tiers.errors import InvariantError, KvTierError, ProtocolError, QueueFullError, TierUnavailableError
 from .. import protocol
 from ..clients import Clients
 from ..rules import ALL_RULES, Rules
@@ -256,13 +256,14 @@ class Service:
         await asyncio.sleep(0)  # their answers go out
         while len(self.threads) and self._clock() < until_s:
             await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(0)  # and theirs
 
     def close(self) -> None:
         """Joins no thread, so that the loop lives on; see send_away."""
         if self._tick is not None:
             self._tick.cancel()
         for connection in list(self._connections):
-            connection.close()
+            connection.send_away(TierUnavailableError("the daemon is shutting down"))
         self.threads.close()
         self.processes.close()
 

@@ -259,13 +259,14 @@ def test_what_was_only_in_memory_is_written_down_by_sigterm_and_found_again(tmp_
         assert pagerd.end(signal.SIGINT) == 0
 
 
-def test_whoever_waits_longer_than_a_drain_may_take_is_told_so(tmp_path):
+@pytest.mark.parametrize("drain_s", [0, 1])
+def test_whoever_waits_longer_than_a_drain_may_take_is_told_so(drain_s, tmp_path):
     """A flush that its namespace's rate holds up for minutes, and more of them than there are threads."""
     secret_files.write_new_secret(tmp_path / "root")
     token, kept = secret_files.new_token()
     config = (
         SMALL + f'nvme_path = "{tmp_path / "s"}"\nnvme_bytes = "4MiB"\nroot_secret_file = "{tmp_path / "root"}"\n'
-        f'[limits]\ndrain_s = 1\n[namespaces.alice]\ntokens = ["{kept}"]\nwrite_bytes_per_s = 1\n'
+        f'[limits]\ndrain_s = {drain_s}\n[namespaces.alice]\ntokens = ["{kept}"]\nwrite_bytes_per_s = 1\n'
     )
     with Pagerd(tmp_path, config).ready() as pagerd:
         client = pagerd.connect(token).open()
