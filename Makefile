@@ -27,7 +27,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
 bench: setup
-	for name in demo attention accuracy metadata policy inspect decode recovery host nvme codecs tenants daemon prefix endless \
+	for name in demo attention accuracy metadata policy inspect decode recovery ring host nvme codecs tenants daemon prefix endless \
 			sessions serve; do \
 		$(BIN)/kvtier bench $$name --out benchmarks/results/$$name-cpu.json || exit 1; done
 	$(BIN)/kvtier bench metadata --scale --out benchmarks/results/metadata-scale-cpu.json

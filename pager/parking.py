@@ -38,8 +38,10 @@ class Parking:
             return 0
         for group, (slots, stamps) in zip(core.groups, core.nvme.recovered(), strict=True):
             named = stamps["tokens"] > 0
-            core.nvme.free(group.index, slots[~named])  # unnamed tails of a process that is gone
-            _recover_blocks(group, slots[named], stamps[named])
+            if not named.all():
+                core.nvme.free(group.index, slots[~named])  # unnamed tails of a process that is gone
+                slots, stamps = slots[named], stamps[named]
+            _recover_blocks(group, slots, stamps)
         for entry in self._records.read():
             core.sessions[entry.session_id] = entry
             self._hold(entry)
@@ -288,5 +290,5 @@ def _recover_blocks(group: BlockGroup, slots: IntArray, stamps: Any) -> None:
     d.nvme_slot[blocks] = slots
     d.nvme_valid[blocks] = True
     group.note_new(blocks)
-    twice = d.bind_many(blocks, stamps["key"].tolist(), stamps["tokens"])
+    twice = d.bind_many(blocks, stamps["key"], stamps["tokens"])
     group.discard_dead(twice)

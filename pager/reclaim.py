@@ -19,11 +19,12 @@ from .cold import ColdSide
 from .states import IntArray
 
 CLEAN_SEGMENTS = 2  # kept ready
+SEGMENTS_PER_AHEAD = 16  # of a tier, for each one more: up to as many again, so that two are left while others are made
 MIN_SEGMENTS = 8  # a tier of fewer has none to spare: its holes are filled instead
 MOVED_SHARE = 0.25  # of a segment, at most, is written again
-FULL_SEGMENTS = 4  # with this many segments' worth of holes the tier is not full, and nothing is evicted
+HOLE_SEGMENTS = 3  # with this many segments' worth of holes the tier is not full, and nothing is evicted
 LOOKS = 8  # segments looked at in one go
-REST_S = 1.0  # after nothing could be done
+REST_S = 1.0  # after nothing could be done, unless a segment more is filled
 
 
 class Reclaimer:
@@ -34,19 +35,22 @@ class Reclaimer:
         self._cold, self._group, self._tier, self._index = cold, cold.group, cold.ring, cold.index
         self._size = self._tier.geometry(self._index).slots_per_segment
         self._cap = int(self._size * MOVED_SHARE)  # none of a small segment: moving all of it would go on for ever
-        self._rests_until_s = float("-inf")
+        self._rests_until_s, self._clean_at_rest = float("-inf"), 0
 
     def keep_clean(self) -> None:
-        """Start making one segment clean if there are too few and none is on its way."""
+        """Start making as many segments clean as are missing; those on their way count."""
         self._cold.give_back_left()
-        if self._tier.num_segments(self._index) < MIN_SEGMENTS or self._tier.num_clean(self._index) >= CLEAN_SEGMENTS:
+        segments, clean = self._tier.num_segments(self._index), self._tier.num_clean(self._index)
+        if segments < MIN_SEGMENTS or not self._cold.takes_writes:
             return
-        if not self._cold.takes_writes:
+        if self._group.clock() < self._rests_until_s and clean >= self._clean_at_rest:
             return
-        if self._group.clock() < self._rests_until_s or any(m.kind == "nvme_to_nvme" for m in self._group.moves):
-            return
-        if not any(self._reclaim(int(segment)) for segment in self._candidates()):
-            self._rests_until_s = self._group.clock() + REST_S
+        ahead = min(CLEAN_SEGMENTS, segments // SEGMENTS_PER_AHEAD)
+        coming = sum(move.kind == "nvme_to_nvme" for move in self._group.moves)
+        for _ in range(CLEAN_SEGMENTS + ahead - clean - coming):
+            if not any(self._reclaim(int(segment)) for segment in self._candidates()):
+                self._rests_until_s, self._clean_at_rest = self._group.clock() + REST_S, clean
+                return
 
     def _candidates(self) -> IntArray:
         segments, used = self._tier.sealed(self._index)
@@ -54,8 +58,8 @@ class Reclaimer:
             return segments
         used = used - self._given_up(segments)
         emptiest = segments[[int(np.argmin(used))]] if int(used.min()) <= self._cap else segments[:0]
-        is_full = self._tier.free_slots(self._index) < FULL_SEGMENTS * self._size
-        return np.concatenate([emptiest, segments[:LOOKS]]) if is_full else emptiest
+        holes = self._tier.free_slots(self._index) - self._tier.num_clean(self._index) * self._size
+        return np.concatenate([emptiest, segments[:LOOKS]]) if holes < HOLE_SEGMENTS * self._size else emptiest
 
     def _given_up(self, segments: IntArray) -> IntArray:
         """Per segment its released blocks: they count as room."""

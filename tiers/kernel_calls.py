@@ -53,6 +53,14 @@ def keep_heap_small() -> None:
     mallopt(_M_MMAP_THRESHOLD, 256 << 10)
 
 
+def give_back_heap() -> None:
+    """What the C library keeps of freed blocks for later, after much was needed once. Nothing where it has no such call."""
+    try:
+        _libc().malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
 def bind_memory(address: int, nbytes: int, policy: int, nodes: Iterable[int]) -> None:
     """Set where pages of this range will be, for those that are not there yet. The address is a page's. Raises OSError."""
     flags = ctypes.c_ulong(0)

@@ -21,6 +21,7 @@ BENCHES = {
     "kernels": "registers, shared memory and spills of every Triton kernel, without a GPU",
     "decode": "a decode step of an HF model over pages, against transformers' own caches",
     "nvme": "the Zarr store against the disk (fio) and against zarr-python",
+    "ring": "what a put costs once the store is full and segments are reclaimed, against filling it",
     "recovery": "opening a store that lists a million blocks, and an empty one",
     "endless": "a text without end through a window with sinks, in flat memory",
     "sessions": "many long chats on few pages, every answer checked, over restarts",

@@ -141,7 +141,7 @@ def _blocks(
     for index in range(len(store.layouts)) if group < 0 else [group]:
         listed = store.listing.group(index)
         slots = listed.slots() if tier in ("", "nvme") else listed.slots()[:0]
-        tags = tags_of(listed.stamps["key"][slots].tolist())
+        tags = tags_of(listed.stamps["key"][slots])
         if key:
             keep = tags == parse_tag(key)
             slots, tags = slots[keep], tags[keep]
@@ -194,7 +194,7 @@ def _explain(store: RestingStore, *, about: str, limit: int = 50) -> dict[str, A
     is_session, now = about in store.listing.sessions, []
     for index, layout in enumerate([] if is_session else store.layouts):
         listed = store.listing.group(index)
-        held = tags_of(listed.stamps["key"][listed.slots()].tolist()) == parse_tag(about)
+        held = tags_of(listed.stamps["key"][listed.slots()]) == parse_tag(about)
         place = {"group": layout.name, "tier": "nvme", "in_host": False, "on_nvme": True, "pinned": False, "refs": None}
         now += [place] * int(held.sum())
     told = {"about": about, "is_session": is_session, "now": now, "ghost": None, "events": []}

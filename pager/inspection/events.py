@@ -221,9 +221,12 @@ def tag_of(key: bytes) -> int:
     return int.from_bytes(key[:4], "big")
 
 
-def tags_of(keys: list[bytes]) -> npt.NDArray[np.uint32]:
+def tags_of(keys: list[bytes] | npt.NDArray[np.void]) -> npt.NDArray[np.uint32]:
     """`tag_of` many keys of one length."""
-    if not keys:
+    if not len(keys):
         return np.zeros(0, np.uint32)
-    raw = np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1)[:, :4]
+    whole = (
+        np.frombuffer(b"".join(keys), np.uint8) if isinstance(keys, list) else np.ascontiguousarray(keys).view(np.uint8)
+    )
+    raw = whole.reshape(len(keys), -1)[:, :4]
     return np.ascontiguousarray(raw).view(">u4").reshape(-1).astype(np.uint32)

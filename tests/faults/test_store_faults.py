@@ -59,6 +59,7 @@ def kill_loops(path, loops: int, seed: int, codec: str = "none", size: str = "sm
     return json.loads(done.stdout)
 
 
+@pytest.mark.timeout(900)
 def test_killed_writers_lose_nothing_that_was_acknowledged(tmp_path, seed):
     totals = kill_loops(tmp_path / "s", 300, seed)
     assert totals["wrong"] == totals["lost"] == 0 and totals["acknowledged"] > 30 and totals["kept"] > 0, totals
@@ -240,6 +241,7 @@ def kept_by_a_crash(tier, path, copy, backend, layout) -> set[bytes]:
     """Keys that are right when the machine stops now."""
     if tier._committer is not None:
         tier._committer.close()  # the copy is of one moment
+    assert tier._writer.wait(60)
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(path, copy)
     again = open_tier(copy, backend, calls=AfterPowerLoss(), layout=layout)
@@ -394,6 +396,7 @@ def lose_power_often(path, backend, times: int, seed: int) -> dict[str, int]:
             tier.flush()
             safe = set(listed)
         copy = path / f"copy{loop}"
+        assert tier._writer.wait(60)  # files that are made ahead come and go
         totals["unsynced"] += bool(calls.under)
         calls.lose_power(path / "s", copy, choose)
         again = open_tier(copy, backend)
@@ -425,6 +428,7 @@ def test_a_segment_that_a_power_loss_cut_short_is_made_anew(tmp_path, backend):
     tier = open_tier(tmp_path / "s", backend, durability="always")
     put(tier, tier.allocate(0, 30), list(range(30)))
     put(tier, tier.allocate(0, 10), list(range(30, 40)))
+    assert tier._writer.wait(60)
     shutil.copytree(tmp_path / "s", tmp_path / "copy", ignore=shutil.ignore_patterns("*.sock"))
     tier.close()
     raw = (tmp_path / "copy" / "manifest.log").read_bytes()

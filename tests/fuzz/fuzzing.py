@@ -53,6 +53,7 @@ class Verdict:
 def run(target: Target, inputs: int, seed: int) -> Verdict:
     """Raises AssertionError with the batch's seed where the target fails."""
     verdict, started_s = Verdict(), time.perf_counter()
+    gc.freeze()  # no input pays for looking through what the process had before
     with (
         tempfile.TemporaryDirectory(prefix="kvtier-fuzz-", dir=MEMORY if MEMORY.is_dir() else None) as folder,
         target.make(Path(folder)) as call,

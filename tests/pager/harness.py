@@ -188,8 +188,8 @@ class Rig:
 
     def settle(self) -> None:
         """Let everything queued run."""
-        self.backend.compute.synchronize(10.0)
-        self.pager.drain(10.0)
+        self.backend.compute.synchronize(60.0)
+        self.pager.drain(60.0)
 
     def close(self) -> None:
         self.settle()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import random
 import sys
@@ -87,6 +88,24 @@ def test_churn_leaves_segments_clean_and_what_is_referred_to_where_it_is(tmp_pat
         rig.say(seq, [1])
         rig.pager.finish(seq)
     assert rig.pager.counters.get("computed_tokens") == computed + len(kept)  # nothing of them was computed again
+    finish(rig)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_two_segments_are_clean_whenever_a_put_begins_however_fast_they_come(tmp_path, monkeypatch, seed):
+    """Every put fills a segment, and what was read since is still being moved out of the one before."""
+    monkeypatch.setattr(reclaim, "SEGMENTS_PER_AHEAD", 8)  # of a ring of 16
+    looks = itertools.count()
+    options = {"path": tmp_path / "s", "nvme_bytes": 256 * DISK_BLOCK, "clock": lambda: next(looks) * 1e-3}
+    rig, pick = Rig(seed, pages=24, host=48, **options), random.Random(seed)
+    for i in range(100):
+        assert nvme(rig)["clean_segments"][0] >= 2
+        cache(rig, ids(16 * BLOCK, i))
+        if i % 2:
+            seq = rig.start([*ids(16 * BLOCK, max(0, i - pick.randrange(8))), 1])
+            rig.prefill(seq)
+            rig.pager.finish(seq)
+    assert rig.pager.counters.get("moved_blocks", direction="nvme_to_nvme") > 100
     finish(rig)
 
 

@@ -60,7 +60,7 @@ def test_the_host_tier_is_prefaulted_and_status_says_so(capsys, tmp_path):
         assert memory["prefault"] == "done" or memory["notices"]
         assert memory["prefault_total_bytes"] == pager.status()["tiers"]["host"]["capacity_bytes"]
         assert encode(1, 1, pager.status())
-        assert inspect.main(["status", str(tmp_path / "s")]) == 0
+        assert inspect.main(["status", str(tmp_path / "s"), "--timeout", "60"]) == 0
         assert f"host memory: prefault {memory['prefault']}, " in capsys.readouterr().out
 
 

@@ -48,6 +48,7 @@ def store(tier: NvmeTier, n: int, group: int = 0, seed: int = 0) -> tuple[np.nda
     rows, slots = blocks(IDENTITY.layouts[group], n, seed), tier.allocate(group, n)
     ticket = tier.write(group, slots, rows, np.arange(n), stamps(n, seed))
     assert ticket.event.wait(60) and ticket.ok.all()
+    assert tier._writer.wait(60)  # and the next segment's file is made: nothing comes and goes while a store is copied
     return slots, rows
 
 

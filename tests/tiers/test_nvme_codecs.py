@@ -193,7 +193,9 @@ def test_compressed_blocks_take_less_disk_and_give_back_what_they_leave(tmp_path
     write(tier, 2, slots, blocks(LARGE, 32, noise=True))  # they grow where they are
     assert disk_bytes(tmp_path / "s", 2) > payload
     write(tier, 2, slots, blocks(LARGE, 32))  # and shrink again
-    assert disk_bytes(tmp_path / "s", 2) == small
+    assert tier._writer.wait(60)
+    leaves = 4096 * len(segments(tmp_path / "s", 2))  # of a file's own list of pieces, which it keeps
+    assert small <= disk_bytes(tmp_path / "s", 2) <= small + leaves
     assert load(tier, slots, 2)[0].all()
     plain.close()
     tier.close()

@@ -89,7 +89,7 @@ def test_disk_is_saved_and_counted_as_packed(tmp_path, backend):
     tier.flush()
     taken = sum(os.stat(file).st_blocks * 512 for file in segments(tmp_path / "s"))
     headers = len(segments(tmp_path / "s")) * tier.geometry(0).header_bytes
-    assert tier.stored_bytes(0) == 16 * tier.usual_bytes(0) and taken <= tier.stored_bytes(0) + headers
+    assert tier.stored_bytes(0) == 16 * tier.usual_bytes(0) and taken <= tier.stored_bytes(0) + headers + 4096
     assert 16 * LAYOUT.block_bytes / tier.stored_bytes(0) > 6  # float32 to int4
     tier.close()
 
@@ -101,7 +101,7 @@ def test_what_the_host_tier_has_in_this_format_goes_over_byte_for_byte(tmp_path,
     slab = PackedSlab(block_formats(host, [LAYOUT], name="host")[0], 12, HostMemory(backend), backend)
     slots = np.array([0, 2, 5])
     slab.put(backend.demote, slots, pool, np.arange(3))
-    assert backend.demote.synchronize(10)
+    assert backend.demote.synchronize(60)
     on_disk = put(tier, slab.blocks(slots), slots)
     if is_same:
         assert [f[HEADER_BYTES:] for f in frames(tier, on_disk)] == [slab.rows[slot].tobytes() for slot in slots]
@@ -121,7 +121,7 @@ def test_linked_slots_go_down_and_come_up_exactly(tmp_path, backend):
     for slot in (0, 8):
         slab.link(np.array([slot]), np.arange(slot + 1, slot + slab.width)[None])
     slab.put(backend.demote, np.array([0]), pool, np.array([0]))
-    assert backend.demote.synchronize(10)
+    assert backend.demote.synchronize(60)
     on_disk = put(tier, slab.blocks(np.array([0])), np.array([0]), tokens=TAIL)
     ok, _ = get(tier, on_disk, slab.blocks(np.array([8])), np.array([8]))
     assert ok.all() and np.array_equal(slab.read(np.array([8])), pool)

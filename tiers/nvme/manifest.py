@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError
+from ..kernel_calls import give_back_heap
 from .calls import NEW_FILE, SystemCalls, append_all, replace_file
 from .journal import framed, is_cut_short, whole_frames
 
@@ -194,6 +195,8 @@ class Manifest:
             calls.close(fd)
             raise
         manifest = cls(path, fd, found, calls)
+        if len(raw) > SNAPSHOT_BYTES:
+            give_back_heap()  # of tables that grew
         if found.gaps:
             manifest.shrink_if_possible(always=True)
         return manifest
