@@ -26,10 +26,13 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
+# rows that compare with others need them: LMCACHE=an interpreter that has LMCache, BEFORE=a checkout of an older version
 bench: setup
-	for name in demo attention accuracy metadata policy inspect decode recovery ring host nvme codecs tenants daemon prefix endless \
+	for name in attention accuracy metadata policy inspect decode recovery ring host codecs tenants daemon prefix endless \
 			sessions serve; do \
 		$(BIN)/kvtier bench $$name --out benchmarks/results/$$name-cpu.json || exit 1; done
+	$(BIN)/kvtier bench demo $(if $(BEFORE),--before $(BEFORE)) --out benchmarks/results/demo-cpu.json
+	$(BIN)/kvtier bench nvme $(if $(LMCACHE),--lmcache $(LMCACHE)) --out benchmarks/results/nvme-cpu.json
 	$(BIN)/kvtier bench metadata --scale --out benchmarks/results/metadata-scale-cpu.json
 	$(BIN)/kvtier bench kernels --aot --out benchmarks/results/kernels-aot.json
 

@@ -27,6 +27,7 @@ from .session import Session
 from .template import Message
 
 IDLE_S = 300.0
+IDLE_PARK_S = 60.0  # so long somebody waits for a session that is just being parked
 MAX_FORKS = 64
 _LOG = logging.getLogger("kvtier.engine")
 
@@ -53,6 +54,7 @@ class _Held:
 
     session: Session
     is_busy: bool = False
+    is_idle: bool = False  # busy, with being parked by ourselves
     is_kept: bool = True  # all of it that is no message under way was stored, or is to be with its first turn
     used_s: float = 0.0  # monotonic
     used_at_s: float = field(default_factory=time.time)
@@ -124,7 +126,7 @@ class Conversations:
             namespace=namespace,
             tokens=tokens,
             computed_tokens=computed,
-            state="busy" if one and one.is_busy else "active" if seq is not None else "parked",
+            state="busy" if one and one.is_busy and not one.is_idle else "active" if seq is not None else "parked",
             is_durable=is_stored and (one is None or one.is_kept),
             last_used_s=one.used_at_s if one else 0.0,
         )
@@ -266,11 +268,9 @@ class Conversations:
         with self._lock:
             names = [(name, held.session.namespace) for name, held in self._held.items()]
         for name, namespace in names:
-            with self._lock:
-                while name in self._held and self._held[name].is_busy and time.monotonic() < deadline_s:
-                    self._idle.wait(deadline_s - time.monotonic())
             try:
-                self.park(name, namespace=namespace)
+                with self._hold(name, namespace, until_s=deadline_s) as held:
+                    self._park(held)
             except UnknownSessionError:
                 pass  # deleted meanwhile
             except KvTierError as error:
@@ -284,7 +284,9 @@ class Conversations:
         self._thread.join(30.0)
 
     # ------------------------------------------------------------------ inside
-    def _claim(self, session_id: str, namespace: str) -> _Held:
+    def _claim(self, session_id: str, namespace: str, until_s: float = 0.0) -> _Held:
+        """Waits for whoever is at work on it until then; for our own idle thread, of which nobody knows, in any case."""
+        patient_s = time.monotonic() + IDLE_PARK_S
         self.info(session_id, namespace=namespace)  # or it is unknown
         session = None
         if session_id not in self._held:
@@ -295,6 +297,13 @@ class Conversations:
                 if session is None:
                     raise _unknown(session_id, namespace)  # deleted meanwhile
                 held = self._held[session_id] = _Held(session)
+            while held.is_busy:
+                left_s = max(until_s, patient_s if held.is_idle else 0.0) - time.monotonic()
+                if left_s <= 0:
+                    break
+                self._idle.wait(left_s)
+            if self._held.get(session_id) is not held:
+                raise _unknown(session_id, namespace)  # likewise
             if held.is_busy:
                 raise Busy(f"session {session_id!r} is at work; wait for its answer", retry_after_s=0.5)
             held.is_busy, held.used_s, held.used_at_s = True, time.monotonic(), time.time()
@@ -308,12 +317,12 @@ class Conversations:
 
     def _let_go(self, held: _Held) -> None:
         with self._lock:
-            held.is_busy, held.used_s = False, time.monotonic()
+            held.is_busy, held.is_idle, held.used_s = False, False, time.monotonic()
             self._idle.notify_all()
 
     @contextmanager
-    def _hold(self, session_id: str, namespace: str) -> Iterator[_Held]:
-        held = self._claim(session_id, namespace)
+    def _hold(self, session_id: str, namespace: str, until_s: float = 0.0) -> Iterator[_Held]:
+        held = self._claim(session_id, namespace, until_s)
         try:
             yield held
         finally:
@@ -331,18 +340,25 @@ class Conversations:
 
     def _park_idle(self) -> None:
         while not self._stop.wait(min(1.0, self._idle_s / 4)):
-            now_s = time.monotonic()
             with self._lock:
-                idle = [
-                    (name, held.session.namespace)
-                    for name, held in self._held.items()
-                    if not held.is_busy and not held.session.is_parked and now_s - held.used_s > self._idle_s
-                ]
-            for name, namespace in idle:
+                known = list(self._held.items())
+            for name, held in known:
+                if self._stop.is_set() or not self._claim_idle(name, held):
+                    continue
                 try:
-                    self.park(name, namespace=namespace)
+                    self._park(held)
                 except KvTierError as error:
                     _LOG.info("event=idle_not_parked session=%s reason=%s", name, error)
+                finally:
+                    self._let_go(held)
+
+    def _claim_idle(self, name: str, held: _Held) -> bool:
+        """Take a session that is there, active, and that nobody has used for a while. Whether it is one."""
+        with self._lock:
+            if held.is_busy or held.session.is_parked or self._held.get(name) is not held:
+                return False
+            held.is_busy = held.is_idle = time.monotonic() - held.used_s > self._idle_s
+            return held.is_idle
 
 
 def _unknown(session_id: str, namespace: str) -> UnknownSessionError:

@@ -189,7 +189,7 @@ class PrefixCache(PrefixHints, PrefixChunks, AsyncTwins):
         before this returns. `past` must come from running the model on exactly these tokens: that is not checked, but
         for a past that load gave out for other ones.
         Raises: ConfigError for a past that cannot be stored, saying why; UnpackableError for values that the device
-        tier's format cannot hold; TierFullError, TierUnavailableError.
+        tier's format cannot hold; TierFullError, TierUnavailableError; Busy where copies took longer than timeout_s.
         """
         ids = ids_of(token_ids)
         groups = groups_of(past, ids, self.layouts, self._spec)

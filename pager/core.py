@@ -200,15 +200,24 @@ class Core:
             reclaimer.keep_clean()
         self.on_advance()
 
-    def wait_until(self, ready: Callable[[], bool], timeout_s: float, *, may_wait_for_pins: bool = False) -> bool:
+    def wait_until(
+        self,
+        ready: Callable[[], bool],
+        timeout_s: float,
+        *,
+        may_wait_for_pins: bool = False,
+        while_ending: bool = False,
+    ) -> bool:
         """Advance until ready() or the timeout; lets go of the lock between looks. False on timeout.
 
         Gives up early when no copy is in flight and no namespace waits for its rate; with `may_wait_for_pins` only once
-        nobody holds a page or slot either. Raises TierUnavailableError once the core `is_ending`.
+        nobody holds a page or slot either. Raises TierUnavailableError once the core `is_ending`, but to who ends it.
         """
         deadline_s = self.clock() + timeout_s
         while True:
             with self.lock:
+                if self.is_ending and not while_ending:
+                    raise TierUnavailableError("shutting down: nothing is waited for any more")
                 was_throttled = self.quotas.is_throttled()  # asked first: time alone may end it while ready() looks
                 self.advance()
                 if ready():
@@ -218,8 +227,6 @@ class Core:
             left_s = deadline_s - self.clock()
             if left_s <= 0 or stuck:
                 return False
-            if self.is_ending:
-                raise TierUnavailableError("shutting down: nothing is waited for any more")
             self.backend.wait_any(min(left_s, _LOOK_S))
 
     def in_flight(self) -> bool:

@@ -15,7 +15,7 @@ from ..wire import messages
 from ..wire.frames import HEADER, Fields, pack, parse_header, unpack
 from ..wire.replies import reply_of
 from .address import host_and_port, is_remote, socket_path
-from .connection import TIMEOUT_S, Greeting
+from .connection import TIMEOUT_S, Greeting, is_taking
 from .transport import client_context
 
 M = TypeVar("M")
@@ -66,7 +66,10 @@ class AsyncDaemonConnection:
             async with asyncio.timeout(timeout_s):
                 number, fields = await future
         except TimeoutError:
-            self._send(next(self._ids), messages.Cancel(request_id))
+            if is_taking(message):
+                self._writer.close()
+            else:
+                self._send(next(self._ids), messages.Cancel(request_id))
             raise TierUnavailableError(f"the daemon at {self.address} did not answer in {timeout_s:.1f} s") from None
         except asyncio.CancelledError:
             self._send(next(self._ids), messages.Cancel(request_id))
@@ -83,7 +86,7 @@ class AsyncDaemonConnection:
         while True:
             left_s = deadline_s - asyncio.get_running_loop().time()
             try:
-                return await self.call(message, kind, timeout_s=max(0.1, left_s))
+                return await self.call(message, kind, timeout_s=max(TIMEOUT_S, left_s))
             except Busy as busy:
                 if left_s <= busy.retry_after_s:
                     raise

@@ -274,7 +274,7 @@ class Attachment:
         if self._populating is not None:
             self._populating.close()
         try:
-            self.connection.call(m.Goodbye(self.epoch), m.Bye, timeout_s=2.0)
+            self.connection.call(m.Goodbye(self.epoch), m.Bye)
             return True
         except (TierUnavailableError, Busy):
             return False

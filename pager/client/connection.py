@@ -13,9 +13,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
+
+import numpy as np
 
 from ...tiers.errors import Busy, KvTierError, ProtocolError, TierUnavailableError
 from ..wire import messages
@@ -25,6 +27,10 @@ from .address import dial
 from .transport import Transport
 
 TIMEOUT_S = 10.0
+# What these answer is ours from then on, and GOODBYE is not taken back: where no answer comes the socket ends, which the
+# next connection settles. Slots that come too late are given back.
+_TAKING = (messages.Lookup, messages.Commit, messages.Hold, messages.GetSession, messages.Goodbye)
+_MOST_LATE = 1024  # requests given up that may still be answered
 M = TypeVar("M")
 
 
@@ -46,16 +52,16 @@ class Greeting:
 class _Pending:
     future: Future[tuple[int, Fields]] = field(default_factory=Future)
     target: Sequence[memoryview] = ()
+    message: object = None
     fds: list[int] = field(default_factory=list)
 
 
 class Reply(Generic[M]):
     """To one request that was sent."""
 
-    def __init__(
-        self, connection: DaemonConnection, request_id: int, kind: type[M], future: Future[tuple[int, Fields]]
-    ) -> None:
-        self._connection, self._request_id, self._kind, self._future = connection, request_id, kind, future
+    def __init__(self, connection: DaemonConnection, request_id: int, kind: type[M], pending: _Pending) -> None:
+        self._connection, self._request_id, self._kind, self._pending = connection, request_id, kind, pending
+        self._future = pending.future
 
     @property
     def is_over(self) -> bool:
@@ -76,11 +82,11 @@ class Reply(Generic[M]):
         try:
             number, fields = self._future.result(timeout_s)
         except TimeoutError:
-            self._connection.give_up(self._request_id)
-            self._future.cancel()
-            raise TierUnavailableError(
-                f"the daemon at {self._connection.address} did not answer in {timeout_s:.1f} s"
-            ) from None
+            if self._connection.give_up(self._request_id, self._pending):
+                raise TierUnavailableError(
+                    f"the daemon at {self._connection.address} did not answer in {timeout_s:.1f} s"
+                ) from None
+            number, fields = self._future.result(0.0)
         return reply_of(self._kind, number, fields)
 
 
@@ -91,6 +97,7 @@ class DaemonConnection:
         self._transport, self.address = transport, address
         self._sending = threading.Lock()
         self._pending: dict[int, _Pending] = {}
+        self._late: dict[int, messages.Reserve | messages.Lease] = {}  # given up, and cancelled unless answered already
         self._guard = threading.Lock()  # of _pending and is_lost
         self._ids = itertools.count(1)
         self.is_lost = False
@@ -149,7 +156,7 @@ class DaemonConnection:
         while True:
             left_s = deadline_s - time.monotonic()
             try:
-                return self.call(message, kind, timeout_s=max(0.1, left_s))
+                return self.call(message, kind, timeout_s=max(TIMEOUT_S, left_s))  # it is asked, not waited for
             except Busy as busy:
                 if left_s <= busy.retry_after_s:
                     raise
@@ -181,6 +188,7 @@ class DaemonConnection:
         slots = self._slots  # HELLO was sent under others than those that it is answered with
         slots.acquire()
         request_id = next(self._ids)
+        pending.message = message
         pending.future.add_done_callback(lambda _: self._ended(request_id, slots))
         with self._guard:
             is_lost = self.is_lost
@@ -193,7 +201,7 @@ class DaemonConnection:
         except BaseException:
             pending.future.cancel()
             raise
-        return Reply(self, request_id, kind, pending.future)
+        return Reply(self, request_id, kind, pending)
 
     def _ended(self, request_id: int, slots: threading.BoundedSemaphore) -> None:
         """A request is over: answered, given up, or lost with the daemon. Called once for each."""
@@ -216,15 +224,26 @@ class DaemonConnection:
             self.close()  # half a frame may be out: nothing can follow it
             raise TierUnavailableError(f"the daemon at {self.address} is gone: {error}") from error
 
-    def give_up(self, request_id: int) -> None:
-        """A late reply must find nobody. One with a payload cannot be told from what follows: then the socket ends."""
+    def give_up(self, request_id: int, pending: _Pending) -> bool:
+        """A late reply must find nobody. One with a payload cannot be told from what follows, one that gives us something
+        must not be lost: then the socket ends. False where it came in this very moment.
+        """
+        asked = pending.message
         with self._guard:
-            pending = self._pending.get(request_id)
-        if pending is not None and pending.target:
+            if isinstance(asked, messages.Reserve | messages.Lease):
+                self._late[request_id] = asked
+                if len(self._late) > _MOST_LATE:
+                    del self._late[next(iter(self._late))]
+        if not pending.future.cancel():
+            with self._guard:
+                self._late.pop(request_id, None)
+            return False
+        if pending.target or is_taking(asked):
             self.close()
-            return
+            return True
         with contextlib.suppress(KvTierError):
             self._send(next(self._ids), messages.Cancel(request_id), None)
+        return True
 
     def _read_all(self) -> None:
         try:
@@ -249,10 +268,23 @@ class DaemonConnection:
             _close_all(fds)
             if header.request_id == 0:
                 raise ProtocolError(f"the daemon refused this connection: {fields.get('message')}")
-            return  # given up meanwhile
+            self._came_late(header, fields)
+            return
         pending.fds.extend(fds)
-        with contextlib.suppress(Exception):  # set already: it timed out in this very moment
+        try:
             pending.future.set_result((header.kind, fields))
+        except InvalidStateError:  # it timed out in this very moment
+            self._came_late(header, fields)
+
+    def _came_late(self, header: Header, fields: Fields) -> None:
+        """An answer that nobody waits for any more."""
+        with self._guard:
+            asked = self._late.pop(header.request_id, None)
+        if asked is None or header.kind not in (messages.Slots.KIND, messages.Leased.KIND):
+            return
+        slots = np.frombuffer(reply_of(messages.Slots, messages.Slots.KIND, fields).slots, "<i4")
+        given = messages.Release(asked.epoch, asked.store, asked.group, slots[slots >= 0].tobytes())
+        self._send(next(self._ids), given, None)
 
     def _read_raw(self, header: Header, pending: _Pending | None) -> Fields:
         start = _receive(self._transport, META_LENGTH.size)
@@ -277,6 +309,11 @@ class DaemonConnection:
             with contextlib.suppress(Exception):
                 pending.future.set_exception(error if isinstance(error, ProtocolError) else gone)
         self.on_lost()
+
+
+def is_taking(message: object) -> bool:
+    """Whether its answer must not come too late."""
+    return isinstance(message, _TAKING) and bool(getattr(message, "hold", getattr(message, "take", True)))
 
 
 def wait_all(replies: Sequence[Reply[M]], timeout_s: float = TIMEOUT_S) -> list[M]:

@@ -34,7 +34,8 @@ class Holdings:
         self.held: set[int] = set()
         self._private: set[int] = set()  # of the held: blocks that nobody else can know of
         self._pins: dict[int, tuple[int, float]] = {}  # blocks: serial, and until when
-        self._unflushed: set[int] = set()  # of the held: committed since the last flush
+        self._unflushed: dict[int, int] = {}  # of the held: committed since the last flush, and which commit it was
+        self._num_committed = 0
 
     # ------------------------------------------------------------------ questions
     def num_slots(self) -> int:
@@ -155,7 +156,8 @@ class Holdings:
         room = max(0, self.hold_limit - len(self.held)) if hold else 0
         held, rest = blocks[:room].tolist(), blocks[room:]
         self.held.update(held)
-        self._unflushed.update(held)
+        self._num_committed += 1
+        self._unflushed.update(dict.fromkeys(held, self._num_committed))
         self._private.update(blocks[:room][is_private[:room]].tolist())
         for block in rest[is_private[room:]].tolist():
             self.group.directory.unbind(block)
@@ -163,14 +165,15 @@ class Holdings:
         is_held: npt.NDArray[np.bool_] = np.arange(len(blocks)) < room
         return is_held
 
-    def take_unflushed(self) -> IntArray:
-        """Held blocks committed since the last call."""
-        blocks, self._unflushed = self._unflushed, set()
-        return np.fromiter(blocks, np.int64, len(blocks))
+    def unflushed(self) -> dict[int, int]:
+        """Held blocks that no flush has made durable so far; also those that one is at work on."""
+        return dict(self._unflushed)
 
-    def still_unflushed(self, blocks: IntArray) -> None:
-        """A flush failed: the next one shall try these again."""
-        self._unflushed.update(self.held.intersection(blocks.tolist()))
+    def flushed(self, blocks: dict[int, int]) -> None:
+        """These are durable, as `unflushed` gave them: an id may be another block's by now."""
+        for block, number in blocks.items():
+            if self._unflushed.get(block) == number:
+                del self._unflushed[block]
 
     # ------------------------------------------------------------------ holds
     def hold(self, blocks: IntArray) -> npt.NDArray[np.bool_]:
@@ -218,7 +221,8 @@ class Holdings:
         if not gone:
             return
         self.held.difference_update(gone)
-        self._unflushed.difference_update(gone)
+        for block in gone:
+            self._unflushed.pop(block, None)
         for block in self._private.intersection(gone):  # nobody can ask for it again
             self.group.directory.unbind(block)
         self._private.difference_update(gone)

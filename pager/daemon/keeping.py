@@ -20,6 +20,7 @@ from ..sessions import SessionEntry, check_session_id
 from ..states import IntArray, SlotState
 from . import session_names
 from .client import Client
+from .holdings import Holdings
 
 
 class Keeper:
@@ -44,7 +45,7 @@ class Keeper:
                     left[index] = left[index][len(batch) :]
             return not any(map(len, left)) and not core.in_flight()
 
-        core.wait_until(is_down, timeout_s)
+        core.wait_until(is_down, timeout_s, while_ending=True)
 
     def _only_in_slab(self, index: int) -> IntArray:
         """Blocks that a crash would lose, those that others refer to first."""
@@ -57,9 +58,16 @@ class Keeper:
         """Make durable what the client committed and still holds. Raises: TierFullError, TierUnavailableError."""
         core = self.core
         with core.lock:
-            wanted = [(holdings, holdings.take_unflushed()) for holdings in client.holdings]
-        if core.nvme is None:
-            return
+            taken = [(holdings, holdings.unflushed()) for holdings in client.holdings]
+        if core.nvme is not None:
+            self._make_durable([(h, np.fromiter(blocks, np.int64, len(blocks))) for h, blocks in taken], timeout_s)
+        with core.lock:
+            for holdings, blocks in taken:
+                holdings.flushed(blocks)
+
+    def _make_durable(self, wanted: list[tuple[Holdings, IntArray]], timeout_s: float) -> None:
+        core = self.core
+        assert core.nvme is not None
 
         def all_down() -> bool:
             missing = 0
@@ -71,9 +79,6 @@ class Keeper:
             return missing == 0
 
         if not core.wait_until(all_down, timeout_s, may_wait_for_pins=True):
-            with core.lock:
-                for holdings, blocks in wanted:
-                    holdings.still_unflushed(blocks)
             raise TierFullError(f"not everything could be written to nvme within {timeout_s:.0f} s", retry_after_s=1.0)
         core.nvme.flush(timeout_s)
 

@@ -135,13 +135,15 @@ class SharedStore:
 
     def close(self, timeout_s: float = 60.0) -> None:
         """Write down what only the slab holds, as far as there is room, and let go of memory and disk."""
-        self.core.is_ending = False  # those who waited are gone
+        self.core.is_ending = True  # somebody may still wait on a thread: never on a store that is closed
         self.core.memory.close()
         if self.core.nvme is not None:
             deadline_s = self.core.clock() + timeout_s
             self.keeper.write_down(timeout_s)
-            self.core.wait_until(lambda: not self.core.in_flight(), max(1.0, deadline_s - self.core.clock()))
-            self.core.nvme.close()
+            left_s = max(1.0, deadline_s - self.core.clock())
+            self.core.wait_until(lambda: not self.core.in_flight(), left_s, while_ending=True)
+            with self.core.lock:
+                self.core.nvme.close()
         self.core.backend.close(timeout_s)
         while self.fds:
             os.close(self.fds.pop())

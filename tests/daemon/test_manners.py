@@ -281,7 +281,7 @@ def test_whoever_waits_longer_than_a_drain_may_take_is_told_so(drain_s, tmp_path
         for reply in waiting:
             with pytest.raises(TierUnavailableError, match="shutting down"):
                 reply.result(60.0)
-        assert pagerd.process.wait(60) == 0 and "event=drain_cut_short" in pagerd.log()
+        assert pagerd.process.wait(30) == 0 and "event=drain_cut_short" in pagerd.log()
         assert "Traceback" not in pagerd.log() and "Error" not in pagerd.log(), pagerd.log()
 
 

@@ -15,7 +15,7 @@ import torch
 
 from kvtier import KVLayout, PrefixCache
 from kvtier.pager import prefetching
-from kvtier.tiers.errors import ConfigError, StoreLockedError, TierFullError
+from kvtier.tiers.errors import Busy, ConfigError, StoreLockedError
 
 from .. import warm
 from .prefix_rig import DOCUMENT, Caches, check, run, stock_past
@@ -211,7 +211,7 @@ def test_a_full_store_says_so_to_whoever_waits_and_goes_on(tmp_path):
     layout = KVLayout(2, 2, 16, dtype="float32", block_size=16)
     sizes = dict(device_bytes=8 * layout.block_bytes, host_bytes=8 * layout.block_bytes, nvme_bytes="64KiB")
     with PrefixCache.open(tmp_path / "s", layout=layout, model_fingerprint="x", **sizes) as cache:
-        with pytest.raises(TierFullError):
+        with pytest.raises(Busy):  # TierFullError, unless a copy was still under way
             cache.store(range(1000), torch.zeros(2, 2, 2, 1000, 16), durable=True, timeout_s=2.0)
         assert cache.store(range(2000, 2030), torch.ones(2, 2, 2, 30, 16), durable=True) == 30
         assert cache.load(range(2000, 2040))[0] == 30

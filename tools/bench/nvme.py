@@ -1,5 +1,7 @@
 """`kvtier bench nvme`: 2 MiB blocks written and read cold through the store, against fio, zarr-python and LMCache.
 
+At the end others read every block back: zarr-python and tensorstore.
+
 Everything bypasses or drops the page cache. fio works on files of the same size beside the store's, with O_DIRECT, the
 best of its engines and depths counts, and rounds are interleaved. A write round ends when the bytes are written; `committed`
 rounds end when they and the journal are durable, and fio's then end with an fsync too.
@@ -29,7 +31,7 @@ from ...tiers.cpu import IO_DEPTH, CpuBackend
 from ...tiers.errors import ConfigError
 from ...tiers.nvme.calibrate import LAYOUT
 from ...tiers.nvme.store import STAMP, IoTicket, NvmeTier, StoreIdentity
-from . import lmcache
+from . import lmcache, read_back
 from .harness import Row, resident_bytes
 from .lmcache import LmcachePeer
 from .page_cache import sync_files
@@ -135,6 +137,7 @@ class _Disk:
                 1,
             )
         )
+        found += checked.read_back(case_of(self._blocks), self._slab)
         if self._peer:
             spoiled = {"one byte flipped": _flip, "truncated to half": _truncate}
             ours = {kind: int(checked.serves(spoil, self._out)) for kind, spoil in spoiled.items()}
@@ -146,7 +149,7 @@ class _Disk:
 
     def _report(self, settings: list[str]) -> list[Row]:
         middle = {name: statistics.median(values) for name, values in self._values.items()}
-        case, found = f"{self._blocks} blocks of 2 MiB", []
+        case, found = case_of(self._blocks), list[Row]()
         for name in ("write", "committed", "read"):
             best = max(settings, key=lambda each: middle[f"fio {each} {name}"], default="")
             limit = middle.get(f"fio {best} {name}")
@@ -318,8 +321,17 @@ class _Store:
         spoil(next((self._path / "blocks.zarr" / "g0").glob(f"c.{segment}.*")), offset)
         return is_ok()
 
+    def read_back(self, case: str, slab: Any) -> list[Row]:
+        values = [row.tobytes() for row in slab]
+        wanted = {slot: values[i % len(values)] for i, slot in enumerate(self._slots.tolist())}
+        return read_back.rows(case, self._path / "blocks.zarr", wanted)
+
     def close(self) -> None:
         self._tier.close()
+
+
+def case_of(blocks: int) -> str:
+    return f"{blocks} blocks of 2 MiB"
 
 
 def _flip(path: Path, offset: int) -> None:
