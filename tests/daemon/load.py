@@ -2,8 +2,8 @@
 
     load.py ADDRESS SEED [private | ipc] [dies=N]   killed in the middle of its N-th copy, or of one that it ordered (ipc)
 
-Prints a line per event: "ack NAME TOKENS" once a session was stored durably, "wrong ..." for a value that was not what it
-should be. Runs until it is killed, or its standard input ends; then it prints "end" and how much it did.
+Prints a line per event: "ack NAME TOKENS" once a session was stored durably, "kept NAME TOKENS" once a prefix was, as
+PrefixCache.store(durable=True) does, "gone NAME" when a prefix is given up, "wrong ..." for a value that was not what it should be. Runs until it is killed, or its standard input ends; then it prints "end" and how much it did.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Load:
         self.newest = {
             (family, place): place for family in range(3) for place in range(SESSIONS)
         }  # number of a session
-        self.done = {"steps": 0, "parks": 0, "resumes": 0, "refused": 0, "in_doubt": 0}
+        self.done = {"steps": 0, "parks": 0, "persists": 0, "resumes": 0, "refused": 0, "in_doubt": 0}
         if options.get("transfer") is not None:
             self._count_doubts()
 
@@ -69,7 +69,7 @@ class Load:
             known = len(self.rig.pager.token_ids(seq))
             if known == MOST_TOKENS:  # a load that no longer computes copies nothing
                 self.newest[where] += SESSIONS
-                self.rig.pager.release(seq)
+                self._release(name, seq)
                 return
             tokens = prompt_of(name, min(MOST_TOKENS, known + self.choose.randrange(1, 24)))
             self.rig.say(seq, tokens[known:], timeout_s=5.0)
@@ -79,13 +79,24 @@ class Load:
                 self.done["parks"] += 1
                 print("ack", name, len(tokens), flush=True)
                 return
+            if self.choose.random() < 0.5:
+                self.rig.pager.persist([seq], timeout_s=5.0)
+                self.rig.pager.finish(seq)
+                self.done["persists"] += 1
+                print("kept", name, len(tokens), flush=True)
+                return
         except REFUSALS:
             self.done["refused"] += 1
         finally:
             if self.rig.wrong:
                 print("wrong", self.rig.wrong[:3], flush=True)
         if seq in self.rig.pager._core.sequences:
-            self.rig.pager.release(seq)
+            self._release(name, seq)
+
+    def _release(self, name: str, seq: int) -> None:
+        """Nobody needs it any more, so what lies behind its last fork may leave first."""
+        print("gone", name, flush=True)
+        self.rig.pager.release(seq)
 
     def _count_doubts(self) -> None:
         """Copies that were ordered, and of which the daemon's death left open how they ended."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from typing import Any
 from kvtier.tiers.cpu import CpuBackend
 
 from .. import warm
-from ..pager.harness import Rig
+from ..pager.harness import BLOCK, Rig
 from .load import PAGES, STAGING, prompt_of
 from .running import Pagerd, wait_for
 
 PROGRAM = Path(__file__).with_name("load.py")
+KEPT = "/kept"
 
 
 class LoadClient:
@@ -25,8 +27,9 @@ class LoadClient:
     def __init__(self, daemon: Pagerd, seed: int, *options: str) -> None:
         self.lines: list[str] = []
         self.kind = tuple(option for option in options if not option.startswith("dies="))
-        pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-        self.process = warm.light.start(PROGRAM, daemon.address, seed, *options, **pipes)
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115, nobody would read a pipe meanwhile
+        pipes = dict.fromkeys(("stdin", "stdout"), subprocess.PIPE)
+        self.process = warm.light.start(PROGRAM, daemon.address, seed, *options, **pipes, stderr=self._stderr)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -63,8 +66,9 @@ class LoadClient:
         self._reader.join(60)
 
     def errors(self) -> str:
-        assert self.process.stderr is not None
-        return self.process.stderr.read()
+        """Once it has ended: where it writes is where we read."""
+        self._stderr.seek(0)
+        return self._stderr.read()
 
     @property
     def done(self) -> dict[str, Any]:
@@ -78,16 +82,29 @@ class LoadClient:
 
     @property
     def acknowledged(self) -> dict[str, int]:
-        """Tokens of each session when it was last said to be durable."""
-        found = [line.split() for line in self.lines if line.startswith("ack")]
-        return {name: int(tokens) for _, name, tokens in found}
+        """Tokens of each session when it was last said to be durable; and of each prefix, by its session's name and KEPT."""
+        found: dict[str, int] = {}
+        for what, name, *tokens in (line.split() for line in self.lines if line.startswith(("ack", "kept", "gone"))):
+            found[name if what == "ack" else name + KEPT] = int(tokens[0]) if tokens else 0
+        return found
+
+
+def check_prefix(rig: Rig, tokens: list[int]) -> None:
+    whole = len(tokens) // BLOCK * BLOCK
+    assert rig.pager.match(tokens).tokens >= whole, f"{rig.pager.match(tokens).tokens} of {whole} tokens are left"
+    seq = rig.start([*tokens, 1])
+    rig.prefill(seq)
+    rig.pager.finish(seq)
 
 
 def check_acknowledged(daemon: Pagerd, acknowledged: dict[str, int]) -> int:
-    """Every session that was acknowledged is there whole, and every value of it is right. Returns how many there are."""
+    """Every session and prefix that was acknowledged is there whole, and every value of it is right. Returns how many."""
     rig = Rig(daemon=daemon.address, backend=CpuBackend(poison=True), pages=PAGES, staging=STAGING)
     try:
         for name, num_tokens in acknowledged.items():
+            if name.endswith(KEPT):
+                check_prefix(rig, prompt_of(name.removesuffix(KEPT), num_tokens))
+                continue
             seq, parked = rig.pager.resume(name)
             assert parked.num_computed >= num_tokens, f"{name}: {parked.num_computed} of {num_tokens} tokens"
             assert rig.pager.num_computed(seq) >= num_tokens, f"{name}: {rig.pager.num_computed(seq)} of {num_tokens}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from functools import partial
 
 import numpy as np
 
@@ -14,10 +15,15 @@ from kvtier.tiers.nvme.manifest import STAMP
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=4, block_size=4, dtype="float32")
 SIZE = LAYOUT.block_bytes
+WAIT_S = 60.0  # for an answer: a bound on hanging, not an aim
 
 
 def attach(address: str, **greeting) -> Attachment:
-    return Attachment.open(address, [LAYOUT], "raw", {}, Greeting("test", **greeting))
+    client = Attachment.open(address, [LAYOUT], "raw", {}, Greeting("test", **greeting))
+    connection = client.connection
+    connection.call = partial(connection.call, timeout_s=WAIT_S)
+    connection.call_patiently = partial(connection.call_patiently, timeout_s=WAIT_S)
+    return client
 
 
 def key(number: int) -> bytes:
@@ -37,7 +43,7 @@ def stamps(numbers: list[int], namespace: str = "default", tokens: int = 4) -> n
 
 def put(client: Attachment, numbers: list[int], namespace: str = "default", *, keep: bool = False) -> np.ndarray:
     """Store blocks; their rows, which stay leased where `keep`."""
-    rows, _ = client.reserve(0, len(numbers), 5.0)
+    rows, _ = client.reserve(0, len(numbers), WAIT_S)
     assert len(rows) == len(numbers)
     blocks = np.stack([block(number) for number in numbers])
     if client.has_slab:
@@ -53,7 +59,7 @@ def put(client: Attachment, numbers: list[int], namespace: str = "default", *, k
 
 def get(client: Attachment, number: int) -> np.ndarray | None:
     """A block's bytes, or None."""
-    rows, generations = client.lease(0, key(number), 5.0)
+    rows, generations = client.lease(0, key(number), WAIT_S)
     if rows[0] < 0:
         return None
     found = np.empty((1, SIZE), np.uint8)

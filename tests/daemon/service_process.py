@@ -81,9 +81,10 @@ class Pagerd:
         heard: list[str] = []
         deadline_s = time.monotonic() + WAIT_S
         while not any(line.startswith(wanted) for line in heard):
-            left_s = deadline_s - time.monotonic()
-            assert left_s > 0 and self.process.poll() is None, (heard, self.log())
-            if select.select([self._manager], [], [], min(left_s, 0.2))[0]:
+            has_ended = self.process.poll() is not None  # what it said is in the queue then
+            is_there = bool(select.select([self._manager], [], [], 0.0 if has_ended else 0.2)[0])
+            assert (is_there or not has_ended) and time.monotonic() < deadline_s, (heard, self.log())
+            if is_there:
                 heard += self._manager.recv(4096).decode().split("\n")
         return heard
 
@@ -131,18 +132,19 @@ class RawClient:
         return self
 
     def reserve(self, count: int) -> np.ndarray:
-        reply = self.connection.call_patiently(m.Reserve(self.epoch, self.store, 0, count), m.Slots)
+        reply = self.connection.call_patiently(m.Reserve(self.epoch, self.store, 0, count), m.Slots, timeout_s=WAIT_S)
         return np.frombuffer(reply.slots, "<i4")
 
     def write(self, slot: int, block: bytes) -> None:
-        self.connection.begin(m.Write(self.epoch, self.store, 0, int(slot)), m.Written, memoryview(block)).result()
+        message = m.Write(self.epoch, self.store, 0, int(slot))
+        self.connection.begin(message, m.Written, memoryview(block)).result(WAIT_S)
 
     def commit(self, slots, keys: list[bytes], namespace: str, *, hold: bool = False) -> list[int]:
         n = len(keys)
         words = np.full(n, LAYOUT.block_size, "<u4").tobytes(), np.full(n, owner_tag(namespace), "<u4").tobytes()
         blob, none = b"".join(keys), bytes(32 * n)
         message = m.Commit(self.epoch, self.store, 0, np.asarray(slots, "<i4").tobytes(), blob, none, *words, hold)
-        return list(self.connection.call(message, m.Committed).results)
+        return list(self.connection.call(message, m.Committed, timeout_s=WAIT_S).results)
 
     def put(self, keys: list[bytes], blocks: list[bytes], namespace: str, *, hold: bool = False) -> list[int]:
         """One by one, as a client with few slots would."""
@@ -155,20 +157,23 @@ class RawClient:
         return results
 
     def release(self, slots) -> None:
-        self.connection.call(m.Release(self.epoch, self.store, 0, np.asarray(slots, "<i4").tobytes()), m.Done)
+        message = m.Release(self.epoch, self.store, 0, np.asarray(slots, "<i4").tobytes())
+        self.connection.call(message, m.Done, timeout_s=WAIT_S)
 
     def lookup(self, keys: list[bytes]) -> list[int]:
-        reply = self.connection.call(m.Lookup(self.store, b"".join(keys), prefix=False), m.Found)
+        message = m.Lookup(self.store, b"".join(keys), prefix=False)
+        reply = self.connection.call(message, m.Found, timeout_s=WAIT_S)
         return list(reply.held)
 
-    def lease(self, keys: list[bytes], wait_ms: int = 5000) -> np.ndarray:
-        reply = self.connection.call(m.Lease(self.epoch, self.store, 0, b"".join(keys), wait_ms), m.Leased)
+    def lease(self, keys: list[bytes], wait_ms: int = 60_000) -> np.ndarray:
+        message = m.Lease(self.epoch, self.store, 0, b"".join(keys), wait_ms)
+        reply = self.connection.call(message, m.Leased, timeout_s=wait_ms / 1000 + WAIT_S)
         return np.frombuffer(reply.slots, "<i4")
 
     def read(self, slots) -> list[bytes]:
         rows = [bytearray(BLOCK) for _ in slots]
         message = m.Read(self.epoch, self.store, 0, np.asarray(slots, "<i4").tobytes())
-        self.connection.begin_read(message, [memoryview(row) for row in rows]).result()
+        self.connection.begin_read(message, [memoryview(row) for row in rows]).result(WAIT_S)
         return [bytes(row) for row in rows]
 
     def get(self, keys: list[bytes]) -> list[bytes | None]:
@@ -181,7 +186,7 @@ class RawClient:
         return found
 
     def flush(self) -> None:
-        self.connection.call(m.Flush(self.epoch, self.store, 20_000), m.Flushed, timeout_s=WAIT_S)
+        self.connection.call(m.Flush(self.epoch, self.store, 60_000), m.Flushed, timeout_s=2 * WAIT_S)
 
     def close(self) -> None:
         self.connection.close()

@@ -11,7 +11,7 @@ from kvtier.pager.client.connection import Greeting
 from kvtier.pager.inspection.asking import Target
 from kvtier.pager.inspection.doctor import findings
 from kvtier.tiers.cpu import CpuBackend
-from kvtier.tiers.errors import Busy
+from kvtier.tiers.errors import Busy, TierUnavailableError
 from kvtier.tiers.nvme.calls import SystemCalls
 
 from ..pager.harness import LAYOUT, Rig
@@ -102,11 +102,11 @@ def test_starved_write_back_is_named(tmp_path):
     with Pagerd(tmp_path, host_bytes=16 * SIZE, options=("--no-prefault",)) as daemon:
         clients = [Attachment.open(daemon.address, [LAYOUT], "m", {}, Greeting("test")) for _ in range(3)]
         for client in clients[:2]:
-            assert len(client.reserve(0, 8, 5.0)[0]) == 8
+            assert len(client.reserve(0, 8, 60.0)[0]) == 8
         assert found(daemon) == {}
 
         def is_starved() -> bool:  # refused often enough for the daemon to say so
-            with pytest.raises(Busy):
+            with pytest.raises((Busy, TierUnavailableError)):  # its last try may end unanswered
                 clients[2].reserve(0, 4, 1.2)
             return "write-back starved" in found(daemon)
 

@@ -117,7 +117,7 @@ class Users:
 def test_connections_of_one_user_leave_some_to_the_others(daemon, monkeypatch):
     users = Users()
     monkeypatch.setattr(connection, "_PEER", users)
-    daemon.service.limits = Limits(connections=16)
+    daemon.service.limits = Limits(connections=16, hello_s=600)
     strangers = [dial(daemon) for _ in range(14)]
     wait_for(lambda: len(daemon.service._connections) == len(strangers))
     with dial(daemon) as one_more:

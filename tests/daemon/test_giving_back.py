@@ -74,7 +74,7 @@ def test_a_key_that_is_leased_twice_in_one_request_is_held_until_both_leases_end
     with bytes_daemon(tmp_path) as daemon:
         one, two = attach(daemon.address, token="one"), attach(daemon.address, token="two")
         put(two, [1], "two")
-        rows, _ = two.lease(0, key(1) + key(1), 5.0)
+        rows, _ = two.lease(0, key(1) + key(1), 60.0)
         assert rows[0] == rows[1]
         two.release(0, rows[:1])
         daemon.store.check_integrity()
@@ -84,7 +84,7 @@ def test_a_key_that_is_leased_twice_in_one_request_is_held_until_both_leases_end
         two.release(0, rows[:1])
         daemon.store.check_integrity()
         assert daemon.store.pinned_slots() == 0
-        leased, _ = one.lease(0, key(10 + 3 * SLOTS - 1), 5.0)
+        leased, _ = one.lease(0, key(10 + 3 * SLOTS - 1), 60.0)
         assert flags_of_release(two, rows) == [0, 0] and daemon.store.pinned_slots() == 1
         assert flags_of_release(one, leased) == [1]
         for client in (one, two):
@@ -95,12 +95,12 @@ def test_a_release_ends_as_many_leases_as_it_names_and_says_so(tmp_path):
     with bytes_daemon(tmp_path) as daemon:
         client = attach(daemon.address, token="one")
         put(client, [1], "one")
-        rows, _ = client.lease(0, key(1) * 3, 5.0)
+        rows, _ = client.lease(0, key(1) * 3, 60.0)
         assert flags_of_release(client, rows[:2]) == [1, 1]
         assert daemon.store.pinned_slots() == 1
         assert flags_of_release(client, [*rows[:2], *rows[:2]]) == [1, 0, 0, 0]
         assert daemon.store.pinned_slots() == 0
-        mine, _ = client.reserve(0, 2, 5.0)
+        mine, _ = client.reserve(0, 2, 60.0)
         assert flags_of_release(client, [mine[0], mine[1], mine[0]]) == [1, 1, 0]
         daemon.store.check_integrity()
         assert daemon.store.pinned_slots() == 0
@@ -140,8 +140,8 @@ def test_who_was_given_no_memory_keeps_nothing_behind_its_socket(tmp_path):
             client = attach(daemon.address, token="one")
             put(client, [number], "one", keep=True)
             client.connection.close()
-        wait_for(lambda: not len(daemon.service.processes))
-        assert not daemon.service.attachments.left and not daemon.store.clients
+        wait_for(lambda: not len(daemon.service.processes) and not daemon.store.clients)
+        assert not daemon.service.attachments.left
         assert daemon.store.pinned_slots() == 0
 
 

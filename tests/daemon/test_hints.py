@@ -137,7 +137,7 @@ def test_a_pin_ends_with_its_time(tmp_path):
         attachment = rig.pager._remote._tier.attachment
         rig.pager.finish(stored(rig, KEPT))
         keys = keys_of(rig, KEPT)
-        attachment.hint(keys, "pin", 200)
+        attachment.hint(keys, "pin", 3_000)
         assert pinned(store_of(inside)) == 8
         wait_for(lambda: pinned(store_of(inside)) == 0)
         crowd(rig, 8)

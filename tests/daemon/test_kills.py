@@ -48,6 +48,12 @@ def check_end(daemon: Pagerd, acknowledged: dict[str, int]) -> None:
     assert "Traceback" not in daemon.log, daemon.log[-3000:]
 
 
+def wait_for_more(clients: list[LoadClient]) -> None:
+    """Until each has been told something since now."""
+    told = [len(client.lines) for client in clients]
+    wait_for(lambda: all(len(client.lines) > lines for client, lines in zip(clients, told, strict=True)), 120.0)
+
+
 def kill_daemons(tmp_path: Path, kills: int, seed: int, copies: str) -> float:
     """Returns how long the slowest restart took until it served."""
     choose, watch = random.Random(seed), Stopwatch()
@@ -61,8 +67,7 @@ def kill_daemons(tmp_path: Path, kills: int, seed: int, copies: str) -> float:
             watch.start()
             daemon.start()
             watch.stop()
-        told = [len(client.lines) for client in clients]
-        wait_for(lambda: all(len(client.lines) > lines for client, lines in zip(clients, told, strict=True)))
+        wait_for_more(clients)
         acknowledged = end_all(clients, copies)
         assert acknowledged
         print(f"seed {seed}: {kills} kills, {len(acknowledged)} sessions, {[c.done for c in clients]}")
@@ -141,7 +146,7 @@ def kill_daemons_in_copies(tmp_path: Path, kills: int, seed: int, copies: str) -
         watch.stop()
         wait_for(lambda: daemon.status()["daemon"]["connections"] == len(clients))
         slowest_s = time.monotonic() - started_s
-        time.sleep(1.0)
+        wait_for_more(clients)
         acknowledged = end_all(clients, copies)
         died_in = dict(Counter(line.split("in=")[1] for line in daemon.log.splitlines() if "event=dies" in line))
         print(f"seed {seed}: {kills} kills in {died_in}, {len(acknowledged)} sessions, all back in {slowest_s:.2f} s")

@@ -52,7 +52,7 @@ def test_raw_copies_move_exactly_the_named_blocks(tmp_path):
         for page, number in ((5, 1), (0, 2), (2, 3)):
             assert (client.pool.rows[page] == block(number)).all()
         assert not client.pool.rows[[1, 3, 4, 6, 7]].any()
-        rows, _ = client.attachment.reserve(0, 2, 5.0)
+        rows, _ = client.attachment.reserve(0, 2, 60.0)
         told = client.order([2, 5], rows, is_write_back=True)
         assert told.event.wait(60) and told.event.error is None
         assert (client.attachment.rows[0][rows[0]] == block(3)).all()

@@ -21,8 +21,8 @@ def test_the_daemon_checks_every_page_and_every_slot(tmp_path, monkeypatch):
     monkeypatch.setattr(m, "MAX_COPY_BYTES", 4 * SIZE)
     with serving(tmp_path) as daemon:
         client, other = Ordering(daemon.address), attach(daemon.address)
-        theirs, _ = other.reserve(0, 1, 5.0)
-        leased, (mine, *_) = put(client.attachment, [1], keep=True), client.attachment.reserve(0, 1, 5.0)[0]
+        theirs, _ = other.reserve(0, 1, 60.0)
+        leased, (mine, *_) = put(client.attachment, [1], keep=True), client.attachment.reserve(0, 1, 60.0)[0]
         cases = [
             (client.copy_message([PAGES + 1], leased), "page 9; the pool has 8"),
             (client.copy_message([0], [10_000]), "slot 10000"),
@@ -92,7 +92,7 @@ def test_memory_that_could_fault_under_the_daemon_is_refused(tmp_path):
 def test_a_slot_whose_copy_runs_is_neither_released_nor_committed(tmp_path):
     with serving(tmp_path) as daemon:
         client = Ordering(daemon.address)
-        leased, reserved = put(client.attachment, [1], keep=True), client.attachment.reserve(0, 1, 5.0)[0]
+        leased, reserved = put(client.attachment, [1], keep=True), client.attachment.reserve(0, 1, 60.0)[0]
         gates = [Gate(daemon, name) for name in ("promote", "demote")]
         told = client.order([0], leased, is_write_back=False), client.order([1], reserved, is_write_back=True)
         for rows in (leased, reserved):
@@ -100,7 +100,7 @@ def test_a_slot_whose_copy_runs_is_neither_released_nor_committed(tmp_path):
                 client.attachment.release(0, rows)
         with pytest.raises(ProtocolError, match="its COPY is not over"):
             client.attachment.commit(0, reserved, stamps([5]), [b""])
-        again, _ = client.attachment.lease(0, stamps([1])["key"].tobytes(), 5.0)
+        again, _ = client.attachment.lease(0, stamps([1])["key"].tobytes(), 60.0)
         client.attachment.release(0, again)  # one lease of two: the slot is still held
         assert not any(one.event.is_done() for one in told)  # (e): no answer before the copy stream has finished
         for gate in gates:

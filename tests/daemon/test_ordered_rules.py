@@ -80,7 +80,7 @@ def test_an_order_leaves_only_behind_what_writes_its_page(tmp_path, waits):
         lane = Lane("demote", lambda: None)
         lane.orders = client.orders
         stream = OrderedStream(lane, 0, client.pool.rows, client.backend.demote)
-        (row,), slab = client.attachment.reserve(0, 1, 5.0)[0], client.attachment.rows[0]
+        (row,), slab = client.attachment.reserve(0, 1, 60.0)[0], client.attachment.rows[0]
         client.pool.rows[2] = 1
         if waits:
             stream.wait(written)

@@ -32,7 +32,7 @@ def test_a_memfd_is_allocated_once_every_page_of_it_was_used():
 def test_a_slab_that_is_there_is_mapped_without_changing_a_byte(tmp_path):
     with Pagerd(tmp_path, host_bytes=HOST_BYTES) as daemon:
         first = attach(daemon)
-        rows, _ = first.reserve(0, 1, 5.0)
+        rows, _ = first.reserve(0, 1, 60.0)
         first.rows[0][rows[0]] = 7
 
         def populating() -> Attachment | None:  # the daemon's own prefault may be under way still

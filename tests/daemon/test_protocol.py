@@ -8,6 +8,7 @@ import socket
 import struct
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from kvtier.tiers.streams import AllDone
 
 from ..pager.harness import Rig
 from .inside import InsideDaemon
-from .raw import SIZE, attach, block, get, key, put
+from .raw import SIZE, WAIT_S, attach, block, get, key, put
 from .running import wait_for
 
 
@@ -68,16 +69,16 @@ def test_versions_without_a_common_one_are_refused_with_both_named(daemon):
 
 
 def test_unknown_fields_are_ignored_and_unknown_messages_answered(daemon):
-    connection = DaemonConnection.open(daemon.address)
+    connection = DaemonConnection.open(daemon.address, timeout_s=WAIT_S)
     frame = pack(99, 7, {"x": 1})
     with connection._sending:
         connection._transport.send(memoryview(frame))
     with pytest.raises(ProtocolError, match=r"Lookup\.store is a str"):
-        connection.call(m.Lookup("one", b""), m.Found)  # type: ignore[arg-type]
+        connection.call(m.Lookup("one", b""), m.Found, timeout_s=WAIT_S)  # type: ignore[arg-type]
     fields = m.to_fields(m.Hello(1, 2, [])) | {"from_the_future": [1]}
     assert m.from_fields(m.Hello, fields) == m.Hello(1, 2, [])
     with pytest.raises(ProtocolError, match="store 5 is not open"):
-        connection.call(m.Lookup(5, b""), m.Found)
+        connection.call(m.Lookup(5, b""), m.Found, timeout_s=WAIT_S)
     connection.close()
 
 
@@ -204,7 +205,7 @@ def test_a_large_request_leaves_no_large_buffer_behind(daemon):
 def reads_wait(daemon, client) -> HostEvent:
     """Block 1 is on nvme alone, and what is read from there comes once the event is finished."""
     put(client, [1])
-    client.flush(10.0)
+    client.flush(WAIT_S)
     client.unhold(0, key(1))
     for number in range(100, 200):
         put(client, [number])
@@ -295,14 +296,15 @@ def test_the_async_client_speaks_the_same(daemon):
     put(client, [1, 2, 3])
 
     async def ask() -> list[int]:
-        connection = await AsyncDaemonConnection.open(daemon.address)
+        connection = await AsyncDaemonConnection.open(daemon.address, timeout_s=WAIT_S)
+        call = partial(connection.call, timeout_s=WAIT_S)
         from .raw import LAYOUT
 
-        opened = await connection.call(m.Open([LAYOUT.to_dict()], "raw", {}, False), m.Opened)
+        opened = await call(m.Open([LAYOUT.to_dict()], "raw", {}, False), m.Opened)
         keys = b"".join(map(key, (1, 2, 3, 4)))
-        found = await asyncio.gather(*(connection.call(m.Lookup(opened.store, keys), m.Found) for _ in range(20)))
+        found = await asyncio.gather(*(call(m.Lookup(opened.store, keys), m.Found) for _ in range(20)))
         with pytest.raises(ProtocolError, match="store 9 is not open"):
-            await connection.call(m.Lookup(9, b""), m.Found)
+            await call(m.Lookup(9, b""), m.Found)
         await connection.close()
         with pytest.raises(KvTierError):
             await connection.call(m.Lookup(1, b""), m.Found)

@@ -16,7 +16,7 @@ from kvtier.tiers.errors import Busy, ConfigError, TierFullError, UnknownSession
 from kvtier.tiers.nvme.calls import SystemCalls
 
 from .test_families import stock, tiny
-from .test_loop import Heard
+from .test_loop import Heard, Slow
 from .test_scheduler import open_engine, prompt_of
 
 GREEDY = SamplingParams(max_tokens=5)
@@ -76,11 +76,12 @@ def test_a_cancelled_turn_leaves_the_session_as_it_was(llama, tmp_path):
     served = Served(llama, tmp_path / "s")
     served.chats.create("a")
     served.say("a", first)
-    heard = Heard()
+    heard = Slow()
     turn = served.chats.send("a", [6], SamplingParams(max_tokens=500), heard)
     with pytest.raises(Busy, match="at work"):
         served.chats.park("a")
     turn.cancel()
+    heard.go.set()
     assert heard.wait().ends[0][0] == "cancelled"
     assert served.chats.info("a").tokens == 35
     assert served.say("a", [5]) == wanted
@@ -88,7 +89,7 @@ def test_a_cancelled_turn_leaves_the_session_as_it_was(llama, tmp_path):
 
 
 def test_idle_sessions_are_parked_and_come_back_by_themselves(llama, tmp_path):
-    served = Served(llama, tmp_path / "s", idle_s=0.2)
+    served = Served(llama, tmp_path / "s", idle_s=1.0)  # longer than a stall between the next two lines
     served.chats.create("a")
     served.say("a", prompt_of(40, 1))
     deadline_s = time.monotonic() + 60
@@ -302,10 +303,11 @@ def test_a_turn_that_the_disk_refused_is_not_said_to_be_durable(llama, tmp_path,
         assert served.chats.info("a").tokens == 35
     assert served.chats.park("a").is_durable
     assert say([4]) == (True, True)
-    heard = Heard()
+    heard = Slow()
     turn = served.chats.send("a", [5], SamplingParams(max_tokens=500), heard)
     assert not served.chats.info("a").is_durable  # a message under way
     turn.cancel()
+    heard.go.set()
     assert heard.wait().ends[0][0] == "cancelled" and turn.first.output.is_durable is None
     assert served.chats.info("a").is_durable
     served.close()

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from kvtier import SamplingParams
-from kvtier.engine.loop import EngineLoop
+from kvtier.engine.loop import EngineLoop, Submission
 from kvtier.engine.scheduler import SchedulerLimits
 from kvtier.tiers.errors import Busy, ConfigError, TierUnavailableError
 
@@ -38,6 +38,43 @@ class Heard:
     def wait(self) -> Heard:
         assert self._done.wait(120)
         return self
+
+
+class Slow(Heard):
+    """Holds the engine at its tokens until `go`: what was submitted with it still runs until then."""
+
+    def __init__(self, go: threading.Event | None = None) -> None:
+        super().__init__()
+        self.begun, self.go = threading.Event(), go or threading.Event()
+
+    def on_token(self, *said) -> bool:
+        self.begun.set()
+        self.go.wait(60)
+        return super().on_token(*said)
+
+
+def submit_together(loop: EngineLoop, prompts: list[list[int]], max_tokens: int, heard: list) -> list[Submission]:
+    """All are scheduled before the first step, so that a listener may hold the engine."""
+    began, go = threading.Event(), threading.Event()
+    loop.tell(lambda engine: (began.set(), go.wait(60)))
+    assert began.wait(60)  # between two steps
+    params = SamplingParams(max_tokens=max_tokens)
+    asked = [
+        loop.start_request(lambda engine, prompt=prompt: engine.request(prompt, params), one)
+        for prompt, one in zip(prompts, heard, strict=True)
+    ]
+    go.set()
+    return [one.result(60) for one in asked]
+
+
+def close_held(loop: EngineLoop, go: threading.Event) -> None:
+    """Close a loop that is held until `go`."""
+    closing = threading.Thread(target=loop.close)
+    closing.start()
+    while not loop._is_closing:
+        time.sleep(0.001)
+    go.set()
+    closing.join(60)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +118,12 @@ def test_a_listener_stops_an_output_and_hears_all_n_of_them(llama):
 
 def test_cancelling_ends_soon_and_leaks_nothing(llama):
     with open_engine(llama) as engine:
-        loop, heard = EngineLoop(engine), [Heard() for _ in range(4)]
-        going = [loop.submit(prompt_of(30, i), SamplingParams(max_tokens=300), one) for i, one in enumerate(heard)]
+        loop, go = EngineLoop(engine), threading.Event()
+        heard = [Slow(go) for _ in range(4)]
+        going = submit_together(loop, [prompt_of(30, i) for i in range(4)], 300, heard)
         for submission in going:
             submission.cancel()
+        go.set()
         assert all(one.wait().ends[0][0] == "cancelled" for one in heard)
         going[0].cancel()
         loop.close()
@@ -93,9 +132,9 @@ def test_cancelling_ends_soon_and_leaks_nothing(llama):
 
 def test_closing_tells_everybody_who_waits(llama):
     with open_engine(llama) as engine:
-        loop, heard = EngineLoop(engine), Heard()
+        loop, heard = EngineLoop(engine), Slow()
         loop.submit(prompt_of(30, 1), SamplingParams(max_tokens=400), heard)
-        loop.close()
+        close_held(loop, heard.go)
         assert heard.wait().ends[0][0] == "cancelled"
         with pytest.raises(TierUnavailableError, match="ended"):
             loop.submit([1, 2], SamplingParams(), Heard())
@@ -183,10 +222,11 @@ def test_whoever_calls_again_and_again_keeps_nobody_from_their_tokens(llama):
 
 def test_cancel_all_ends_what_runs_and_what_waits(llama):
     with open_engine(llama, 40, limits=SchedulerLimits(max_active=2)) as engine:
-        loop, heard = EngineLoop(engine), [Heard() for _ in range(6)]
-        for i, one in enumerate(heard):
-            loop.submit(prompt_of(60, i), SamplingParams(max_tokens=400), one)
+        loop, go = EngineLoop(engine), threading.Event()
+        heard = [Slow(go) for _ in range(6)]
+        submit_together(loop, [prompt_of(60, i) for i in range(6)], 400, heard)
         loop.cancel_all()
+        go.set()
         assert all(one.wait().ends[0][0] == "cancelled" for one in heard)
         assert loop.is_running
         loop.close()
@@ -196,26 +236,15 @@ def test_cancel_all_ends_what_runs_and_what_waits(llama):
 
 def test_a_request_that_comes_while_the_loop_ends_hears_of_its_end(llama):
     with open_engine(llama, 30) as engine:
-        loop, heard, begun, go = EngineLoop(engine), Heard(), threading.Event(), threading.Event()
-
-        class Slow(Heard):
-            def on_token(self, *said) -> bool:
-                begun.set()
-                go.wait(60)
-                return super().on_token(*said)
+        loop, heard, slow = EngineLoop(engine), Heard(), Slow()
 
         def make(engine):
             return engine.request(prompt_of(20, 1), SamplingParams(max_tokens=5))
 
-        loop.start_request(make, Slow())
-        assert begun.wait(60)  # a step is under way, and nothing is looked at before it is over
+        loop.start_request(make, slow)
+        assert slow.begun.wait(60)  # a step is under way, and nothing is looked at before it is over
         asked = loop.start_request(make, heard)
-        closing = threading.Thread(target=loop.close)
-        closing.start()
-        while not loop._is_closing:
-            time.sleep(0.001)
-        go.set()
-        closing.join(60)
+        close_held(loop, slow.go)
         assert asked.result(60).first.is_done and heard.wait().ends[0][0] == "cancelled"
         asked.result().cancel()  # harmless
         check_end(engine)

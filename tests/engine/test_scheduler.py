@@ -69,11 +69,13 @@ def test_who_makes_room_goes_on_where_it_stopped(llama):
     prompts = [prompt_of(100, i) for i in range(4)]
     wanted = [stock(llama, prompt, 40) for prompt in prompts]
     with open_engine(llama, 16, limits=TURNS) as engine:
-        outputs = engine.generate(prompts, SamplingParams(max_tokens=40))
-        assert [out.token_ids for out in outputs] == wanted
+        requests = [engine.request(prompt, SamplingParams(max_tokens=40)) for prompt in prompts]
+        run_with_clock(engine, requests, step_s=10.0)  # more than any measured cost of making room
+        assert [request.output.token_ids for request in requests] == wanted
         assert engine.scheduler.num_preempted > 4
-        assert sum(out.usage.recomputed_tokens for out in outputs) == 0 or engine.scheduler.num_discarded > 0
-        check_end(engine)
+        recomputed = sum(request.output.usage.recomputed_tokens for request in requests)
+        assert recomputed == 0 or engine.scheduler.num_discarded > 0
+        drop_all(engine, requests)
 
 
 def test_without_a_lower_tier_somebody_computes_again_and_nobody_fails(llama):

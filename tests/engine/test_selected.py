@@ -59,7 +59,7 @@ def test_what_is_picked_whole_is_full_attention(family):
         many = engine.generate([prompt], SamplingParams(**params, attention="select:99"))[0]
         assert some.token_ids == full.token_ids == many.token_ids
         assert (logprobs(some) - logprobs(full)).abs().max() < 1e-4
-        assert (logprobs(many) - logprobs(full)).abs().max() < 1e-5  # streamed: what is resident differs between runs
+        assert (logprobs(many) - logprobs(full)).abs().max() < 1e-4  # streamed: what is resident differs between runs
         assert some.selection.steps == 5 and some.selection.bytes_fetched > 0 and full.selection is None
         assert some.selection.left_out_bound <= 1e-8 and many.selection.steps == 0
         check_end(engine)

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -78,15 +79,24 @@ class Running:
 
     def check_end(self) -> None:
         """Nobody is at work, nothing leaked, the books agree: what is held, sessions and pins hold."""
-        engine, deadline_s = self.service.engine, time.monotonic() + WAIT_S
-        while (self.service.gate.num_inside or any(engine.scheduler.requests())) and time.monotonic() < deadline_s:
+        deadline_s = time.monotonic() + WAIT_S
+        while (left := self._left()) and time.monotonic() < deadline_s:
             time.sleep(0.02)
-        assert self.service.gate.num_inside == 0 and not any(engine.scheduler.requests())
-        engine.pager.drain()
-        engine.pager.check_integrity()
-        held = {one.session.current_seq for one in self.service.conversations._held.values()} - {None}
-        held |= {pin.seq for pin in self.service.pins._pins.values()}
-        assert set(engine.pager._core.sequences) == held
+        assert not left
+        self.service.engine.pager.drain()
+        self.service.engine.pager.check_integrity()
+
+    def _left(self) -> list[str]:
+        """What is not over. Looked at between two steps: only then do sessions and the pager agree."""
+
+        def look(engine: Engine) -> list[str]:
+            held = {one.session.current_seq for one in list(self.service.conversations._held.values())} - {None}
+            held |= {pin.seq for pin in list(self.service.pins._pins.values())}
+            found = [f"request {request}" for request in engine.scheduler.requests()]
+            return found + [f"sequence {seq}" for seq in sorted(held ^ set(engine.pager._core.sequences))]
+
+        inside = self.service.gate.num_inside
+        return self.service.loop.call(look).result(WAIT_S) + [f"{inside} at work"] * bool(inside)
 
 
 @contextmanager
@@ -134,19 +144,16 @@ def serving(
 def serve_process(*arguments, expect_rc: int | None = 0, starts_cold: bool = False):
     """`kvtier serve --port 0 ...`; yields it once it listens. SIGTERM at the end, unless it has ended."""
     command = ["-m", "kvtier.tools.cli", "serve", "--port", "0", *[str(a) for a in arguments]]
+    log = tempfile.NamedTemporaryFile()  # noqa: SIM115, nobody would read a pipe meanwhile
     if starts_cold:
-        process = subprocess.Popen([sys.executable, *command], stderr=subprocess.PIPE, text=True, cwd="/")
+        process = subprocess.Popen([sys.executable, *command], stderr=log, cwd="/")
     else:
-        process = warm.heavy.start(*command, stderr=subprocess.PIPE, cwd="/")
+        process = warm.heavy.start(*command, stderr=log, cwd="/")
     try:
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            found = re.search(r"on (http://[^ ,]+),", line)
-            if found:
-                break
-        else:
-            raise AssertionError(f"kvtier serve ended: {''.join(lines)}")
+        deadline_s = time.monotonic() + WAIT_S
+        while not (found := re.search(r"on (http://[^ ,]+),", Path(log.name).read_text())):
+            assert process.poll() is None and time.monotonic() < deadline_s, Path(log.name).read_text()
+            time.sleep(0.01)
         running = Running(found[1])
         running.process = process
         yield running
@@ -155,12 +162,12 @@ def serve_process(*arguments, expect_rc: int | None = 0, starts_cold: bool = Fal
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
         rc = process.wait(WAIT_S)
-        assert expect_rc is None or rc == expect_rc, process.stderr.read()
+        assert expect_rc is None or rc == expect_rc, Path(log.name).read_text()
     finally:
         if process.poll() is None:
             process.kill()
             process.wait(60)
-        process.stderr.close()
+        log.close()
 
 
 def save_tiny(path: Path) -> None:

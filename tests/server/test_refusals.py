@@ -5,16 +5,18 @@ from __future__ import annotations
 import http.client
 import itertools
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
 import openai
 import pytest
 
+from kvtier.engine.server import gate
 from kvtier.engine.server.settings import ServerSettings, check_exposure, load_api_keys
 from kvtier.tiers.errors import Busy, ConfigError
 
-from .running import serving
+from .running import WAIT_S, serving
 
 CHAT = {"messages": [{"role": "user", "content": "the fox"}], "max_tokens": 2}
 TEXT = {"prompt": "the fox", "max_tokens": 2}
@@ -99,12 +101,13 @@ def test_the_client_raises_its_own_errors(server):
     assert reply.status_code == 405 and "does not take GET" in error_of(reply)["message"]
 
 
-def test_a_body_that_is_too_large_is_a_413_however_it_is_sent(model, tokenizer):
+def test_a_body_that_is_too_large_is_a_413_however_it_is_sent(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(gate, "_LINGER_S", WAIT_S)  # however long it takes to send: who has not read it all, resets
     with serving(model, tokenizer, max_request_bytes=1000) as server:
         large = json.dumps(TEXT | {"prompt": "x" * (4 << 20)}).encode()
         reply = server.http.post("/v1/completions", content=large, headers={"content-type": "application/json"})
         assert reply.status_code == 413 and "--max-request-bytes" in error_of(reply)["message"]
-        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=60)
+        connection = http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=WAIT_S)
         pieces = (large[i : i + 65536] for i in range(0, len(large), 65536))
         headers = {"content-type": "application/json"}
         connection.request("POST", "/v1/completions", pieces, headers, encode_chunked=True)
@@ -113,11 +116,25 @@ def test_a_body_that_is_too_large_is_a_413_however_it_is_sent(model, tokenizer):
         assert server.http.post("/v1/completions", json=TEXT).status_code == 200
 
 
-def test_more_requests_than_allowed_are_429_and_may_come_again(model, tokenizer):
+def test_more_requests_than_allowed_are_429_and_may_come_again(model, tokenizer, monkeypatch):
     with serving(model, tokenizer, max_concurrency=2) as server:
-        body = TEXT | {"max_tokens": 300, "temperature": 0}
+        body, is_refused = TEXT | {"max_tokens": 20, "temperature": 0}, threading.Event()
+        runner = server.service.engine._runner
+        plain = runner.forward
+
+        def ask(_: int):
+            reply = server.http.post("/v1/completions", json=body)
+            if reply.status_code == 429:
+                is_refused.set()
+            return reply
+
+        def forward(*batch):  # nobody is done before somebody was refused
+            assert is_refused.wait(WAIT_S)
+            return plain(*batch)
+
+        monkeypatch.setattr(runner, "forward", forward)
         with ThreadPoolExecutor(8) as pool:
-            replies = list(pool.map(lambda _: server.http.post("/v1/completions", json=body), range(8)))
+            replies = list(pool.map(ask, range(8)))
         codes = sorted(reply.status_code for reply in replies)
         assert codes[:2] == [200, 200] and codes[-1] == 429
         refused = next(reply for reply in replies if reply.status_code == 429)

@@ -192,6 +192,7 @@ def test_idle_sessions_are_parked_and_many_talk_at_once(model, tokenizer, tmp_pa
             thread.start()
         while any(thread.is_alive() for thread in threads):
             assert server.http.get("/v1/sessions").status_code == 200  # also while they are parked and resumed
+            time.sleep(0.02)
         for thread in threads:
             thread.join()
         assert not failed

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ..daemon.running import wait_for
 
 SCRIPT = Path(__file__).with_name("pager_process.py")
 PROGRAM = [sys.executable, "-m", "kvtier.tools.inspect", "--timeout", "60"]  # a busy machine is no stuck pager
+STOPS = 20  # tries to stop a pager that is not just publishing
 BLOCK, BLOCK_BYTES = 16, 2 * 2 * 16 * 8 * 4
 
 
@@ -48,9 +50,17 @@ class Running:
 
     @contextmanager
     def stopped(self) -> Iterator[None]:
-        """Nothing in the process runs meanwhile."""
-        os.kill(self.process.pid, signal.SIGSTOP)
+        """Nothing in the process runs meanwhile; it is not in the middle of publishing."""
         try:
+            for _ in range(STOPS):
+                os.kill(self.process.pid, signal.SIGSTOP)
+                wait_for(lambda: is_stopped(self.process.pid))
+                if is_published(self.where):
+                    break
+                os.kill(self.process.pid, signal.SIGCONT)
+                time.sleep(0.05)
+            else:
+                raise AssertionError("stopped in the middle of publishing, again and again")
             yield
         finally:
             os.kill(self.process.pid, signal.SIGCONT)
@@ -75,6 +85,15 @@ def running(where: Path, **config: Any) -> Iterator[Running]:
         assert process.stdin is not None
         process.stdin.close()
         process.wait(60)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether all its threads are."""
+    try:
+        stats = [(task / "stat").read_text() for task in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return False  # one ended meanwhile
+    return all(stat.rpartition(")")[2].split()[0] == "T" for stat in stats)
 
 
 def is_published(where: Path) -> bool:

@@ -41,6 +41,7 @@ SMALL = {
     "codecs": ["--blocks", "1", "--rounds", "1"],
     "demo": ["--context", "2048", "--rounds", "1"],
     "recovery": ["--blocks", "3000", "--rounds", "1"],
+    "ring": ["--blocks", "128", "--passes", "1"],
     "endless": ["--tokens", "20000", "--window", "512"],
     "sessions": ["--sessions", "3", "--context", "512", "--resident", "2", "--turns", "2"],
     "serve": [
@@ -54,6 +55,7 @@ MAY_BE_NONE = {
     *("wasted_share", "prefetched_share", "modelled_wait_mean"),
     *("slices kept from earlier steps", "slices that came early by a guess", "guesses that were picked"),
     *("bytes promoted per token", "attention weight left out, bound", "largest difference of a log probability"),
+    *("difference of medians", "clean segments"),
 }
 
 

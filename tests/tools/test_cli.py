@@ -96,7 +96,7 @@ def test_inspect_says_what_a_disk_that_refuses_writes_does(capsys, tmp_path, mon
     )
     layout = KVLayout(2, 1, 8, 16, "float32")
     with Pager.open(layout, config) as pager:
-        code, out, _ = run(capsys, inspect.main, "status", tmp_path / "s")
+        code, out, _ = run(capsys, inspect.main, "--timeout", 60, "status", tmp_path / "s")
         assert code == 0 and "segments clean" in out and "namespace mine: 0 B of 1.0 MiB" in out
         assert "takes no writes" not in out
 
@@ -110,22 +110,22 @@ def test_inspect_says_what_a_disk_that_refuses_writes_does(capsys, tmp_path, mon
             with pager.lease([Span(seq, 0, 16)]) as lease:
                 lease.commit()
             with pytest.raises(KvTierError):
-                pager.park(f"s{number}", seq, timeout_s=1.0)
-        _, out, _ = run(capsys, inspect.main, "status", tmp_path / "s")
+                pager.park(f"s{number}", seq, timeout_s=10.0)
+        _, out, _ = run(capsys, inspect.main, "--timeout", 60, "status", tmp_path / "s")
         assert "nvme takes no writes: no space left; tried again every 30 s" in out
 
 
 def test_inspect_reads_a_running_pager_and_then_its_store_at_rest(capsys, tmp_path):
     config = PagerConfig("1MiB", "1MiB", nvme_path=tmp_path / "s", nvme_bytes="4MiB", backend="cpu")
     with Pager.open(KVLayout(2, 1, 8, 16, "float32"), config):
-        code, out, _ = run(capsys, inspect.main, "status", tmp_path / "s", "--json")
+        code, out, _ = run(capsys, inspect.main, "--timeout", 60, "status", tmp_path / "s", "--json")
         assert code == 0 and set(json.loads(out)["tiers"]) == {"device", "host", "nvme"}
         assert "rate_in_bytes_per_s" in json.loads(out)["tiers"]["device"]
-        code, out, _ = run(capsys, inspect.main, "status", tmp_path / "s")
+        code, out, _ = run(capsys, inspect.main, "--timeout", 60, "status", tmp_path / "s")
         assert code == 0 and "CAPACITY" in out
-    code, out, _ = run(capsys, inspect.main, "status", tmp_path / "s")
+    code, out, _ = run(capsys, inspect.main, "--timeout", 60, "status", tmp_path / "s")
     assert code == 0 and "store at rest" in out
-    code, _, err = run(capsys, inspect.main, "status", tmp_path / "nothing")
+    code, _, err = run(capsys, inspect.main, "--timeout", 60, "status", tmp_path / "nothing")
     assert code == 3 and "no such socket or store" in err
 
 

@@ -41,6 +41,7 @@ def pager(tmp_path_factory):
         one.do("open_seq = compute(list(range(500, 900)))")
         one.do("[pager.finish(compute([7] * 400)) for _ in range(3)]")
         one.do("[pager.finish(compute([n] * 400)) for n in range(10, 20)]")
+        one.do("assert pager.drain()")
         yield one
 
 
@@ -130,7 +131,7 @@ def test_colour_is_for_terminals_and_no_color_turns_it_off(pager):
 
     if subprocess.run(["which", "script"], capture_output=True).returncode:
         pytest.skip("no script(1) to make a terminal with")
-    pager.do("pager.prefetch(open_seq)")
+    pager.do("pager.prefetch(open_seq); assert pager.drain()")
     assert "\x1b[" not in on_terminal(NO_COLOR="1").stdout
     assert "\x1b[" not in on_terminal(TERM="dumb").stdout
     shown = inspect("-s", pager.where, "session", "seq:2", "--no-color")
@@ -343,7 +344,7 @@ def test_no_token_of_a_prompt_is_in_any_answer(tmp_path, capsys):
         pager.do(f"pager.park('alice', compute([{secret}] * 100))")
         for words in (*EVERY_VERB, "export --html -"):
             asks = words.replace("1,2,3", ",".join([str(secret)] * 50)).split()
-            assert main(["-s", str(pager.where), "--json", *asks]) in (0, 1), words
+            assert main(["-s", str(pager.where), "--timeout", "60", "--json", *asks]) in (0, 1), words
             text = capsys.readouterr().out
             assert str(secret) not in text and secret.to_bytes(4, "little").hex() not in text, words
 

@@ -32,6 +32,7 @@ def test_a_tiny_host_tier_is_named(tmp_path):
     with running(tmp_path, store=False, host_bytes=4 * BLOCK_BYTES) as pager:
         for _ in range(4):
             pager.do("[pager.finish(compute([n] * 400)) for n in range(5)]")
+        pager.do("assert pager.drain()")
         assert serious(pager) == {"host tier too small"}
         done = inspect("-s", pager.where, "doctor")
         assert done.returncode == 1 and "raise host_bytes" in done.stdout
@@ -53,6 +54,7 @@ def test_a_write_budget_that_keeps_blocks_off_the_disk_is_named_and_not_the_disk
     ) as pager:
         for _ in range(4):
             pager.do("[pager.finish(compute([n] * 400)) for n in range(5)]")
+        pager.do("assert pager.drain()")
         told = found(pager)
         assert "write budget of nvme too small" in serious(pager) and "nvme tier too small" not in told
         assert " slots are in use" in told["write budget of nvme too small"]
@@ -83,7 +85,7 @@ def test_a_quota_that_is_hit_is_named(tmp_path):
         pager.do("pager.park('one', compute(list(range(96)), 'mine'))")
         pager.do("s = compute(list(range(1000, 1640)), 'mine')")
         pager.do(
-            "try: pager.park('two', s, timeout_s=1.0)\nexcept KvTierError as error: result = str(error)",
+            "try: pager.park('two', s, timeout_s=10.0)\nexcept KvTierError as error: result = str(error)",
         )
         assert "quota hit" in serious(pager)
         assert "namespace 'mine' holds" in found(pager)["quota hit"]
@@ -165,7 +167,7 @@ def test_a_disk_that_refuses_writes_is_named(tmp_path):
         for number in range(3):
             pager.do(
                 f"s = compute([{number}] * 16)\n"
-                f"try: pager.park('s{number}', s, timeout_s=1.0)\nexcept KvTierError as error: result = str(error)"
+                f"try: pager.park('s{number}', s, timeout_s=10.0)\nexcept KvTierError as error: result = str(error)"
             )
         assert "nvme takes no writes" in serious(pager)
         checks = {row["rule"]: row["verdict"] for row in asked(pager, "check")["checks"]}
