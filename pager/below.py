@@ -7,7 +7,7 @@ here runs; the classes say what both kinds promise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -142,7 +142,8 @@ class LowerTier(Protocol):
 
     def recovered(self) -> list[tuple[IntArray, npt.NDArray[Any]]]: ...
 
-    def flush(self, timeout_s: float | None = None) -> None: ...
+    def flush(self, timeout_s: float | None = None, blocks: Sequence[IntArray] = ()) -> None:
+        """What was written is durable when this returns; `blocks`: slots per group, also where others wrote them."""
 
     def status(self) -> dict[str, Any]: ...
 

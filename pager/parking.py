@@ -127,7 +127,9 @@ class Parking:
                 self._widen_windows(seq)
             self._write_down(seq, timeout_s, f"sequence {seq.id}", may_wait_for_pins=True)
         if core.nvme is not None:
-            core.nvme.flush(timeout_s)
+            with core.lock:
+                below = [_slots_below(group, [seq.tables[group.index] for seq in seqs]) for group in core.groups]
+            core.nvme.flush(timeout_s, below)
 
     def seal(self, seq: Sequence) -> None:
         """Give the partial tail block, if there is one, a key of its own content, so that it can be found."""
@@ -281,6 +283,13 @@ def _summary(seq: Sequence) -> dict[str, Any]:
         "blocks": {f"g{i}": int((table.ids >= 0).sum()) for i, table in enumerate(seq.tables)},
         "stored_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _slots_below(group: BlockGroup, tables: list[BlockTable]) -> IntArray:
+    """Where the blocks of these tables lie in the tier below."""
+    ids = np.concatenate([np.empty(0, np.int64), *(table.ids for table in tables)])
+    slots = group.directory.nvme_slot[ids[ids >= 0]]
+    return slots[slots >= 0]
 
 
 def _recover_blocks(group: BlockGroup, slots: IntArray, stamps: Any) -> None:

@@ -242,9 +242,13 @@ class Attachment:
         wait_all(replies)
 
     # ------------------------------------------------------------------ durability and sessions
-    def flush(self, timeout_s: float) -> None:
-        message = m.Flush(self.epoch, self.store, int(timeout_s * 1000))
-        self.connection.call_patiently(message, m.Flushed, timeout_s=timeout_s + 5.0)
+    def flush(self, timeout_s: float, keys: Sequence[bytes] = ()) -> None:
+        """What we committed, and the blocks of these keys, per group one behind the other, is durable when this returns."""
+        step = m.MAX_KEYS * m.KEY_BYTES
+        batches = [(g, blob[at : at + step]) for g, blob in enumerate(keys) for at in range(0, len(blob), step)]
+        for group, batch in batches or [(0, b"")]:
+            message = m.Flush(self.epoch, self.store, int(timeout_s * 1000), group, batch)
+            self.connection.call_patiently(message, m.Flushed, timeout_s=timeout_s + 5.0)
 
     def put_session(self, session_id: str, record: dict[Any, Any], timeout_s: float) -> None:
         message = m.PutSession(self.epoch, self.store, session_id, record, int(timeout_s * 1000))

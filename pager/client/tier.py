@@ -292,8 +292,10 @@ class RemoteTier:
             raise TierUnavailableError(_NO_ATTACHMENT)
         return self.attachment
 
-    def flush(self, timeout_s: float | None = None) -> None:
-        self._require().flush(60.0 if timeout_s is None else timeout_s)
+    def flush(self, timeout_s: float | None = None, blocks: Sequence[IntArray] = ()) -> None:
+        """Others may have committed `blocks`, and the daemon has them in memory alone."""
+        keys = [handles.keys(np.unique(slots)) for handles, slots in zip(self.handles, blocks, strict=False)]
+        self._require().flush(60.0 if timeout_s is None else timeout_s, keys)
 
     def learn(self, secrets: Mapping[int, bytes]) -> None:
         """The daemon has them."""

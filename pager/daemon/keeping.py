@@ -6,21 +6,31 @@ is durable; a session is in one process at a time; one of another tenant is as u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from ...tiers.errors import BlockMissError, Busy, ProtocolError, TierFullError, UnknownSessionError
 from ..core import Core
-from ..group import MAX_MOVE_BYTES
+from ..group import MAX_MOVE_BYTES, BlockGroup
 from ..parking import Parking
 from ..prefix import adopt, take_tail
 from ..sessions import SessionEntry, check_session_id
 from ..states import IntArray, SlotState
 from . import session_names
 from .client import Client
-from .holdings import Holdings
+
+_NOTHING = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Flushing:
+    """Blocks that a flush refers to, so that none of them leaves before it is down."""
+
+    group: BlockGroup
+    blocks: IntArray
 
 
 class Keeper:
@@ -28,6 +38,7 @@ class Keeper:
 
     def __init__(self, core: Core, clients: Mapping[Client, None]) -> None:
         self.core, self.clients = core, clients
+        self.flushing: list[_Flushing] = []
         self.parking = Parking(core, max_id_bytes=session_names.MAX_NAME_BYTES)
 
     # ------------------------------------------------------------------ blocks
@@ -54,27 +65,41 @@ class Keeper:
         blocks = blocks[d.is_named[blocks] & (d.nvme_slot[blocks] < 0)]
         return blocks[np.argsort(-d.refs[blocks], kind="stable")]
 
-    def flush(self, client: Client, timeout_s: float) -> None:
-        """Make durable what the client committed and still holds. Raises: TierFullError, TierUnavailableError."""
+    def flush(
+        self, client: Client, timeout_s: float, index: int = 0, named: Callable[[], IntArray] = lambda: _NOTHING
+    ) -> None:
+        """Make durable what the client committed and still holds, and the blocks of a group that `named` finds.
+
+        Raises: TierFullError, TierUnavailableError, and what `named` raises.
+        """
         core = self.core
         with core.lock:
             taken = [(holdings, holdings.unflushed()) for holdings in client.holdings]
-        if core.nvme is not None:
-            self._make_durable([(h, np.fromiter(blocks, np.int64, len(blocks))) for h, blocks in taken], timeout_s)
+            also = _Flushing(core.groups[index], named())
+            also.group.ref(also.blocks)
+            self.flushing.append(also)
+        wanted = [(holdings.group, np.fromiter(blocks, np.int64, len(blocks))) for holdings, blocks in taken]
+        try:
+            if core.nvme is not None:
+                self._make_durable([*wanted, (also.group, also.blocks)], timeout_s)
+        finally:
+            with core.locked():
+                self.flushing.remove(also)
+                also.group.unref(also.blocks)
         with core.lock:
             for holdings, blocks in taken:
                 holdings.flushed(blocks)
 
-    def _make_durable(self, wanted: list[tuple[Holdings, IntArray]], timeout_s: float) -> None:
+    def _make_durable(self, wanted: list[tuple[BlockGroup, IntArray]], timeout_s: float) -> None:
         core = self.core
         assert core.nvme is not None
 
         def all_down() -> bool:
             missing = 0
-            for holdings, blocks in wanted:
-                d = holdings.group.directory
+            for group, blocks in wanted:
+                d = group.directory
                 todo = blocks[d.is_live[blocks] & ~d.nvme_valid[blocks]]
-                core.sink_blocks(holdings.group, todo[d.in_host(todo) & (d.nvme_slot[todo] < 0)], "persist")
+                core.sink_blocks(group, todo[d.in_host(todo) & (d.nvme_slot[todo] < 0)], "persist")
                 missing += len(todo)
             return missing == 0
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ...tiers.errors import ConfigError, ProtocolError, TierFullError
+from ...tiers.errors import BlockMissError, ConfigError, ProtocolError, TierFullError
 from ...tiers.layout import KVLayout
 from ...tiers.shared import SharingBackend, make_rows
 from .. import hints
@@ -354,6 +354,14 @@ class SharedStore:
             found[there[client.holdings[index].hold(blocks[there])]] = HOLDS
             return found
 
+    def find(self, client: Client, index: int, keys: list[bytes]) -> IntArray:
+        """Blocks of these keys, as far as the client may see them. Raises BlockMissError where one is not there."""
+        with self.core.lock:
+            blocks = self._visible(client, index, keys)
+        if (blocks < 0).any():
+            raise BlockMissError(f"{int((blocks < 0).sum())} of these {len(keys)} blocks are not there any more")
+        return blocks
+
     def unhold(self, client: Client, index: int, keys: list[bytes]) -> None:
         with self.core.lock:
             blocks = self.core.groups[index].directory.find(keys)
@@ -449,6 +457,7 @@ class SharedStore:
         for client in self.clients:
             yield client.holdings[group].references()
             yield from (request.references for request in client.requests if request.group.index == group)
+        yield from (flush.blocks for flush in self.keeper.flushing if flush.group.index == group)
 
     def reserved(self, group: int) -> IntArray:
         found = [np.flatnonzero(client.holdings[group].reserved) for client in self.clients]

@@ -239,12 +239,15 @@ class Verbs:
 
     # ------------------------------------------------------------------ durability and sessions
     def _flush(self, attachment: Attachment, request_id: int, message: m.Flush) -> object:
-        store, client = attachment.client(self._models, message.store)
+        store, client = attachment.client(self._models, message.store, message.group)
         timeout_s = min(message.timeout_ms / 1000, MAX_WAIT_S)
+        keys = keys_in(message.keys) if attachment.speaks(2) else []
         self._on_thread(
             attachment,
             request_id,
-            lambda: store.keeper.flush(client, timeout_s),
+            lambda: store.keeper.flush(
+                client, timeout_s, message.group, lambda: store.find(client, message.group, keys)
+            ),
             lambda _: attachment.say(request_id, m.Flushed()),
             waits=True,
         )

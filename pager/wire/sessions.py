@@ -14,12 +14,14 @@ from .limits import REPLY
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """Make durable what this client has committed so far."""
+    """Make durable what this client has committed so far; since version 2 also `keys` of a group, whoever committed them."""
 
     KIND: ClassVar[int] = 27
     epoch: int
     store: int
     timeout_ms: int = 60_000
+    group: int = 0
+    keys: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)

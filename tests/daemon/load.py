@@ -3,7 +3,8 @@
     load.py ADDRESS SEED [private | ipc] [dies=N]   killed in the middle of its N-th copy, or of one that it ordered (ipc)
 
 Prints a line per event: "ack NAME TOKENS" once a session was stored durably, "kept NAME TOKENS" once a prefix was, as
-PrefixCache.store(durable=True) does, "gone NAME" when a prefix is given up, "wrong ..." for a value that was not what it should be. Runs until it is killed, or its standard input ends; then it prints "end" and how much it did.
+PrefixCache.store(durable=True) does, "gone NAME" when a prefix is given up, "wrong ..." for a value that was not what it
+should be. Runs until it is killed, or its standard input ends; then it prints "end" and how much it did.
 """
 
 from __future__ import annotations

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from kvtier.pager.wire import messages as m
-from kvtier.tiers.cpu import HostEvent
-from kvtier.tiers.errors import TierFullError
+from kvtier.tiers.cpu import CpuBackend, HostEvent
+from kvtier.tiers.errors import BlockMissError, ProtocolError, TierFullError
 from kvtier.tiers.streams import AllDone
 
+from ..pager.harness import Rig
 from .inside import InsideDaemon
 from .raw import SIZE, WAIT_S, attach, key, put
 from .running import wait_for
@@ -89,4 +90,53 @@ def test_a_block_committed_under_the_same_number_since_is_not_taken_for_flushed(
     assert list(holdings.unflushed()) == [block]
     with daemon.store.core.lock:
         holdings.flushed(holdings.unflushed())
+    client.goodbye()
+
+
+def test_a_prefix_that_others_committed_is_durable_when_it_was_persisted(daemon):
+    """They have flushed nothing, and we have committed nothing."""
+    tokens, rigs = list(range(100, 140)), []
+    for _ in range(2):
+        rigs.append(Rig(daemon=daemon.address, backend=CpuBackend(poison=True), pages=32))
+        seq = rigs[-1].start(tokens)
+        rigs[-1].prefill(seq)
+        wait_for(lambda: rigs[-1].pager.match(tokens).tokens == len(tokens) and not rigs[-1].pager._core.in_flight())
+    (store,) = daemon.models._stores.values()
+    d = store.core.groups[0].directory
+    assert len(d.live()) == 10 and not d.nvme_valid[d.live()].any()
+    rigs[1].pager.persist([seq])
+    assert d.nvme_valid[d.live()].sum() == 10
+    with store.core.lock:
+        store.check_integrity()
+    for rig in rigs:
+        rig.close()
+
+
+def test_a_prefix_of_an_earlier_request_is_durable_when_it_was_persisted_with_a_later_one(daemon):
+    """The client had let go of it: what it holds again was not committed since."""
+    rig = Rig(daemon=daemon.address, backend=CpuBackend(poison=True), pages=32)
+    tokens = list(range(100, 140))
+    seq = rig.start(tokens)
+    rig.prefill(seq)
+    rig.pager.finish(seq)
+    (store,) = daemon.models._stores.values()
+    (client,) = store.clients
+    wait_for(lambda: (rig.pager.poll(), not rig.pager._core.in_flight() and not client.holdings[0].held)[1])
+    seq = rig.start([*tokens, *range(200, 220)])
+    rig.prefill(seq)
+    rig.pager.persist([seq])
+    d = store.core.groups[0].directory
+    assert d.nvme_valid[d.live()].sum() == len(d.live()) == 15
+    rig.close()
+
+
+def test_what_is_named_and_not_there_is_said_so(daemon):
+    client = attach(daemon.address)
+    put(client, [1])
+    with pytest.raises(BlockMissError, match="1 of these 2"):
+        client.connection.call(
+            m.Flush(client.epoch, client.store, 60_000, 0, key(1) + key(2)), m.Flushed, timeout_s=WAIT_S
+        )
+    with pytest.raises(ProtocolError):
+        client.connection.call(m.Flush(client.epoch, client.store, 60_000, 9, key(1)), m.Flushed, timeout_s=WAIT_S)
     client.goodbye()

@@ -279,7 +279,7 @@ class NvmeTier:
     def sessions(self) -> dict[str, dict[str, Any]]:
         return self._listing.sessions()
 
-    def flush(self, timeout_s: float | None = None) -> None:
+    def flush(self, timeout_s: float | None = None, blocks: Sequence[IntArray] = ()) -> None:
         """What is listed survives a power loss once this returns (`none`: a crash of the process only).
 
         Raises: TierUnavailableError when the disk refused; blocks whose bytes are in doubt are no longer listed.
