@@ -153,11 +153,9 @@ def _failure(ended: Ended) -> ApiError | None:
         return None
     if reason == "deadline":
         if _RUNNING.isdisjoint(ended.output.ledger):
-            message = (
-                "the request's turn did not come in the time that this server allows; try again when it has less to do"
-            )
+            message = "the request's turn did not come in its time or the server's; try again when there is less to do"
             return ApiError(503, message, code="deadline", retry_after_s=1.0)
-        message = "the request took longer than this server allows; ask for fewer tokens, or shorten the prompt"
+        message = "the request took longer than its time or the server's; ask for fewer tokens, or shorten the prompt"
         return bad(message, code="deadline")
     return ApiError(503, "the server is ending; send the request again", code="cancelled", retry_after_s=5.0)
 

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ..sampling import MAX_LOGPROBS
 
 MAX_STOPS, MAX_STOP_CHARS, MAX_N, MAX_PROMPTS = 4, 256, 32, 64
-MAX_TTL_S = 24 * 3600.0
+MAX_TTL_S = MAX_TIMEOUT_S = 24 * 3600.0
+MAX_PRIORITY = 1000
 Retention = Literal["in_memory", "in-memory", "24h"]
 TokenIds = list[Annotated[int, Field(ge=0, lt=1 << 32)]]
 
@@ -76,6 +77,15 @@ class Sampling(Body):
         max_length=64,
         description="full, window:TOKENS,sinks=TOKENS or select:PAGES,recall=SHARE; the server's when not given. All but "
         "full are approximate.",
+    )
+    priority: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_PRIORITY,
+        description="0 is first; with a higher number it gives way to those with a lower one.",
+    )
+    timeout_s: float | None = Field(
+        None, gt=0, le=MAX_TIMEOUT_S, description="So long it may take in all; the server's own limit counts too."
     )
     cache_salt: str | None = Field(
         None, min_length=1, max_length=512, description="Only requests with the same salt share cached blocks."

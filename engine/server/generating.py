@@ -104,6 +104,7 @@ async def _generate(
         min(params, key=lambda one: one.max_tokens),
         stops=body.stops,
         is_continued=endpoint == "completions",
+        urgency=service.urgency(body),
     )
     if endpoint == "chat":
         namespace = owner if body.cache_salt is None else salted(owner, body.cache_salt)

@@ -35,6 +35,14 @@ DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 TEXT_THREADS, WAITING_THREADS = 2, 32
 
 
+@dataclass(frozen=True, slots=True)
+class Urgency:
+    """Of a request: higher goes first in our scheduler, and nobody may ask for more than others have."""
+
+    priority: int = 0
+    timeout_s: float | None = None
+
+
 @dataclass(slots=True)
 class Asked:
     """One generating request on its way, for usage and metrics."""
@@ -47,6 +55,7 @@ class Asked:
     answers: Answers
     started_s: float = field(default_factory=time.monotonic)
     name: str = field(default_factory=REQUEST_ID.get)
+    urgency: Urgency = field(default_factory=lambda: Urgency())
     history_key: str | None = None
     pins: list[Pin] = field(default_factory=list)
     reuse_break: ReuseBreakReply | None = None
@@ -142,6 +151,12 @@ class Service:
             return max(left, 1) if limit is None else limit
         return min(DEFAULT_COMPLETION_TOKENS, max(left, 1)) if limit is None else limit
 
+    def urgency(self, body: Sampling | None = None) -> Urgency:
+        """Of the wire a lower number goes first, and no time is longer than the server's."""
+        asked_s, most_s = None if body is None else body.timeout_s, self.settings.request_timeout_s
+        times_s = [one for one in (asked_s, most_s) if one is not None]
+        return Urgency(-(body.priority or 0) if body is not None else 0, min(times_s, default=None))
+
     def kept_of(self, body: Sampling, prompt: Prompt) -> Prompt:
         """With prompt_cache_retention: all of it is kept. With end_of_session: what is not kept is given up."""
         kept = prompt.kept
@@ -160,6 +175,7 @@ class Service:
         *,
         stops: Sequence[str] = (),
         is_continued: bool = False,
+        urgency: Urgency | None = None,
     ) -> Asked:
         """Submit prompts, n outputs each. `is_continued`: the answer goes on within the prompt's last word.
 
@@ -168,7 +184,7 @@ class Service:
         contexts = [prompt.token_ids if is_continued else () for prompt in prompts for _ in range(params.n)]
         answers = Answers([TextStream(self.tokenizer, stops, frozenset(self.ends), c) for c in contexts])
         namespace = owner if salt is None else salted(owner, salt)
-        asked = Asked(endpoint, namespace, owner, params, prompts, answers)
+        asked = Asked(endpoint, namespace, owner, params, prompts, answers, urgency=urgency or self.urgency())
         starting: list[Future[Submission]] = []
         try:
             for i, prompt in enumerate(prompts):
@@ -182,7 +198,7 @@ class Service:
 
     def _start(self, asked: Asked, prompt: Prompt, first: int) -> Future[Submission]:
         def make(engine: Engine) -> Request:
-            request = engine.request(prompt.token_ids, asked.params, asked.namespace)
+            request = engine.request(prompt.token_ids, asked.params, asked.namespace, priority=asked.urgency.priority)
             request.name = asked.name
             for one in (request, *request.twins):
                 one.is_last = prompt.is_last
@@ -191,7 +207,7 @@ class Service:
             return request
 
         listener = asked.answers.listener(first)
-        return self.loop.start_request(make, listener, timeout_s=self.settings.request_timeout_s)
+        return self.loop.start_request(make, listener, timeout_s=asked.urgency.timeout_s)
 
     async def submit_turn(self, answers: Answers, send: Callable[[], Submission]) -> None:
         """Run a session's `send`, which may wait for a disk and for a step."""

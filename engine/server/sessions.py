@@ -145,12 +145,18 @@ async def _turn(service: Service, session_id: str, body: ChatRequest, namespace:
     params = service.params(body, len(prompt.token_ids), known_tokens=info.tokens)
     answers = Answers([TextStream(service.tokenizer, body.stops, frozenset(service.ends))])
     asked = Asked("sessions", namespace, namespace, params, [Prompt(prompt.token_ids)], answers)
-    listener, plain = answers.listener(0), plain_messages(body.messages)
+    listener, plain, urgency = answers.listener(0), plain_messages(body.messages), service.urgency(body)
     try:
         await service.submit_turn(
             answers,
             lambda: service.conversations.send(
-                inner, plain, params, listener, namespace=namespace, timeout_s=service.settings.request_timeout_s
+                inner,
+                plain,
+                params,
+                listener,
+                namespace=namespace,
+                priority=urgency.priority,
+                timeout_s=urgency.timeout_s,
             ),
         )
     except BaseException:
