@@ -370,9 +370,9 @@ class Unsynced(SystemCalls):
                         handle.write(before[at : at + 4096])
 
 
-def lose_power_often(path, backend, times: int, seed: int) -> dict[str, int]:
+def lose_power_often(path, backend, times: int, seed: int, layout=LAYOUT) -> dict[str, int]:
     choose, calls, totals = random.Random(seed), Unsynced(), {"acknowledged": 0, "lost": 0, "wrong": 0, "unsynced": 0}
-    tier = open_tier(path / "s", backend, calls=calls)
+    tier = open_tier(path / "s", backend, calls=calls, layout=layout)
     held, number, safe, listed = [], 0, set(), set()
     for loop in range(times):
         for _ in range(choose.randrange(1, 5)):
@@ -399,7 +399,7 @@ def lose_power_often(path, backend, times: int, seed: int) -> dict[str, int]:
         assert tier._writer.wait(60)  # files that are made ahead come and go
         totals["unsynced"] += bool(calls.under)
         calls.lose_power(path / "s", copy, choose)
-        again = open_tier(copy, backend)
+        again = open_tier(copy, backend, layout=layout)
         wrong, right = wrong_blocks(again)
         again.close()
         shutil.rmtree(copy)
@@ -416,10 +416,17 @@ def test_a_power_loss_takes_only_what_was_not_committed(scratch, backend, seed):
     assert (totals["lost"], totals["wrong"]) == (0, 0), totals
 
 
+def test_a_power_loss_in_writes_past_the_page_cache_takes_no_more(tmp_path, backend, seed):
+    totals = lose_power_often(tmp_path, backend, 12, seed, LARGE)
+    assert totals["acknowledged"] > 50 and totals["unsynced"] > 2
+    assert (totals["lost"], totals["wrong"]) == (0, 0), totals
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1800)
-def test_many_power_losses(tmp_path, backend, seed):
-    totals = lose_power_often(tmp_path, backend, 3000, seed + 1)
+@pytest.mark.parametrize(("times", "layout"), [(3000, LAYOUT), (300, LARGE)], ids=["small", "large"])
+def test_many_power_losses(tmp_path, backend, seed, times, layout):
+    totals = lose_power_often(tmp_path, backend, times, seed + 1, layout)
     assert (totals["lost"], totals["wrong"]) == (0, 0), totals
 
 
@@ -447,10 +454,10 @@ def test_a_segment_that_a_power_loss_cut_short_is_made_anew(tmp_path, backend):
 
 
 # ---------------------------------------------------------------------- flipped bits
-def flip_bits(path, backend, times: int, seed: int, codec: str = "none") -> None:
+def flip_bits(path, backend, times: int, seed: int, codec: str = "none", layout=LAYOUT) -> None:
     """One random bit at a time, in data, trailers, index, journal and identity; each is noticed or harmless padding."""
     choose = random.Random(seed)
-    tier = open_tier(path, backend, codec=codec)
+    tier = open_tier(path, backend, codec=codec, layout=layout)
     put(tier, tier.allocate(0, 30), list(range(30)))
     tier.put_session("a", {"n": 1})
     geometry = tier.geometry(0)
@@ -463,7 +470,7 @@ def flip_bits(path, backend, times: int, seed: int, codec: str = "none") -> None
     meta = [path / "manifest.log", path / "store.json", *sorted((path / "blocks.zarr").rglob("zarr.json"))]
     sizes |= {file: file.stat().st_size for file in meta}
     pristine = {file: file.read_bytes() for file in sizes}
-    everything, torn, is_noticed = listed_right(path, backend)
+    everything, torn, is_noticed = listed_right(path, backend, layout)
     assert len(everything) == 30 and torn == 0 and not is_noticed
     weights = [6 / len(segments)] * len(segments) + [3, 1] + [1 / (len(meta) - 2)] * (len(meta) - 2)
     for _ in range(times):
@@ -478,7 +485,7 @@ def flip_bits(path, backend, times: int, seed: int, codec: str = "none") -> None
         is_journal = file.suffix == ".log"
         is_same = file.suffix == ".json" and means_the_same(bytes(raw), pristine[file])
         try:
-            right, torn, is_noticed = listed_right(path, backend)
+            right, torn, is_noticed = listed_right(path, backend, layout)
             assert torn == (part == "index") and is_noticed == is_journal, f"{file.name} at {at}"
             kept = right == everything
             assert kept == (part in ("index", "nothing") or is_same) or is_journal, f"{file.name} at {at}"
@@ -488,7 +495,7 @@ def flip_bits(path, backend, times: int, seed: int, codec: str = "none") -> None
             with open(one, "r+b") as handle:
                 handle.write(whole)
                 handle.truncate()
-    assert listed_right(path, backend) == (everything, 0, False)
+    assert listed_right(path, backend, layout) == (everything, 0, False)
 
 
 def part_of_segment(geometry, ends: list[int], number: int, at: int) -> str:
@@ -513,9 +520,9 @@ def means_the_same(raw: bytes, before: bytes) -> bool:
         return False
 
 
-def listed_right(path, backend) -> tuple[set[bytes], int, bool]:
+def listed_right(path, backend, layout) -> tuple[set[bytes], int, bool]:
     """Keys of the blocks that are right, how many broken indexes were noticed, and whether the journal was damaged."""
-    tier = open_tier(path, backend, durability="none")
+    tier = open_tier(path, backend, durability="none", layout=layout)
     try:
         wrong, right = wrong_blocks(tier)
         assert wrong == 0
@@ -528,6 +535,10 @@ def listed_right(path, backend) -> tuple[set[bytes], int, bool]:
 
 def test_flipped_bits_are_misses_or_refusals_and_never_wrong_bytes(scratch, backend, seed):
     flip_bits(scratch / "s", backend, 2000, seed)
+
+
+def test_flipped_bits_of_blocks_past_the_page_cache_are_noticed_too(tmp_path, backend, seed):
+    flip_bits(tmp_path / "s", backend, 60, seed, layout=LARGE)
 
 
 def test_flipped_bits_of_a_compressed_store_are_noticed_too(scratch, backend, seed):
