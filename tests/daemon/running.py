@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ from kvtier.pager.protocol import fetch_status
 from .. import warm
 
 START_S = 60.0  # of a start and of an answer: a bound on hanging, not an aim
-DYING = Path(__file__).with_name("dying.py")
+DYING, FAILING = (Path(__file__).with_name(name) for name in ("dying.py", "failing.py"))
 
 
 class Pagerd:
     """`start` returns once it answers. `starts_cold`: from nothing, as people start it.
 
-    With `slow_copies`, copies that clients order take long enough to be died in."""
+    With `slow_copies`, copies that clients order take long enough to be died in. `failing`: a file; while it exists, the
+    disk refuses with the error that it names."""
 
     def __init__(
         self,
@@ -33,9 +35,10 @@ class Pagerd:
         options: tuple[str, ...] = (),
         slow_copies: bool = False,
         starts_cold: bool = False,
+        failing: Path | None = None,
     ):
         self.folder, self.socket = folder, folder / "pagerd.sock"
-        self._slow_copies = slow_copies
+        self._slow_copies, self._failing = slow_copies, failing
         self.address = f"unix://{self.socket}"
         self._arguments = ["--socket", str(self.socket), "--host-bytes", str(host_bytes), *options]
         if nvme_bytes is not None:
@@ -48,6 +51,8 @@ class Pagerd:
         if dies_at is None and self._slow_copies:
             dies_at = 0
         program = ["-m", "kvtier.tools.pagerd"] if dies_at is None else [str(DYING), str(dies_at)]
+        if self._failing is not None:
+            program = [str(FAILING), str(self._failing)]
         with open(self.folder / "pagerd.log", "ab") as log:
             if self._starts_cold:
                 self.process = subprocess.Popen([sys.executable, *program, *self._arguments], stdout=log, stderr=log)
@@ -88,6 +93,16 @@ class Pagerd:
         assert self.process is not None
         pages = int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def held_for_clients(self) -> tuple[int, int]:
+        """Descriptors of sockets, processes and shared memory; and threads. Files of the store come and go with it."""
+        assert self.process is not None
+        folder, found = Path(f"/proc/{self.process.pid}"), []
+        for link in (folder / "fd").iterdir():
+            with suppress(FileNotFoundError):
+                found.append(os.readlink(link))
+        kinds = ("socket:", "anon_inode:[pidfd]", "/memfd")
+        return sum(name.startswith(kinds) for name in found), len(list((folder / "task").iterdir()))
 
     def __enter__(self) -> Pagerd:
         return self.start()

@@ -22,6 +22,7 @@ from .punctual import MOST_S, Stopwatch
 from .running import Pagerd, wait_for
 
 SIZE = LAYOUT.block_bytes
+MOST_THREADS = 16  # of the pools that start threads when they are needed
 KINDS = {"client": (), "daemon": ("ipc",)}  # of load clients, by who copies
 by_both = pytest.mark.parametrize("copies", list(KINDS), ids="copied_by_{}".format)
 
@@ -83,6 +84,7 @@ def kill_clients(tmp_path: Path, kills: int, seed: int, copies: str) -> float:
         witness = LoadClient(daemon, seed, *KINDS[copies])
         witness.wait_ready()
         acknowledged: dict[str, int] = {}
+        held_before = daemon.held_for_clients()
         for number in range(kills):
             client = LoadClient(daemon, 1000 * (seed + 1) + number % 3, *KINDS[copies])
             client.wait_ready()
@@ -97,6 +99,8 @@ def kill_clients(tmp_path: Path, kills: int, seed: int, copies: str) -> float:
             assert not client.wrong
             acknowledged |= client.acknowledged
         assert acknowledged
+        held = daemon.held_for_clients()  # as for the witness alone; threads come as there is work, so many and no more
+        assert held[0] <= held_before[0] + 2 and held[1] <= held_before[1] + MOST_THREADS, (held_before, held)
         told = end_all([witness], copies)
         print(f"seed {seed}: {kills} kills, {len(acknowledged)} sessions, {witness.done}")
         print(f"noticed in {watch.slowest_s:.2f} s")
