@@ -12,8 +12,8 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -140,28 +140,40 @@ class Conversations:
         listener: Listener,
         *,
         namespace: str = "default",
+        max_context: int | None = None,
+        is_limit_open: bool = False,
         priority: int = 0,
         timeout_s: float | None = None,
     ) -> Submission:
         """Answer a message; a parked session is resumed first. The listener hears the end when the turn is durable.
 
-        Raises: UnknownSessionError, Busy while another turn or verb is at work on it, ConfigError for the message.
+        `max_context`: most tokens that the session may have after the turn. `is_limit_open`: nobody chose max_tokens, so
+        what does not fit is cut off. Raises: UnknownSessionError, Busy while another turn or verb is at work on it,
+        ConfigError for the message.
         """
         held = self._claim(session_id, namespace)
         turn = _Turn(self, held, listener)
 
         def make(engine: Engine) -> Request:
-            turn.request = held.session.turn(new, params)
+            turn.request = held.session.turn(new, asked)
             turn.request.priority = priority
             return turn.request
 
         try:
             self._bring_back(held.session)
             new = held.session.encode(message)  # here, where no step waits for it
+            known, capacity = self._engine.pager.num_tokens(held.session.seq), self._engine.pager.capacity_tokens()
+            left = min(capacity, capacity if max_context is None else max_context) - known - len(new)
+            asked = replace(params, max_tokens=min(params.max_tokens, max(left, 1))) if is_limit_open else params
+            if max_context is not None and asked.max_tokens > left:
+                raise ConfigError(
+                    f"{known + len(new)} tokens of session and message and {asked.max_tokens} of answer are more than the "
+                    f"context of {min(capacity, max_context)}; send less, lower max_tokens, or roll back"
+                )
             return self._loop.submit_request(make, turn, timeout_s=timeout_s)
         except BaseException:
             if turn.request is not None:  # appended, but nobody takes it: the queue is full
-                self._loop.call(lambda engine: held.session.undo()).result()
+                self._undo(held.session)
             self._let_go(held)
             raise
 
@@ -174,13 +186,22 @@ class Conversations:
                 held.is_kept = self._checkpoint(session)
                 request.output.is_durable = self.info(session.id, namespace=session.namespace).is_durable
             else:
-                self._loop.call(lambda engine: session.undo()).result()
+                self._undo(session)
         except KvTierError as failed:
             _LOG.warning("event=turn_not_durable session=%s reason=%s", session.id, failed)
             error = error or failed
         finally:
             self._let_go(held)
         return error
+
+    def _undo(self, session: Session) -> None:
+        """Take the message and what was answered back. Once the loop has ended nobody else touches the session."""
+        try:
+            self._loop.call(lambda engine: session.undo()).result()
+        except TierUnavailableError:
+            if self._loop.is_running:
+                raise
+            session.undo()
 
     def _checkpoint(self, session: Session) -> bool:
         """Whether it was stored. A disk that takes nothing costs the turn its safety, not the chat its answer."""
@@ -214,9 +235,15 @@ class Conversations:
             with self._lock:
                 for child in children:
                     self._held[child.id] = _Held(child, used_s=time.monotonic())
-            for child in children:
-                if self._engine.pager.num_tokens(child.seq):
-                    self._loop.keep(child.checkpoint).result()
+            try:
+                for child in children:
+                    if self._engine.pager.num_tokens(child.seq):
+                        self._loop.keep(child.checkpoint).result()
+            except BaseException:
+                for child in children:  # who asked knows no name of theirs
+                    with suppress(KvTierError):
+                        self.delete(child.id, namespace=namespace)
+                raise
         return [self.info(child.id, namespace=namespace) for child in children]
 
     def rollback(self, session_id: str, num_tokens: int, *, namespace: str = "default") -> ConversationInfo:
@@ -253,7 +280,11 @@ class Conversations:
 
         def load() -> Session:
             session = Session.load(self._engine, path, session_id, namespace)
-            session.checkpoint()
+            try:
+                session.checkpoint()
+            except BaseException:
+                session.close(released=True)
+                raise
             return session
 
         session = self._loop.keep(load).result()
@@ -294,7 +325,7 @@ class Conversations:
         with self._lock:
             held = self._held.get(session_id)
             if held is None:
-                if session is None:
+                if session is None or not session.is_open:
                     raise _unknown(session_id, namespace)  # deleted meanwhile
                 held = self._held[session_id] = _Held(session)
             while held.is_busy:

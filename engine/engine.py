@@ -201,10 +201,10 @@ class Engine:
         """
         self.check_length(len(prompt) + params.max_tokens)
         params = self._attending(params)
-        drafter = self._drafters.make(params, namespace)
+        drafter, sampler = self._drafters.make(params, namespace), Sampler(params)
         seq = self.pager.begin(namespace)
         self.pager.append(seq, list(prompt))
-        request = Request(seq, params, Sampler(params), len(prompt), namespace=namespace, drafter=drafter)
+        request = Request(seq, params, sampler, len(prompt), namespace=namespace, drafter=drafter)
         request.priority, request.deadline_s = priority, deadline_s
         request.twins = [
             Request(-1, params, Sampler(params, i), len(prompt), namespace=namespace, priority=priority)
@@ -304,8 +304,10 @@ class Engine:
         if request.beams is not None:
             request.beams.give_up(request)
         for twin in request.twins:
-            if twin.seq < 0 and not twin.is_done:
+            if twin.seq < 0 and not twin.is_done:  # the scheduler has never heard of it
                 twin.end(request.output.finish_reason, request.error)
+                if twin.on_end is not None:
+                    twin.on_end(twin)
         if request.on_end is not None:
             request.on_end(request)
 

@@ -111,6 +111,8 @@ class EngineLoop:
         future: Future[T] = Future()
 
         def run(engine: Engine) -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # nobody wants it any more
             try:
                 future.set_result(fn(engine))
             except BaseException as error:
@@ -215,7 +217,8 @@ class EngineLoop:
 
 def _teller(listener: Listener, index: int) -> Callable[[Request, int], None]:
     def tell(request: Request, token: int) -> None:
-        logprob = request.output.logprobs[-1] if request.params.logprobs is not None else None
+        known = request.output.logprobs  # none of beams: their tokens are told when the search is over
+        logprob = known[-1] if known else None
         if listener.on_token(index, token, logprob):
             request.stop()
 

@@ -23,7 +23,7 @@ class Persister:
         self._pager, self._timeout_s = pager, timeout_s
         self._changed = threading.Condition()
         self._waiting: list[tuple[int, Future[None]]] = []
-        self._num_open = 0  # waiting or being written
+        self._num_added = self._num_ended = 0  # they end in the order in which they were added
         self._is_closing = False
         self._error: Exception | None = None  # of a write since the last flush
         self.num_failed = 0
@@ -32,23 +32,30 @@ class Persister:
 
     @property
     def num_open(self) -> int:
-        return self._num_open
+        """Waiting or being written."""
+        with self._changed:  # both of one moment
+            return self._num_added - self._num_ended
 
     def add(self, seq: int) -> Future[None]:
         """Take over a sequence. The future ends when it is durable, or holds the error that says why it is not."""
         done: Future[None] = Future()
         with self._changed:
-            self._changed.wait_for(lambda: self._num_open < MAX_WAITING)
+            self._changed.wait_for(lambda: self.num_open < MAX_WAITING)
             self._waiting.append((seq, done))
-            self._num_open += 1
+            self._num_added += 1
             self._changed.notify_all()
         return done
 
     def flush(self, timeout_s: float) -> None:
-        """Wait for everything added so far. Raises the first error since the last flush, TimeoutError when late."""
+        """Wait for what was added before this call, whatever others go on adding.
+
+        Raises: the first error since the last flush; TimeoutError when late.
+        """
         with self._changed:
-            if not self._changed.wait_for(lambda: not self._num_open, timeout_s):
-                raise TimeoutError(f"flush: {self._num_open} stored prefixes are not durable after {timeout_s} s")
+            last = self._num_added
+            if not self._changed.wait_for(lambda: self._num_ended >= last, timeout_s):
+                late = last - self._num_ended
+                raise TimeoutError(f"flush: {late} stored prefixes are not durable after {timeout_s} s")
             error, self._error = self._error, None
         if error is not None:
             raise error
@@ -69,9 +76,9 @@ class Persister:
                 batch, self._waiting = self._waiting, []
             for part in (batch,) if self._persist(batch) else ([one] for one in batch):
                 self._settle(part)
-            with self._changed:
-                self._num_open -= len(batch)
-                self._changed.notify_all()
+                with self._changed:
+                    self._num_ended += len(part)
+                    self._changed.notify_all()
 
     def _persist(self, batch: list[tuple[int, Future[None]]]) -> bool:
         """All in one commit; False where that failed and each has to be tried alone."""
@@ -90,8 +97,9 @@ class Persister:
                     self._pager.persist([seq], timeout_s=self._timeout_s)
                     done.set_result(None)
                 except Exception as error:  # this thread's supervisor: the error goes to whoever waits or flushes
-                    self.num_failed += 1
-                    self._error = self._error or error
+                    with self._changed:
+                        self.num_failed += 1
+                        self._error = self._error or error
                     _LOG.warning("event=prefix_not_durable reason=%s", getattr(error, "code", type(error).__name__))
                     done.set_exception(error)
             self._pager.finish(seq)

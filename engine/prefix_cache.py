@@ -234,13 +234,13 @@ class PrefixCache(PrefixHints, PrefixChunks, AsyncTwins):
     def pin(self, token_ids: TokenIds, ttl: float) -> int:
         """Keep what is stored of a prefix from being evicted for `ttl` seconds; returns its number of tokens.
 
-        Of this process: after a restart, pin again. Pinned blocks take part of nvme_bytes that others cannot have.
+        Of this process: after a restart, pin again; `ttl` may be infinite, until close. Pinned blocks take part of
+        nvme_bytes that others cannot have. Raises: ConfigError for a ttl that is not more than 0, and bad token_ids.
         """
-        if ttl <= 0:
+        if not ttl > 0:  # nan too
             raise ConfigError(f"ttl={ttl!r}: give seconds, more than 0")
         with self._call():
-            seq = self._pager.begin(self._namespace)
-            tokens = self._pager.attach(seq, ids_of(token_ids), with_tail=True, count=False).tokens
+            seq, tokens = self._find(token_ids)
             with self._changed:
                 self._pins.append((self._clock() + ttl, seq))
             return tokens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +13,12 @@ from ..tiers.errors import ConfigError
 from .attending import Attention, SelectionReport
 
 MAX_LOGPROBS = 20
+LEAST_TEMPERATURE = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """temperature 0 is greedy.
+    """temperature 0 is greedy, and so is what float32 logits cannot be divided by.
 
     top2_margin: also report best minus second-best logit of each token, in nats. logprobs: also report the natural log
     of each token's probability (before temperature and cuts) and of so many best ones. speculation: "ngram" (what
@@ -42,6 +44,11 @@ class SamplingParams:
     attention: Attention | None = None  # None: the engine's; text such as "select:32" is understood
 
     def __post_init__(self) -> None:
+        if isinstance(self.temperature, int | float) and math.isfinite(self.temperature):
+            exact = float(self.temperature)
+            object.__setattr__(self, "temperature", 0.0 if 0 < exact < LEAST_TEMPERATURE else exact)
+        else:
+            raise ConfigError(f"temperature={self.temperature!r}: need a finite number of at least 0")
         if self.max_tokens < 0 or self.n < 1:
             raise ConfigError(f"max_tokens={self.max_tokens}, n={self.n}: need max_tokens >= 0 and n >= 1")
         if self.temperature < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1 or self.top_k < 0:

@@ -17,7 +17,7 @@ from ..tiers.errors import ConfigError
 from .archive import export_sequence, import_sequence
 from .request import Request
 from .sampling import Output, SamplingParams
-from .template import Message, render_messages
+from .template import Message, end_tokens, render_messages
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -105,8 +105,8 @@ class Session:
 
         What is refused was never said: nothing is appended and nothing is counted.
         """
-        if params.n != 1:
-            raise ConfigError("n: a session answers once per turn; fork it for more")
+        if params.n != 1 or params.num_beams != 1:
+            raise ConfigError("n, num_beams: a session answers once per turn, token by token; fork it for more")
         engine = self._engine
         engine.check_params(params)
         known = engine.pager.num_tokens(self.seq)
@@ -209,7 +209,9 @@ class Session:
         is_text = isinstance(message, str)
         if not is_text and not any(isinstance(part, Mapping) for part in message):
             return [int(token) for token in message]  # type: ignore[arg-type]
-        if self._engine.tokenizer is None:
+        tokenizer = self._engine.tokenizer
+        if tokenizer is None:
             raise ConfigError("send: text needs a tokenizer; pass token ids, or give the engine a tokenizer")
         messages = [{"role": "user", "content": message}] if is_text else message
-        return render_messages(self._engine.tokenizer, messages, self.token_ids)  # type: ignore[arg-type]
+        ends = end_tokens(self._engine.model, tokenizer)
+        return render_messages(tokenizer, messages, self.token_ids, ends)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ step that was committed.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..pager.lease import Span
 from ..pager.pager import Pager
-from ..tiers.errors import BlockMissError, Busy, TierFullError, TierUnavailableError, UnpackableError
+from ..tiers.errors import BlockMissError, Busy, KvTierError, TierFullError, TierUnavailableError, UnpackableError
 from .attending import Attention
 from .modes import Modes
 from .request import Request, phase
@@ -24,6 +25,7 @@ from .runner import ModelRunner
 from .scheduler import Scheduler, Work
 from .speculative import Drafters
 
+_LOG = logging.getLogger("kvtier.engine")
 MAX_STALLS = 4  # leases in a row that a request waits for in vain
 SPARE_MISSES = 16  # lost blocks per request beyond two for each of its blocks, before the disk is given up on
 
@@ -121,10 +123,23 @@ class Stepper:
                 request.num_stalls = 0
             row, rows = 0, logits.unbind(0) if reads else ()
             for index, count in reads:
-                self._take_tokens(requests[index], rows[row : row + count])
+                self._sample(requests[index], rows[row : row + count])
                 row += count
 
     # ------------------------------------------------------------------ tokens
+    def _sample(self, request: Request, logits: Sequence[Tensor]) -> None:
+        """What one request's values or its reader break ends that one: its K/V is computed, and so is the others'."""
+        try:
+            self._take_tokens(request, logits)
+        except KvTierError:
+            raise
+        except Exception as error:
+            _LOG.exception("event=sampling_failed")
+            begun = [twin for twin in request.twins if twin.seq >= 0 and not twin.output.token_ids]
+            for one in (request, *begun):
+                if not one.is_done:
+                    one.end("error", error)
+
     def _take_tokens(self, request: Request, logits: Sequence[Tensor]) -> None:
         """Sample for the request from 1 + drafted rows of logits [vocab], and at its first token for its twins."""
         if request.on_prompt is not None and request.ledger.ttft_s is None:

@@ -13,7 +13,7 @@ from ..engine import Engine
 from ..sampling import SamplingParams
 from .bodies import PinRequest, Prompts, WarmRequest
 from .caller import namespace_of
-from .errors import ApiError, bad
+from .errors import ApiError, bad, of_ours
 from .generating import entered
 from .pins import Pin
 from .prompts import Kept, Prompt
@@ -141,8 +141,8 @@ def _in_events(service: Service, warming: _Warming) -> Response:
             async for progress in warming.steps(PROGRESS_S):
                 yield event(progress)
             yield event(warming.reply().model_dump())
-        except ApiError as error:
-            yield event(error.body())
+        except Exception as error:  # the headers have gone: whatever it is, it leaves as an event
+            yield event(of_ours(error).body())
         yield DONE
 
     def on_end() -> None:

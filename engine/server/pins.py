@@ -47,7 +47,8 @@ class Pins:
     def hold(self, seq: int, num_tokens: int, ttl_s: float, owner: str) -> Pin | None:
         """Keep the whole blocks among the first num_tokens computed tokens of a sequence. None when there is no whole one.
 
-        A pin of the same owner that this one contains and outlives becomes this one. Raises: QueueFullError.
+        A pin of the same owner that this one contains and outlives becomes this one.
+        Raises: QueueFullError; then every pin stays as it was.
         """
         self.expire()
         size, namespace = self._pager.block_size, self._pager.namespace(seq)
@@ -55,10 +56,16 @@ class Pins:
         if not keys:
             return None
         until_s = self._clock() + ttl_s
-        for pin in [p for p in self._pins.values() if p.owner == owner and p.namespace == namespace]:
-            if pin.until_s <= until_s and pin.keys == keys[: len(pin.keys)]:
-                self.let_go(pin.id, owner)
-        if len(self._pins) >= MAX_PINS or len(self._blocks.keys() | set(keys)) > self._max_blocks:
+        contained = [
+            pin.id
+            for pin in self._pins.values()
+            if (pin.owner, pin.namespace) == (owner, namespace)
+            and pin.until_s <= until_s
+            and pin.keys == keys[: len(pin.keys)]
+        ]
+        # the blocks of those are all among keys: with or without them as many blocks would be held
+        num_blocks = len(self._blocks.keys() | set(keys))
+        if len(self._pins) - len(contained) >= MAX_PINS or num_blocks > self._max_blocks:
             raise QueueFullError(
                 f"pins hold {len(self._blocks)} of at most {self._max_blocks} blocks ({len(self._pins)} of at most "
                 f"{MAX_PINS} pins); delete one, or wait until one ends",
@@ -66,6 +73,8 @@ class Pins:
             )
         held = self._pager.fork(seq)
         tokens = self._pager.truncate(held, len(keys) * size)
+        for pin_id in contained:
+            self.let_go(pin_id, owner)
         pin = Pin(f"pin-{secrets.token_hex(8)}", owner, namespace, held, tokens, keys, until_s)
         self._pins[pin.id] = pin
         self._blocks.update(keys)
