@@ -11,6 +11,7 @@ from kvtier import Engine, PagerConfig, SamplingParams, Session
 
 from ..engine.attending import Attention
 from ..engine.loading import load_checkpoint
+from ..engine.template import end_tokens
 from ..tiers.errors import ConfigError, KvTierError
 from ..tiers.layout import format_bytes
 from .format_flags import given_formats
@@ -42,8 +43,8 @@ def run_chat(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--model {arguments.model!r} has no tokenizer; chat needs one saved beside the weights")
     attention = Attention.parse(arguments.attention)
     with Engine.from_model(model, config, tokenizer, attention=attention, pager=arguments.pager) as engine:
-        end = tokenizer.eos_token_id
-        _Chat(engine, arguments.session, SamplingParams(**params, stop_token_ids=() if end is None else (end,))).run()
+        ends = end_tokens(model, tokenizer)
+        _Chat(engine, arguments.session, SamplingParams(**params, stop_token_ids=ends)).run()
     return 0
 
 
@@ -74,7 +75,12 @@ class _Chat:
 
         engine, session = self._engine, self._session.resume()
         streamer: Any = TextStreamer(engine.tokenizer, skip_special_tokens=True)
-        out = session.send(text, self._params, on_token=lambda token: streamer.put(_tensor(token)))
+
+        def show(token: int) -> None:
+            if token not in self._params.stop_token_ids:
+                streamer.put(_tensor(token))
+
+        out = session.send(text, self._params, on_token=show)
         usage, read = out.usage, out.selection
         streamer.end()
         _say(

@@ -17,6 +17,7 @@ from ..engine import Engine
 from ..loop import EngineLoop, Submission
 from ..request import Request
 from ..sampling import SamplingParams
+from ..template import end_tokens
 from .answers import Answers, Ended
 from .bodies import ChatRequest, CompletionRequest, Sampling, unsupported
 from .errors import ApiError, bad
@@ -82,7 +83,7 @@ class Service:
         self.gate = Gate(settings.max_concurrency)
         self.reader = PromptReader(engine.tokenizer, engine.model.get_input_embeddings().num_embeddings)
         self.token_bytes = TokenBytes(engine.tokenizer)
-        self.ends = _end_tokens(engine)
+        self.ends = end_tokens(engine.model, engine.tokenizer)
         self.pins = Pins(engine.pager, int(engine.pager.capacity_tokens() * settings.pinned_share), time.monotonic)
         self._text = ThreadPoolExecutor(TEXT_THREADS, thread_name_prefix="kvtier-text")
         self._waiting = ThreadPoolExecutor(WAITING_THREADS, thread_name_prefix="kvtier-waiting")
@@ -144,12 +145,10 @@ class Service:
         )
 
     def _max_tokens(self, body: Sampling, left: int) -> int:
-        limit = body.max_tokens
-        if isinstance(body, ChatRequest):
-            if body.max_completion_tokens is not None:
-                limit = body.max_completion_tokens
-            return max(left, 1) if limit is None else limit
-        return min(DEFAULT_COMPLETION_TOKENS, max(left, 1)) if limit is None else limit
+        limit = given_limit(body)
+        if limit is not None:
+            return limit
+        return max(left, 1) if isinstance(body, ChatRequest) else min(DEFAULT_COMPLETION_TOKENS, max(left, 1))
 
     def urgency(self, body: Sampling | None = None) -> Urgency:
         """Of the wire a lower number goes first, and no time is longer than the server's."""
@@ -302,9 +301,8 @@ def _max_context(engine: Engine, settings: ServerSettings) -> int:
     return min(limit for limit in limits if limit)
 
 
-def _end_tokens(engine: Engine) -> tuple[int, ...]:
-    """Tokens that end an answer: those of the generation config, and the tokenizer's own."""
-    config = getattr(engine.model, "generation_config", None)
-    named = getattr(config, "eos_token_id", None)
-    ends = {engine.tokenizer.eos_token_id, *(named if isinstance(named, list) else [named])}
-    return tuple(sorted(token for token in ends if token is not None))
+def given_limit(body: Sampling) -> int | None:
+    """The most tokens of an answer that the client asked for."""
+    if isinstance(body, ChatRequest) and body.max_completion_tokens is not None:
+        return body.max_completion_tokens
+    return body.max_tokens

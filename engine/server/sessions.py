@@ -23,7 +23,7 @@ from .errors import ApiError, bad
 from .generating import answer, chat_wire, entered
 from .prompts import Prompt, first_mark, plain_messages
 from .replies import ChatReply, Deleted, SessionList, SessionReply, errors
-from .service import Asked, Service
+from .service import Asked, Service, given_limit
 from .settings import DEFAULT_NAMESPACE
 from .streaming import EVENT_STREAM
 from .text import TextStream
@@ -155,6 +155,8 @@ async def _turn(service: Service, session_id: str, body: ChatRequest, namespace:
                 params,
                 listener,
                 namespace=namespace,
+                max_context=service.max_context,
+                is_limit_open=given_limit(body) is None,
                 priority=urgency.priority,
                 timeout_s=urgency.timeout_s,
             ),
