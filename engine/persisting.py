@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from ..pager.pager import Pager
 
 MAX_WAITING = 64  # sequences
+STORE_TIMEOUT_S = 120.0  # of making one durable
 _LOG = logging.getLogger("kvtier.engine")
 
 

@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -33,7 +34,7 @@ from ..tiers.formats import unpacked_layouts
 from ..tiers.layout import KVLayout
 from .kv_copy import GroupKV, KVCopier
 from .kv_tensors import to_tensors
-from .persisting import Persister
+from .persisting import STORE_TIMEOUT_S, Persister
 from .prefix_async import AsyncTwins
 from .prefix_chunks import LOAD_TIMEOUT_S, PrefixChunks
 from .prefix_hints import PrefixHints
@@ -44,7 +45,6 @@ from .warming import Warmed, warm
 
 BLOCK_SIZE = 32  # tokens; documents differ in length, and a question that follows one shares no block with another
 DEVICE_BYTES, HOST_BYTES, NVME_BYTES = "256MiB", "1GiB", 16 << 30  # host memory is taken as it is used
-STORE_TIMEOUT_S = 120.0
 
 
 class PrefixCache(PrefixHints, PrefixChunks, AsyncTwins):
@@ -191,7 +191,14 @@ class PrefixCache(PrefixHints, PrefixChunks, AsyncTwins):
         Raises: ConfigError for a past that cannot be stored, saying why; UnpackableError for values that the device
         tier's format cannot hold; TierFullError, TierUnavailableError; Busy where copies took longer than timeout_s.
         """
-        ids = ids_of(token_ids)
+        with self._call():
+            new, done = self._store(ids_of(token_ids), past, timeout_s)
+            if durable:
+                done.result(timeout_s)
+        return new
+
+    def _store(self, ids: list[int], past: Any, timeout_s: float = STORE_TIMEOUT_S) -> tuple[int, Future[None]]:
+        """How many tokens were new, and what ends when all are durable."""
         groups = groups_of(past, ids, self.layouts, self._spec)
         with self._call():
             seq = self._pager.begin(self._namespace)
@@ -204,10 +211,16 @@ class PrefixCache(PrefixHints, PrefixChunks, AsyncTwins):
                 self._pager.finish(seq)
                 raise
             self._counters.stored(len(ids), new)
-            done = self._persister.add(seq)
-            if durable:
-                done.result(timeout_s)
-        return new
+            return new, self._persister.add(seq)
+
+    def _persist_whole(self, ids: list[int]) -> Future[None] | None:
+        """Where all of a prompt is stored already, by whomever: what ends when it is durable."""
+        with self._call():
+            seq, tokens = self._find(ids)
+            if tokens == len(ids):
+                return self._persister.add(seq)
+            self._pager.finish(seq)
+            return None
 
     def warm(
         self,

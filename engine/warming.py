@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .persisting import STORE_TIMEOUT_S
 
 if TYPE_CHECKING:
     from .prefix_cache import PrefixCache
@@ -34,7 +37,7 @@ def warm(
     chunk_tokens: int,
 ) -> Warmed:
     """See PrefixCache.warm. One document at a time: its past is in memory until it is stored."""
-    started_s, tokens, computed = time.perf_counter(), 0, 0
+    started_s, tokens, computed, stored = time.perf_counter(), 0, 0, list[Future[None]]()
 
     def so_far(done: int, now: int = 0) -> Warmed:
         return Warmed(done, len(documents), tokens, computed + now, time.perf_counter() - started_s)
@@ -42,18 +45,26 @@ def warm(
     with _shown(progress) as show:
         for done, ids in enumerate(documents):
             num_computed = 0
-            for num_computed in _compute(cache, model, ids, chunk_tokens):
+            for num_computed in _compute(cache, model, ids, chunk_tokens, stored):
                 show(so_far(done, num_computed))
             tokens, computed = tokens + len(ids), computed + num_computed
             show(so_far(done + 1))
-        cache.flush()
+        for one in stored:
+            one.result(STORE_TIMEOUT_S)
     return so_far(len(documents))
 
 
 @torch.inference_mode()
-def _compute(cache: PrefixCache, model: Any, ids: list[int], chunk_tokens: int) -> Iterator[int]:
-    """Yields the number of tokens computed after every chunk; nothing when all of them are stored."""
-    if cache.match(ids) == len(ids):
+def _compute(
+    cache: PrefixCache, model: Any, ids: list[int], chunk_tokens: int, stored: list[Future[None]]
+) -> Iterator[int]:
+    """Yields the number of tokens computed after every chunk; nothing when all of them are stored already.
+
+    `stored` gets what ends when all of them are durable.
+    """
+    whole = cache._persist_whole(ids)
+    if whole is not None:
+        stored.append(whole)
         return
     first, past = cache.load(ids)
     device = next(model.parameters()).device
@@ -62,7 +73,7 @@ def _compute(cache: PrefixCache, model: Any, ids: list[int], chunk_tokens: int) 
         chunk = torch.tensor([ids[start : start + chunk_tokens]], device=device)
         model(input_ids=chunk, past_key_values=past, use_cache=True, **keep)
         yield min(start + chunk_tokens, len(ids)) - first
-    cache.store(ids, past)
+    stored.append(cache._store(ids, past)[1])
 
 
 @contextmanager

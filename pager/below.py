@@ -107,6 +107,9 @@ class LowerTier(Protocol):
 
     def stamps(self, group: int, slots: IntArray) -> npt.NDArray[Any]: ...
 
+    def is_listed(self, group: int, slots: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether these blocks, which were written once, would be found again: a sync that was refused since may say no."""
+
     def is_near(self, group: int, slots: IntArray) -> npt.NDArray[np.bool_]:
         """Whether these blocks lie in memory there, not on a disk."""
 

@@ -23,6 +23,9 @@ from .records import SessionRecords
 from .sessions import MAX_SESSION_ID_BYTES, ParkedSession, SessionEntry, check_session_id
 from .states import NOWHERE, IntArray, PageState
 
+TRIES = 3  # of making durable what a disk has refused
+MOST_UP = 16  # blocks that are brought up at a time, to be written again
+
 
 class Parking:
     """Sessions of one pager."""
@@ -76,12 +79,13 @@ class Parking:
         with core.locked():
             self._seal_tail(seq)
             kept.name(core, seq)
-        self._write_down(seq, timeout_s, f"session {session_id!r}")
+        what = {f"session {session_id!r}": seq}
+        self._write_down(seq, timeout_s, *what)
         entry = SessionEntry(session_id, seq.namespace, list(seq.token_ids), seq.num_computed, extra)
         entry.summary, entry.tail_keys, entry.branch = _summary(seq), self._tail_keys(seq), seq.branch
         if core.nvme is not None and self._records is not None:
             self._records.put(entry)
-            core.nvme.flush(timeout_s)
+            self._make_durable(what, timeout_s)
             entry.is_durable = core.nvme.is_durable
         return entry
 
@@ -125,11 +129,7 @@ class Parking:
             self.seal(seq)
             with core.locked():
                 self._widen_windows(seq)
-            self._write_down(seq, timeout_s, f"sequence {seq.id}", may_wait_for_pins=True)
-        if core.nvme is not None:
-            with core.lock:
-                below = [_slots_below(group, [seq.tables[group.index] for seq in seqs]) for group in core.groups]
-            core.nvme.flush(timeout_s, below)
+        self._make_durable({f"sequence {seq.id}": seq for seq in seqs}, timeout_s, may_wait_for_pins=True)
 
     def seal(self, seq: Sequence) -> None:
         """Give the partial tail block, if there is one, a key of its own content, so that it can be found."""
@@ -184,6 +184,23 @@ class Parking:
                 table.put(before, int(block[0]))
                 group.ref(block)
 
+    def _make_durable(self, seqs: dict[str, Sequence], timeout_s: float, *, may_wait_for_pins: bool = False) -> None:
+        """By what people call them. Raises as _write_down, and TierUnavailableError when the disk refuses again and again."""
+        core = self._core
+        for _ in range(TRIES):
+            for what, seq in seqs.items():
+                self._write_down(seq, timeout_s, what, may_wait_for_pins=may_wait_for_pins)
+            if core.nvme is None:
+                return
+            with core.lock:
+                below = [
+                    _slots_below(group, [seq.tables[group.index] for seq in seqs.values()]) for group in core.groups
+                ]
+            core.nvme.flush(timeout_s, below)
+            if all(core.nvme.is_listed(i, slots).all() for i, slots in enumerate(below)):
+                return  # else another's commit was refused, and with it what we had just written
+        raise TierUnavailableError(f"{', '.join(seqs)}: the disk under {core.config.nvme_path} refuses to keep it")
+
     def _write_down(self, seq: Sequence, timeout_s: float, what: str, *, may_wait_for_pins: bool = False) -> None:
         """Wait until every block of the sequence is on nvme (or, without one, at least below the device or in it)."""
         core = self._core
@@ -214,36 +231,61 @@ class Parking:
         )
 
     def _push_down(self, group: BlockGroup, blocks: IntArray) -> int:
-        """Start what brings these blocks one tier lower; returns how many are not on nvme yet."""
+        """Start what brings these blocks of a table one tier lower; returns how many are not on nvme yet."""
+        return self._write_again(group, self._misnamed(group, blocks[-1:])) + self.push_down(group, blocks)
+
+    def push_down(self, group: BlockGroup, blocks: IntArray, reason: str = "park") -> int:
+        """Likewise, of any blocks."""
         core, d = self._core, group.directory
-        num_misnamed = self._write_again_if_misnamed(group, blocks[-1:])
+        num_lost = self._write_again(group, self._unlisted(group, blocks))
         todo = blocks[~d.nvme_valid[blocks]]
         in_host = todo[d.in_host(todo) & (d.nvme_slot[todo] < 0)]
-        core.sink_blocks(group, in_host, "park")
+        core.sink_blocks(group, in_host, reason)
         pages = np.maximum(d.page[todo], 0)
         dirty = todo[(d.page[todo] >= 0) & (group.pages.state[pages] == PageState.DIRTY) & group.pages.idle()[pages]]
         if len(dirty):
             core.make_host_room(group, group.forms.slots_of(dirty), int(d.owner[dirty[0]]))
-            core.write_back_blocks(group, dirty, "park")
-        return len(todo) + num_misnamed
+            core.write_back_blocks(group, dirty, reason)
+        return len(todo) + num_lost
 
-    def _write_again_if_misnamed(self, group: BlockGroup, tail: IntArray) -> int:
-        """A tail that went down before it was sealed lies there under a name that means nothing after a restart: that
-        copy goes where there is one above. Returns how many there are that have to come up first."""
+    def _misnamed(self, group: BlockGroup, tail: IntArray) -> IntArray:
+        """A tail that went down before it was sealed lies there under a name that means nothing after a restart."""
         d, cold = group.directory, group.cold
         if cold is None or not len(tail) or not d.nvme_valid[tail].all() or not d.is_named[tail].all():
+            return tail[:0]
+        is_right = cold.tier.stamps(group.index, d.nvme_slot[tail])["key"][0].tobytes() == d.key[int(tail[0])]
+        return tail[:0] if is_right else tail
+
+    def _unlisted(self, group: BlockGroup, blocks: IntArray) -> IntArray:
+        """Those that lie below and would not be found again: a sync of what was written there was refused."""
+        d, cold = group.directory, group.cold
+        if cold is None:
+            return blocks[:0]
+        there = blocks[d.nvme_valid[blocks]]
+        return there[~cold.tier.is_listed(group.index, d.nvme_slot[there])]
+
+    def _write_again(self, group: BlockGroup, blocks: IntArray) -> int:
+        """Copies that must not be relied on go where there is one above. Returns how many have to come up first, of which
+        some do."""
+        if not len(blocks):
             return 0
-        if cold.tier.stamps(group.index, d.nvme_slot[tail])["key"][0].tobytes() == d.key[int(tail[0])]:
-            return 0
-        if not d.nvme_holds[tail].any() and (d.in_device(tail) | d.in_host(tail)).all():
-            cold.leave(tail)
-            group.dirty_if_alone(tail)
-            return 0
-        if d.host_slot[tail[0]] == NOWHERE and self._core.make_host_room(group, 1):
-            slots = group.take_host_slots(group.forms.slots_of(tail, below=True))
-            if slots is not None:
-                cold.read(tail, slots, "park")
-        return 1
+        d, cold = group.directory, group.cold
+        assert cold is not None
+        is_free = d.nvme_holds[blocks] == 0
+        is_above = d.in_device(blocks) | d.in_host(blocks)
+        again = blocks[is_free & is_above]
+        if len(again):
+            cold.leave(again)
+            group.dirty_if_alone(again)
+        for block in blocks[is_free & ~is_above & (d.host_slot[blocks] == NOWHERE)][:MOST_UP]:
+            one = np.array([block])
+            if not self._core.make_host_room(group, 1):
+                break
+            slots = group.take_host_slots(group.forms.slots_of(one, below=True))
+            if slots is None:
+                break
+            cold.read(one, slots, "park")
+        return len(blocks) - len(again)
 
     def _leave_device(self, group: BlockGroup, blocks: IntArray) -> None:
         """A parked session gives its pages back, except those that it shares with someone who runs."""

@@ -30,6 +30,7 @@ TIMEOUT_S = 10.0
 # What these answer is ours from then on, and GOODBYE is not taken back: where no answer comes the socket ends, which the
 # next connection settles. Slots that come too late are given back.
 _TAKING = (messages.Lookup, messages.Commit, messages.Hold, messages.GetSession, messages.Goodbye)
+_GIVING = (messages.Release, messages.Unhold, messages.DropSession)  # never taken back: CANCEL may come in time
 _MOST_LATE = 1024  # requests given up that may still be answered
 M = TypeVar("M")
 
@@ -240,6 +241,8 @@ class DaemonConnection:
             return False
         if pending.target or is_taking(asked):
             self.close()
+            return True
+        if isinstance(asked, _GIVING):
             return True
         with contextlib.suppress(KvTierError):
             self._send(next(self._ids), messages.Cancel(request_id), None)

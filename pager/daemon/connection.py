@@ -187,8 +187,8 @@ class Connection(asyncio.BufferedProtocol):
             return 0
         self._is_let_in = False
         payload = header.size - META_LENGTH.size - size
-        self._note(header, payload)
         self._raw = header
+        self._note(header, payload)
         view = memoryview(self._buffer)
         target = self._handler.received(self, header, bytes(view[begin : begin + size]), payload)
         here = min(payload, self._used - begin - size)
@@ -272,10 +272,9 @@ class Connection(asyncio.BufferedProtocol):
             self._transport.pause_reading()
 
     def _is_over(self) -> bool:
+        """A payload that is coming in has its room already, and must not stop itself."""
         limits = self._handler
-        return (
-            len(self._in_flight) >= limits.requests_in_flight or sum(self._in_flight.values()) > limits.bytes_in_flight
-        )
+        return len(self._in_flight) >= limits.requests_in_flight or self.request_bytes > limits.bytes_in_flight
 
     def _answered(self, request_id: int) -> None:
         self._in_flight.pop(request_id, None)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
 
+from kvtier.pager.client.attachment import Attachment
+from kvtier.pager.client.connection import Greeting
 from kvtier.pager.wire import messages as m
 from kvtier.tiers.errors import TierUnavailableError
+from kvtier.tiers.layout import KVLayout
 
 from .inside import InsideDaemon
 from .running import wait_for
@@ -74,4 +78,32 @@ def test_a_hold_that_comes_too_late_ends_the_connection_that_asked(daemon, hold)
         wait_for(lambda: client.connection.is_lost)
     else:
         assert client.connection.call(m.Lookup(client.store, key(1)), m.Found)
+        client.goodbye()
+
+
+def test_what_is_given_back_stays_given_back_though_nobody_waited_for_the_answer(daemon):
+    """The daemon stood still, and reads RELEASE and whatever follows it in one go."""
+    client = attach(daemon.address)
+    rows, _ = client.reserve(0, 4, 60.0)
+    stands, may_go_on = threading.Event(), threading.Event()
+    daemon.loop.call_soon_threadsafe(lambda: (stands.set(), may_go_on.wait(60)))
+    assert stands.wait(60)
+    reply = client.connection.begin(m.Release(client.epoch, client.store, 0, rows.astype("<i4").tobytes()), m.Done)
+    with pytest.raises(TierUnavailableError, match="did not answer"):
+        reply.result(SOON_S)
+    may_go_on.set()
+    wait_for(lambda: daemon.store.pinned_slots() == 0)
+    client.goodbye()
+
+
+def test_a_block_larger_than_all_that_may_be_in_flight_comes_in(tmp_path):
+    layout = KVLayout(num_layers=2, num_kv_heads=8, head_dim=128, block_size=128, dtype="float32")
+    with InsideDaemon(tmp_path, host_bytes=8 * layout.block_bytes) as daemon:
+        daemon.service.bytes_in_flight = layout.block_bytes // 2
+        client = Attachment.open(daemon.address, [layout], "large", {}, Greeting("test", features=[m.BYTES]))
+        rows, _ = client.reserve(0, 2, 60.0)
+        blocks = np.random.default_rng(0).integers(0, 256, (2, layout.block_bytes), np.uint8)
+        client.write_rows(0, rows[:2], blocks, np.arange(len(rows)))
+        assert (daemon.store.core.groups[0].slab.rows[rows] == blocks).all()
+        client.release(0, rows)
         client.goodbye()

@@ -48,6 +48,7 @@ class DurableListing:
         self._unsynced: dict[Segment, list[IntArray]] = {}  # slots written since the segment was last synced
         self._stale_index: set[Segment] = set()  # their index pages say something else than the journal
         self.failed_syncs = self.failed_index_writes = self.torn_indexes = self.doubtful_blocks = 0
+        self.num_refused = 0  # segments whose bytes a commit could not make durable
 
     # ------------------------------------------------------------------ changes
     def put(self, group: int, slots: IntArray, stamps: Stamps) -> None:
@@ -57,12 +58,19 @@ class DurableListing:
             self._changed(group, slots)
             self._wrote(group, slots)
 
-    def move(self, group: int, left: IntArray, slots: IntArray, stamps: Stamps) -> None:
-        """List blocks at other slots. Raises OSError."""
+    def move(
+        self, group: int, left: IntArray, slots: IntArray, stamps: Stamps, generations: npt.NDArray[np.uint64]
+    ) -> npt.NDArray[np.bool_]:
+        """List blocks at other slots, but for those whose old slot was given to others since. Returns which.
+
+        Raises OSError.
+        """
         with self.lock:
-            self._manifest.move(group, left, slots, stamps)
-            self._changed(group, left)
-            self._changed(group, slots)
+            same: npt.NDArray[np.bool_] = self._books[group].listing.stamps["generation"][left] == generations
+            self._manifest.move(group, left[same], slots[same], stamps[same])
+            self._changed(group, left[same])
+            self._changed(group, slots[same])
+            return same
 
     def wrote(self, group: int, slots: IntArray) -> None:
         """Bytes went down that are not listed yet; the next commit syncs them."""
@@ -125,6 +133,7 @@ class DurableListing:
             late = {segment for segment in sorted(stale) if not self._write_index(segment, pages[segment], gone)}
             touched = sorted((stale | unsynced.keys()) - gone)
             refused = {segment for segment in touched if not self._sync(segment)}
+            self.num_refused += len(refused | (gone & unsynced.keys()))
             for segment in refused:
                 self._distrust(segment, unsynced.get(segment, []))
             with self.lock:

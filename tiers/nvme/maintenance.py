@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,10 @@ class Report:
     dropped_blocks: int = 0
     copied_blocks: int = 0
     known_blocks: int = 0  # the target of a copy had them already
-    sessions: int = 0
+    sessions: int = 0  # of a copy: those that it put there
+    kept_sessions: list[str] = field(
+        default_factory=list
+    )  # the target of a copy had these ids already, and has its own still
     journal_gaps: int = 0  # damaged places; what was recorded there is lost
     torn_journal_bytes: int = 0  # at its end, as a crash leaves them
     torn_indexes: int = 0  # of segments: stock readers refuse those, blocks are as they were
@@ -51,7 +54,7 @@ class Report:
     def is_damaged(self) -> bool:
         return bool(self.bad_blocks or self.journal_gaps)
 
-    def to_dict(self) -> dict[str, int]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -108,11 +111,18 @@ def collect(path: Path, progress: Progress) -> Report:
 
 
 def copy(
-    source: Path, target: Path, progress: Progress, *, codec: str | None = None, secrets: Secrets = _NO_SECRETS
+    source: Path,
+    target: Path,
+    progress: Progress,
+    *,
+    codec: str | None = None,
+    secrets: Secrets = _NO_SECRETS,
+    replace: bool = False,
 ) -> Report:
     """Copy blocks and sessions from one store into another of the same model, which is made where there is none.
 
-    A new target is stored as the source is, or under `codec`; one that exists keeps its own.
+    A new target is stored as the source is, or under `codec`; one that exists keeps its own. So it does with sessions whose
+    ids it has already, since which is newer is not told, unless `replace`.
     Raises: StoreMismatchError when the two are of different models; ConfigError when the target has no room;
     TierUnavailableError when its disk refuses a block.
     """
@@ -147,8 +157,13 @@ def copy(
                         )
                     report.copied_blocks += len(good)
                     progress(report.blocks, total)
+            had = into.sessions()
             for session_id, record in _records(origin, secrets):
-                into.put_session(*_as_in(into, session_id, record, secrets))
+                name, as_there = _as_in(into, session_id, record, secrets)
+                if name in had and not replace:
+                    report.kept_sessions.append(session_id)
+                    continue
+                into.put_session(name, as_there)
                 report.sessions += 1
             into.flush()
     return report

@@ -167,6 +167,11 @@ class NvmeTier:
         self.corrupt_blocks += len(slots)
         self.free(group, slots)
 
+    def is_listed(self, group: int, slots: IntArray) -> npt.NDArray[np.bool_]:
+        """Whether these blocks, which were written once, would be found again: a sync that was refused since may say no."""
+        with self._lock:
+            return self._books[group].listing.listed[slots]
+
     def is_near(self, group: int, slots: IntArray) -> npt.NDArray[np.bool_]:
         return np.zeros(len(slots), bool)
 

@@ -188,6 +188,8 @@ class Writer:
             self._listing.put(group, slots, stamps)
             if self._durability == "always":
                 self._listing.commit()
+                if not self._books[group].listing.listed[slots].all():
+                    return False  # another's commit was refused, and with it what we had just written
         except (OSError, TierUnavailableError):
             return False
         self._told(self._books[group].footprint(stamps))
@@ -197,6 +199,7 @@ class Writer:
         """New bytes are durable before the journal says so, and the journal before the old slots are used again."""
         book, geometry = self._books[group], self._books[group].geometry
         stamps = book.listing.stamps[slots].copy()
+        generations = stamps["generation"].copy()
         rows = self._movers.spare_rows(group, len(slots))
         places, good = np.arange(len(slots)), np.zeros(len(slots), bool)
         for run in plan_runs(geometry, slots):
@@ -207,9 +210,12 @@ class Writer:
             good[run.part] &= self._write_run(group, run, rows, places, stamps)
         try:
             if self._durability != "none":
+                before = self._listing.num_refused
                 self._listing.wrote(group, targets)
                 self._listing.commit()
-            self._listing.move(group, slots[good], targets[good], stamps[good])
+                if self._listing.num_refused != before:
+                    return  # of another's commit: it may have had our bytes to sync
+            good[good] = self._listing.move(group, slots[good], targets[good], stamps[good], generations[good])
         except (OSError, TierUnavailableError):
             return
         if self._durability != "none":
