@@ -25,9 +25,7 @@ class Turns:
 
     def put(self, name: str, work: Work) -> None:
         self._waiting.setdefault(name, deque()).append(work)
-        if not self._is_scheduled:
-            self._is_scheduled = True
-            self._loop.call_soon(self._serve)
+        self._serve_soon()
 
     def __len__(self) -> int:
         return sum(map(len, self._waiting.values()))
@@ -40,8 +38,16 @@ class Turns:
             work = queue.popleft()
             if queue:
                 self._waiting[name] = queue  # behind everybody else
-            work()
-            if self._clock() >= until_s and self._waiting:
-                self._is_scheduled = True
-                self._loop.call_soon(self._serve)
+            try:
+                work()
+            except BaseException:  # whoever breaks does not keep the others waiting
+                self._serve_soon()
+                raise
+            if self._clock() >= until_s:
+                self._serve_soon()
                 return
+
+    def _serve_soon(self) -> None:
+        if self._waiting and not self._is_scheduled:
+            self._is_scheduled = True
+            self._loop.call_soon(self._serve)

@@ -53,9 +53,9 @@ def test_flushes_that_wait_are_in_the_way_of_no_other_tenant_nor_of_other_reques
     hers, his = open_model(daemon, ALICE), open_model(daemon, BOB)
     gate, flush = threading.Event(), Keeper.flush
 
-    def wait_for_room(self, client, timeout_s):
+    def wait_for_room(self, client, timeout_s, *blocks):
         assert client.tenant.name != "alice" or gate.wait(START_S)
-        flush(self, client, timeout_s)
+        flush(self, client, timeout_s, *blocks)
 
     monkeypatch.setattr(Keeper, "flush", wait_for_room)
     waiting = [hers.connection.begin(m.Flush(hers.epoch, hers.store, 60_000), m.Flushed) for _ in range(2 * AT_ONCE)]

@@ -107,3 +107,15 @@ def test_a_block_larger_than_all_that_may_be_in_flight_comes_in(tmp_path):
         assert (daemon.store.core.groups[0].slab.rows[rows] == blocks).all()
         client.release(0, rows)
         client.goodbye()
+
+
+def test_who_comes_back_before_its_old_socket_is_missed_holds_nothing_of_it(daemon):
+    client = attach(daemon.address)
+    client.reserve(0, 4, 60.0)
+    put(client, [1])
+    (connection,) = daemon.service._connections
+    daemon.loop.call_soon_threadsafe(connection._transport.pause_reading)  # so that its end goes unseen
+    again = attach(daemon.address, previous_boot=client.connection.welcome.boot, previous_epoch=client.epoch)
+    wait_for(lambda: daemon.store.pinned_slots() == 0 and len(daemon.store.clients) == 1)
+    again.goodbye()
+    client.connection.close()

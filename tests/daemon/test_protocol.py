@@ -342,3 +342,19 @@ def test_status_needs_no_hello(daemon):
     assert status["daemon"]["connections"] == 1 and status["daemon"]["pinned_slots"] == 1
     assert status["tiers"]["host"]["blocks"] == 1
     client.goodbye()
+
+
+def test_who_breaks_does_not_keep_the_others_waiting():
+    loop = asyncio.new_event_loop()
+    turns, served = Turns(loop), []
+    loop.set_exception_handler(lambda *_: None)
+
+    def broken() -> None:
+        raise BrokenPipeError
+
+    for work in (broken, lambda: served.append(1)):
+        turns.put("a", work)
+    loop.call_later(0.05, loop.stop)
+    loop.run_forever()
+    loop.close()
+    assert served == [1]
