@@ -18,7 +18,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..pager.sessions import check_session_id
-from ..tiers.errors import Busy, ConfigError, KvTierError, TierFullError, TierUnavailableError, UnknownSessionError
+from ..tiers.errors import (
+    Busy,
+    ConfigError,
+    KvTierError,
+    SessionChangedError,
+    TierFullError,
+    TierUnavailableError,
+    UnknownSessionError,
+)
 from .engine import Engine
 from .loop import EngineLoop, Listener, Submission
 from .request import Request
@@ -190,6 +198,8 @@ class Conversations:
         except KvTierError as failed:
             _LOG.warning("event=turn_not_durable session=%s reason=%s", session.id, failed)
             error = error or failed
+            if isinstance(failed, SessionChangedError):
+                self._leave(held)
         finally:
             self._let_go(held)
         return error
@@ -202,6 +212,12 @@ class Conversations:
             if self._loop.is_running:
                 raise
             session.undo()
+
+    def _leave(self, held: _Held) -> None:
+        """Forget what we have of a session; the next message takes up what is stored."""
+        self._loop.call(lambda engine: held.session.close()).result()
+        with self._lock:
+            self._held.pop(held.session.id, None)
 
     def _checkpoint(self, session: Session) -> bool:
         """Whether it was stored. A disk that takes nothing costs the turn its safety, not the chat its answer."""

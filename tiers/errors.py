@@ -104,6 +104,12 @@ class TierUnavailableError(KvTierError):
     code = "tier_unavailable"
 
 
+class SessionChangedError(ConfigError):
+    """Another process has gone on with it: what we have of it is not what is stored."""
+
+    code = "session_changed"
+
+
 class ProtocolError(KvTierError):
     code = "protocol"
 

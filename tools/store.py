@@ -14,6 +14,8 @@ from ..tiers.layout import format_bytes
 from ..tiers.nvme import maintenance
 from ..tiers.nvme.codecs import CODECS, ENCRYPTED
 
+MOST_NAMED = 20  # sessions, in a line for people
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
@@ -28,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         one.add_argument("path", metavar="PATH", help="directory of the store")
         if verb in ("export", "import"):
             one.add_argument("target", metavar="TARGET", help="directory of the other store")
+            one.add_argument(
+                "--replace",
+                action="store_true",
+                help="put sessions also in the place of those that the other side has under the same id (default: those stay, "
+                "and are named)",
+            )
         if verb == "export":
             one.add_argument(
                 "--codec",
@@ -54,9 +62,10 @@ def run_store(arguments: argparse.Namespace) -> int:
         elif arguments.verb == "gc":
             report = maintenance.collect(path, show)
         elif arguments.verb == "export":
-            report = maintenance.copy(path, Path(arguments.target), show, codec=arguments.codec, secrets=secrets)
+            target, replace = Path(arguments.target), arguments.replace
+            report = maintenance.copy(path, target, show, codec=arguments.codec, secrets=secrets, replace=replace)
         else:
-            report = maintenance.copy(Path(arguments.target), path, show, secrets=secrets)
+            report = maintenance.copy(Path(arguments.target), path, show, secrets=secrets, replace=arguments.replace)
     if arguments.json:
         print(json.dumps(report.to_dict()))
     else:
@@ -75,7 +84,10 @@ def _secrets(config: str | None) -> dict[int, bytes]:
     return load_config(config, defaults={"device_bytes": 1}).secrets_by_owner()
 
 
-def _said(name: str, value: int) -> str:
+def _said(name: str, value: int | list[str]) -> str:
+    if isinstance(value, list):
+        more = f" and {len(value) - MOST_NAMED:,} more" if len(value) > MOST_NAMED else ""
+        return f"{len(value):,} {name.replace('_', ' ')} ({', '.join(map(repr, value[:MOST_NAMED]))}{more})"
     return f"freed {format_bytes(value)}" if name == "freed_bytes" else f"{value:,} {name.replace('_', ' ')}"
 
 

@@ -38,6 +38,7 @@ class Attachment:
         self.capacity_blocks = _ints(opened.capacity_blocks)
         self.num_slots = _ints(opened.num_slots)
         self.is_durable = opened.is_durable
+        self.sessions: set[str] = set()  # that are ours over this connection
         self.rows: list[Rows] = []  # of the daemon's memory, empty where we do not see it
         self.generations: list[npt.NDArray[np.uint64]] = []
         self._unheard: list[Reply[m.Noted]] = []  # to USED
@@ -243,24 +244,33 @@ class Attachment:
 
     # ------------------------------------------------------------------ durability and sessions
     def flush(self, timeout_s: float, keys: Sequence[bytes] = ()) -> None:
-        """What we committed, and the blocks of these keys, per group one behind the other, is durable when this returns."""
+        """What we committed, and the blocks of these keys, per group one behind the other, is durable when this returns.
+
+        An older daemon knows no keys here: of those it is what we hold. Raises: TierFullError, TierUnavailableError,
+        BlockMissError where a block is not there.
+        """
         step = m.MAX_KEYS * m.KEY_BYTES
-        batches = [(g, blob[at : at + step]) for g, blob in enumerate(keys) for at in range(0, len(blob), step)]
+        named = enumerate(keys if self.version >= 2 else ())
+        batches = [(g, blob[at : at + step]) for g, blob in named for at in range(0, len(blob), step)]
         for group, batch in batches or [(0, b"")]:
             message = m.Flush(self.epoch, self.store, int(timeout_s * 1000), group, batch)
             self.connection.call_patiently(message, m.Flushed, timeout_s=timeout_s + 5.0)
 
     def put_session(self, session_id: str, record: dict[Any, Any], timeout_s: float) -> None:
+        """Whatever is there; asks once. It is ours from now on."""
         message = m.PutSession(self.epoch, self.store, session_id, record, int(timeout_s * 1000))
-        self.connection.call_patiently(message, m.SessionPut, timeout_s=timeout_s + 5.0)
+        self.connection.call(message, m.SessionPut, timeout_s=timeout_s + 5.0)
+        self.sessions.add(session_id)
 
     def take_session(self, session_id: str) -> dict[str, Any]:
         """Its record; it is ours from now on. Raises: UnknownSessionError, Busy."""
         found = self.connection.call(m.GetSession(self.epoch, self.store, session_id, True), m.Session)
+        self.sessions.add(session_id)
         return {str(name): value for name, value in found.record.items()}
 
     def drop_session(self, session_id: str, *, keep: bool, released: bool = False) -> None:
         message = m.DropSession(self.epoch, self.store, session_id, keep, released)
+        self.sessions.discard(session_id)
         self.connection.call_patiently(message, m.SessionDropped)
 
     def list_sessions(self) -> list[list[Any]]:

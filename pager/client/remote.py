@@ -213,6 +213,7 @@ class Remote:
         if entry.namespace != namespace:
             self._tier.attachment.drop_session(session_id, keep=True)
             raise UnknownSessionError(f"session {session_id!r} is unknown in namespace {namespace!r}")
+        self._tier.claims.saw(session_id, record)
         entry.is_durable = is_durable
         computed = entry.token_ids[: entry.num_computed]
         self.find_prompt(namespace, computed, with_tail=True, branch=entry.branch)

@@ -25,7 +25,7 @@ from ..keys import KeyChain
 from ..page_table import Sequence as TokenSequence
 from ..page_table import num_blocks_of
 from ..states import NOWHERE, PageState, SlotState
-from ..wire.messages import IN_MEMORY, IS_HELD, STORED
+from ..wire.messages import IN_MEMORY, IS_HELD, KEY_BYTES, STORED
 from .attachment import Attachment
 from .daemon_copies import DaemonCopies
 from .marks import Marks
@@ -90,6 +90,7 @@ class Sharing:
         if not keys or not self._tier.takes_writes:
             return
         attachment = self._tier.attachment
+        since = [handles.unholds_over for handles in self._tier.handles]
         try:
             found = attachment.lookup(keys, prefix=prefix, hold=True)
         except KvTierError:  # gone, or too busy: then it is a miss
@@ -99,7 +100,9 @@ class Sharing:
                 for group, held in zip(self._core.groups, found, strict=True):
                     index = np.flatnonzero(held & STORED)
                     entries = [keys[i] for i in index.tolist()]
-                    self._enter(group, chain.owner, entries, held[index], depth[index], tokens[index])
+                    self._enter(
+                        group, chain.owner, entries, held[index], depth[index], tokens[index], since[group.index]
+                    )
 
     def _enter(
         self,
@@ -109,11 +112,20 @@ class Sharing:
         held: npt.NDArray[np.uint8],
         depth: IntArray,
         tokens: IntArray,
+        since: int,
     ) -> None:
-        """Blocks that the daemon has: new ones of ours, or copies below of those that we know."""
+        """Blocks that the daemon has: new ones of ours, or copies below of those that we know.
+
+        What it holds for us now is held for a handle, or not for long. `since`: see Handles.note_held."""
         d, table = group.directory, self._tier.handles[group.index]
-        known = d.find(keys)
-        index = np.flatnonzero((known < 0) | (d.nvme_slot[np.maximum(known, 0)] < 0))[: table.num_free]
+        known, is_held = d.find(keys), (held & IS_HELD) > 0
+        is_here = (known >= 0) & (d.nvme_slot[np.maximum(known, 0)] >= 0)
+        table.note_held(d.nvme_slot[known[is_here & is_held]], since)
+        index = np.flatnonzero(~is_here)
+        self._make_handles_free(group, len(index), known)
+        index, left = index[: table.num_free], index[table.num_free :]
+        if unkept := [keys[i] for i in left[is_held[left]].tolist()]:
+            self._tier.unhold(group.index, b"".join(unkept))
         if not len(index):
             return
         keys, known = [keys[i] for i in index.tolist()], known[index]
@@ -121,7 +133,7 @@ class Sharing:
         table.stamps["key"][handles] = np.frombuffer(b"".join(keys), "V32")
         table.stamps["tokens"][handles] = tokens[index]
         table.stamps["owner"][handles] = owner
-        table.is_held[handles] = (held[index] & IS_HELD) > 0
+        table.note_held(handles[is_held[index]], since)
         table.is_near[handles] = held[index] & STORED == IN_MEMORY
         new = np.flatnonzero(known < 0)
         blocks = d.create(depth[index[new]], owner)
@@ -131,6 +143,18 @@ class Sharing:
         d.nvme_valid[known] = True
         group.note_new(blocks)
         group.policy.entered("nvme", known)
+
+    def _make_handles_free(self, group: BlockGroup, wanted: int, keep: IntArray) -> None:
+        """Forget blocks that only the daemon has and nobody here refers to: it does not say what it evicts, so what we know
+        of would only ever grow."""
+        d, short = group.directory, wanted - self._tier.handles[group.index].num_free
+        if short <= 0 or group.cold is None:
+            return
+        blocks = np.flatnonzero(d.nvme_valid & (d.refs == 0) & (d.nvme_holds == 0) & (d.page < 0) & (d.host_slot < 0))
+        blocks = np.setdiff1d(group.unpinned_by_ttl(blocks), keep)
+        victims = group.policy.of("nvme").victims(short, blocks)
+        if len(victims):
+            group.cold.drop_copies(victims, "pressure")
 
     # ------------------------------------------------------------------ the heartbeat
     def beat(self) -> None:
@@ -186,8 +210,7 @@ class Sharing:
             return
         slots = d.nvme_slot[below]
         wanted = d.refs[below] > 0
-        is_held = handles.is_held[slots]
-        more, less = below[wanted & ~is_held], slots[~wanted & is_held]
+        more, less = below[wanted & ~handles.is_surely_held(slots)], slots[~wanted & handles.is_held[slots]]
         if len(less):
             handles.is_held[less] = False
             self._tier.unhold(group.index, handles.keys(less))
@@ -196,31 +219,51 @@ class Sharing:
             self._hold_later(group, more)
 
     def _hold_later(self, group: BlockGroup, blocks: IntArray) -> None:
-        attachment, handles = self._tier.attachment, self._tier.handles[group.index]
+        handles = self._tier.handles[group.index]
         slots = group.directory.nvme_slot[blocks].copy()
-        keys = handles.keys(slots)
+        keys, serials = handles.keys(slots), handles.serial[slots]
 
-        def job() -> None:
+        def then(attachment: Attachment, flags: npt.NDArray[np.uint8]) -> None:
             try:
-                flags = attachment.hold(group.index, keys)
                 with self._core.lock:
-                    if attachment is self._tier.attachment:
-                        self._note_held(group, blocks, slots, flags)
+                    if attachment is self._tier.attachment and not attachment.is_lost:
+                        self._note_held(group, blocks, slots, serials, keys, flags)
             finally:
                 self._is_reconciling[group.index] = False
 
-        self._core.backend.read_io.submit(job)
+        self._tier.hold(group.index, keys, then)
 
-    def _note_held(self, group: BlockGroup, blocks: IntArray, slots: IntArray, flags: npt.NDArray[np.uint8]) -> None:
+    def _note_held(
+        self,
+        group: BlockGroup,
+        blocks: IntArray,
+        slots: IntArray,
+        serials: IntArray,
+        keys: bytes,
+        flags: npt.NDArray[np.uint8],
+    ) -> None:
         """What is there and over our limit may leave: asked again after a while. What is not there is lost."""
         d, handles = group.directory, self._tier.handles[group.index]
-        same = d.is_live[blocks] & (d.nvme_slot[blocks] == slots)
-        handles.is_held[slots[same & (flags == 1)]] = True
+        blocks, slots, serials = blocks[: len(flags)], slots[: len(flags)], serials[: len(flags)]
+        same = d.is_live[blocks] & (d.nvme_slot[blocks] == slots) & (handles.serial[slots] == serials)
+        handles.note_held(slots[same & (flags == 1)], handles.unholds_begun)  # no UNHOLD of theirs came behind it
+        self._undo_holds(
+            group, [keys[KEY_BYTES * i : KEY_BYTES * (i + 1)] for i in np.flatnonzero(~same & (flags == 1)).tolist()]
+        )
         if (flags == 2).any():
             self._hold_again_s[group.index] = self._core.clock() + HOLD_PAUSE_S
         gone = blocks[same & (flags == 0) & (d.nvme_holds[blocks] == 0)]
         if len(gone) and group.cold is not None:
             group.cold.lose_copies(gone)
+
+    def _undo_holds(self, group: BlockGroup, keys: list[bytes]) -> None:
+        """Held for handles that are no more; but some of these blocks may be known again."""
+        d, handles = group.directory, self._tier.handles[group.index]
+        blocks = d.find(keys)
+        is_here = (blocks >= 0) & (d.nvme_slot[np.maximum(blocks, 0)] >= 0)
+        handles.note_held(d.nvme_slot[blocks[is_here]], NOWHERE)
+        if gone := [keys[i] for i in np.flatnonzero(~is_here).tolist()]:
+            self._tier.unhold(group.index, b"".join(gone))
 
     # ------------------------------------------------------------------ the daemon goes and comes
     def lost(self) -> None:
@@ -297,6 +340,7 @@ class Sharing:
             return
         blocks = group.host.block[group.host.state != SlotState.NONE]
         group.leave_host(blocks)
+        self._slabs[group.index].leave()
         group.dirty_if_alone(blocks)
         group.forget_lost(blocks, "host")
         group.unname_lost(blocks)

@@ -36,7 +36,7 @@ class LeasedSlab:
         self.is_asking = False
         self._has_answer = False  # to what was asked; the asking ends when the pager looks
         self.is_pinned = False  # the rows are page-locked for our device
-        self.epoch = 0  # of the attachment whose memory this is
+        self.epoch = 0  # of the attachment whose memory this is; 0: of none
         self._ask: Callable[[int], None] = lambda count: None
         self._lock = threading.Lock()  # of everything that workers touch too
         self._row = np.full(self.num_slots, NOWHERE, np.int64)
@@ -54,6 +54,15 @@ class LeasedSlab:
         """Another daemon's memory; no slot of ours holds anything and no copy runs."""
         with self._lock:
             self.rows, self._generations, self.epoch = rows, generations, epoch
+            self._row[:] = NOWHERE
+            self._is_reserved[:] = False
+            self._spare.clear()
+            self._to_release.clear()
+
+    def leave(self) -> None:
+        """The daemon may give every row to others from now on: nothing is written to, or given back, until `attach`."""
+        with self._lock:
+            self.epoch = 0
             self._row[:] = NOWHERE
             self._is_reserved[:] = False
             self._spare.clear()

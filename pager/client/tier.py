@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,9 +22,11 @@ import numpy.typing as npt
 from ...tiers.errors import BlockMissError, Busy, KvTierError, TierFullError, TierUnavailableError
 from ...tiers.nvme.reading import IoTicket
 from ...tiers.streams import AllDone, Backend, IntArray, Rows
-from ..wire.messages import HELD_ALREADY, IS_HELD, STORED, TAKEN
+from ...tiers.workers import Workers
+from ..wire.messages import HELD_ALREADY, IS_HELD, KEY_BYTES, MAX_KEYS, STORED, TAKEN
 from .attachment import NO_ROOM, Attachment
 from .handles import Handles
+from .session_claims import SessionClaims
 from .slab import LeasedSlab
 
 if TYPE_CHECKING:
@@ -31,8 +35,10 @@ if TYPE_CHECKING:
 
 LEASE_WAIT_S = 10.0  # for room in the daemon's memory; then it is a miss and is computed again
 RESERVE_WAIT_S = 1.0
+PUT_S = 60.0
 REFUSED_PAUSE_S = 0.2  # after the daemon had no room for so long
 SPARE_HANDLES = 1024  # blocks that we know of and nobody has any more
+CLOSE_S = 5.0
 _NO_ATTACHMENT = "the daemon is gone; going on without it"
 
 
@@ -49,10 +55,14 @@ class RemoteTier:
         self._backend, self._slabs, self._is_up = backend, slabs, is_up
         self.handles = [Handles(2 * capacity + SPARE_HANDLES) for capacity in attachment.capacity_blocks]
         self.attachment = attachment
+        self.claims = SessionClaims()
         self.copies: DaemonCopies | None = None  # where we asked for them; for the status
         self.last_write_error: str | None = None
         self._refused_until_s = [0.0] * len(self.handles)
         self._nonce = os.urandom(32)  # private blocks of ours have keys that nobody can guess
+        self._privates = itertools.count()
+        self._giver: Workers | None = None  # made when it is first needed
+        self._starting, self._is_closed = threading.Lock(), False
 
     # ------------------------------------------------------------------ what it is
     @property
@@ -87,6 +97,10 @@ class RemoteTier:
     def stamps(self, group: int, slots: IntArray) -> npt.NDArray[Any]:
         return self.handles[group].stamps[slots]
 
+    def is_listed(self, group: int, slots: IntArray) -> npt.NDArray[np.bool_]:
+        """The daemon sees to it, when it is told to flush."""
+        return np.ones(len(slots), bool)
+
     def is_near(self, group: int, slots: IntArray) -> npt.NDArray[np.bool_]:
         known = self.handles[group].is_near
         return known[slots] if len(known) else np.zeros(len(slots), bool)
@@ -109,6 +123,7 @@ class RemoteTier:
         rows = own if self._slabs is None else self._slabs[group].place(own)
 
         def job() -> None:
+            since = handles.unholds_over
             try:
                 if self._slabs is not None:
                     results = self._commit(attachment, group, self._slabs[group], own, rows, stamps, parents)
@@ -117,8 +132,9 @@ class RemoteTier:
             except KvTierError as error:
                 self.last_write_error = str(error)
                 raise
-            handles.is_held[slots] = (results & IS_HELD) > 0
-            handles.is_near[slots] = ticket.ok[:] = (results & STORED) > 0
+            handles.note_held(slots[(results & IS_HELD) > 0], since)
+            ticket.ok[:] = (results & STORED) > 0
+            handles.note_written(slots, ticket.ok)
 
         ticket.event = AllDone([self._backend.write_io.submit(job)])
         return ticket
@@ -133,7 +149,8 @@ class RemoteTier:
         stamps: npt.NDArray[Any],
         parents: list[bytes],
     ) -> npt.NDArray[np.uint8]:
-        """Name what we wrote to reserved rows; a row that is leased to us is the daemon's block already."""
+        """Name what we wrote to reserved rows; a row that is leased to us is the daemon's block already. A failure in the
+        middle is that of the rest."""
         results = np.zeros(len(slots), np.uint8)
         ours = np.flatnonzero(slab.is_reserved(slots))
         if len(ours):
@@ -141,7 +158,13 @@ class RemoteTier:
             results[ours], taken = done, done & STORED == TAKEN
             slab.committed(attachment.epoch, slots[ours[taken]], generations[taken])
         theirs = np.setdiff1d(np.arange(len(slots)), ours)
-        flags = attachment.hold(group, np.ascontiguousarray(stamps["key"][theirs]).tobytes())
+        try:
+            flags = attachment.hold(group, np.ascontiguousarray(stamps["key"][theirs]).tobytes())
+        except KvTierError as error:
+            if not results.any():
+                raise
+            self.last_write_error = str(error)
+            return results
         results[theirs] = (flags > 0) * HELD_ALREADY + (flags == 1) * IS_HELD
         return results
 
@@ -154,17 +177,24 @@ class RemoteTier:
         stamps: npt.NDArray[Any],
         parents: list[bytes],
     ) -> npt.NDArray[np.uint8]:
-        """Reserve, write the bytes, commit, release: as many at a time as the daemon has slots for."""
+        """Reserve, write the bytes, commit, release: as many at a time as the daemon has slots for. A failure in the middle
+        is that of the rest."""
         results = np.zeros(len(stamps), np.uint8)
         done = 0
         while done < len(stamps):
-            rows, _ = attachment.reserve(group, len(stamps) - done, LEASE_WAIT_S)
             try:
-                part = slice(done, done + len(rows))
-                attachment.write_rows(group, rows, source, source_rows[part])
-                results[part], _ = attachment.commit(group, rows, stamps[part], parents[part])
-            finally:
-                attachment.release(group, rows)
+                rows, _ = attachment.reserve(group, len(stamps) - done, LEASE_WAIT_S)
+                try:
+                    part = slice(done, done + len(rows))
+                    attachment.write_rows(group, rows, source, source_rows[part])
+                    results[part], _ = attachment.commit(group, rows, stamps[part], parents[part])
+                finally:
+                    attachment.release(group, rows)
+            except KvTierError as error:
+                if not results.any():
+                    raise
+                self.last_write_error = str(error)
+                return results
             done += len(rows)
         return results
 
@@ -271,7 +301,32 @@ class RemoteTier:
         self._later(lambda attachment: attachment.release(group, rows))
 
     def unhold(self, group: int, keys: bytes) -> None:
-        self._later(lambda attachment: attachment.unhold(group, keys))
+        handles = self.handles[group]
+
+        def call(attachment: Attachment) -> None:
+            try:
+                for part in _requests(keys):
+                    attachment.unhold(group, part)
+            finally:
+                handles.end_unhold()
+
+        handles.begin_unhold()
+        if not self._later(call):
+            handles.end_unhold()
+
+    def hold(self, group: int, keys: bytes, then: Callable[[Attachment, npt.NDArray[np.uint8]], None]) -> None:
+        """Hold these, in the background; `then` hears the flags of HOLD, of the first of them where not all were answered."""
+
+        def call(attachment: Attachment) -> None:
+            flags = np.empty(0, np.uint8)
+            try:
+                for part in _requests(keys):
+                    flags = np.concatenate([flags, attachment.hold(group, part)])
+            finally:
+                then(attachment, flags)
+
+        if not self._later(call):
+            then(self.attachment, np.empty(0, np.uint8))
 
     def hint(self, keys: list[bytes], hint: str, ttl_ms: int = 0) -> None:
         self._later(lambda attachment: attachment.hint(keys, hint, ttl_ms))
@@ -281,10 +336,19 @@ class RemoteTier:
         with contextlib.suppress(KvTierError):
             self.attachment.used(keys, num_tokens, found, is_turn=is_turn)
 
-    def _later(self, call: Callable[[Attachment], None]) -> None:
+    def _later(self, call: Callable[[Attachment], None]) -> bool:
+        """One after the other, in the order of our books: a HOLD that overtakes an UNHOLD holds nothing. False: nobody is
+        there to call."""
         attachment = self.attachment
-        if not attachment.is_lost:
-            self._backend.read_io.submit(lambda: call(attachment))
+        with self._starting:
+            if attachment.is_lost or self._is_closed:
+                return False
+            self._giver = self._giver or Workers("giver", 1, self._backend.notify)
+        try:
+            self._giver.submit(lambda: call(attachment))
+        except KvTierError:  # closing
+            return False
+        return True
 
     # ------------------------------------------------------------------ sessions and durability
     def _require(self) -> Attachment:
@@ -293,7 +357,7 @@ class RemoteTier:
         return self.attachment
 
     def flush(self, timeout_s: float | None = None, blocks: Sequence[IntArray] = ()) -> None:
-        """Others may have committed `blocks`, and the daemon has them in memory alone."""
+        """Others may have committed `blocks`, and the daemon has them in memory alone. Raises as Attachment.flush does."""
         keys = [handles.keys(np.unique(slots)) for handles, slots in zip(self.handles, blocks, strict=False)]
         self._require().flush(60.0 if timeout_s is None else timeout_s, keys)
 
@@ -301,13 +365,15 @@ class RemoteTier:
         """The daemon has them."""
 
     def put_session(self, session_id: str, record: dict[str, Any]) -> None:
+        """Raises as SessionClaims.put does; TierFullError where the daemon could not keep all of its blocks."""
         try:
-            self._require().put_session(session_id, dict(record), 60.0)
+            self.claims.put(self._require(), session_id, dict(record), PUT_S)
         except BlockMissError as error:
             raise TierFullError(f"the daemon could not keep it all: {error}", retry_after_s=1.0) from error
 
     def drop_session(self, session_id: str, *, released: bool = False) -> None:
         self._require().drop_session(session_id, keep=False, released=released)
+        self.claims.forget(session_id)
 
     def sessions(self) -> dict[str, dict[str, Any]]:
         return {}  # asked for one by one, when they are resumed
@@ -329,11 +395,24 @@ class RemoteTier:
         }
 
     def close(self) -> None:
-        """Its pager says goodbye, once it knows whether a copy still runs."""
+        """Its pager has said goodbye, if no copy ran any more."""
+        with self._starting:
+            self._is_closed = True
+        if self._giver is not None:
+            self._giver.close(CLOSE_S)
 
     # ------------------------------------------------------------------ inside
     def _with_private_keys(self, stamps: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Another one for each write: the daemon may still have what an earlier block of the same number was."""
         stamps = stamps.copy()
         for i in np.flatnonzero(stamps["tokens"] == 0).tolist():
-            stamps["key"][i] = hashlib.blake2b(stamps["key"][i].tobytes(), digest_size=32, key=self._nonce).digest()
+            number = next(self._privates).to_bytes(16, "little")
+            name = hashlib.blake2b(stamps["key"][i].tobytes(), digest_size=32, key=self._nonce, salt=number)
+            stamps["key"][i] = name.digest()
         return stamps
+
+
+def _requests(keys: bytes) -> list[bytes]:
+    """As many keys as a request may name, each."""
+    step = MAX_KEYS * KEY_BYTES
+    return [keys[at : at + step] for at in range(0, len(keys), step)]

@@ -55,6 +55,7 @@ class Attachment:
             raise ProtocolError(f"store {number} is not open in this connection; send OPEN first")
         if not group < len(client.holdings):
             raise ProtocolError(f"layer group {group}: store {number} has {len(client.holdings)}")
+        client.holds_apart = not self.speaks(2)
         return models.store(number), client
 
     def say(self, request_id: int, answer: object) -> None:
@@ -150,6 +151,14 @@ class Attachments:
 
     def _end_previous(self, pid: int, hello: m.Hello) -> None:
         """The same process is back and says that no copy of its earlier attachment runs any more."""
+        for connection, attachment in list(self.by_connection.items()):
+            if (
+                attachment.epoch == hello.previous_epoch
+                and hello.previous_boot == self.boot
+                and attachment.pid == pid > 0
+            ):
+                connection.close()  # its end has not been noticed yet
+                self.drop(connection)
         previous = self.left.get(hello.previous_epoch)
         if previous is not None and hello.previous_boot == self.boot and self.processes.pid(previous.process) == pid:
             self.processes.release(previous.process)
@@ -195,8 +204,7 @@ class Attachments:
         attachment.connection = None
         self._copies.close_channel(attachment)
         for client in attachment.stores.values():
-            client.sessions.clear()
-            client.writing = None
+            client.gone()
         if attachment.process and attachment.was_given_slab:
             self.left[attachment.epoch] = attachment
             self.processes.disconnected(attachment.process)

@@ -17,6 +17,19 @@ class Client:
         self.requests: list[LeaseRequest] = []
         self.sessions: set[str] = set()  # those that it has taken
         self.writing: tuple[int, int] | None = None  # group and slot that a payload is on its way into
+        self.holds_apart = False  # version 1: a COMMIT holds nothing, HOLD comes behind it
+        self._is_gone = False
+
+    def take(self, session: str) -> None:
+        """Nobody else may have it. On any thread: a request may outlive its socket."""
+        self.sessions.add(session)
+        if self._is_gone:
+            self.sessions.discard(session)
+
+    def gone(self) -> None:
+        """Its socket ended: its sessions are nobody's, and nothing is on its way."""
+        self._is_gone, self.writing = True, None
+        self.sessions.clear()
 
     def require_at_rest(self, index: int, slots: IntArray) -> None:
         if self.writing is not None and self.writing[0] == index and (slots == self.writing[1]).any():

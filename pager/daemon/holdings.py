@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from .. import hints
 from ..group import BlockGroup
+from ..inspection.events import tags_of
 from ..states import NOWHERE, IntArray, SlotState
 
 
@@ -215,6 +216,17 @@ class Holdings:
         serial, none = self.group.directory.serial, (-1, 0.0)
         pins = ((block, self._pins.get(block, none)) for block in blocks.tolist())
         return np.array([until_s if serial[block] == at else 0.0 for block, (at, until_s) in pins], np.float64)
+
+    def unhold_keys(self, keys: list[bytes]) -> None:
+        """A held block that was lost has no name any more: then what is left of it, the tag of its key, finds it."""
+        d = self.group.directory
+        blocks = d.find(keys)
+        is_known = np.fromiter((block in self.held for block in blocks.tolist()), bool, len(keys))
+        self.unhold(blocks[is_known])
+        if not is_known.all() and self.held:
+            held = np.fromiter(self.held, np.int64, len(self.held))
+            held = held[~d.is_named[held] & ~d.is_valid(held)]
+            self.unhold(held[np.isin(d.tag[held], tags_of([keys[i] for i in np.flatnonzero(~is_known).tolist()]))])
 
     def unhold(self, blocks: IntArray) -> None:
         gone = [block for block in dict.fromkeys(blocks.tolist()) if block in self.held]

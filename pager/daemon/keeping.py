@@ -12,15 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from ...tiers.errors import BlockMissError, Busy, ProtocolError, TierFullError, UnknownSessionError
+from ...tiers.errors import (
+    BlockMissError,
+    Busy,
+    ProtocolError,
+    TierFullError,
+    TierUnavailableError,
+    UnknownSessionError,
+)
 from ..core import Core
 from ..group import MAX_MOVE_BYTES, BlockGroup
-from ..parking import Parking
+from ..parking import TRIES, Parking
 from ..prefix import adopt, take_tail
 from ..sessions import SessionEntry, check_session_id
 from ..states import IntArray, SlotState
 from . import session_names
 from .client import Client
+from .holdings import Holdings
 
 _NOTHING = np.empty(0, np.int64)
 
@@ -39,6 +47,7 @@ class Keeper:
     def __init__(self, core: Core, clients: Mapping[Client, None]) -> None:
         self.core, self.clients = core, clients
         self.flushing: list[_Flushing] = []
+        self.putting: dict[str, str] = {}  # sessions that are being stored, and their namespaces
         self.parking = Parking(core, max_id_bytes=session_names.MAX_NAME_BYTES)
 
     # ------------------------------------------------------------------ blocks
@@ -68,20 +77,22 @@ class Keeper:
     def flush(
         self, client: Client, timeout_s: float, index: int = 0, named: Callable[[], IntArray] = lambda: _NOTHING
     ) -> None:
-        """Make durable what the client committed and still holds, and the blocks of a group that `named` finds.
+        """Make durable what the client committed and still holds, and the blocks of a group that `named` finds. Of a client
+        that holds in a step of its own it is all that it holds: nothing says which of that it committed.
 
         Raises: TierFullError, TierUnavailableError, and what `named` raises.
         """
         core = self.core
         with core.lock:
             taken = [(holdings, holdings.unflushed()) for holdings in client.holdings]
+            held = [(one.group, _held(one)) for one in client.holdings if client.holds_apart]
             also = _Flushing(core.groups[index], named())
             also.group.ref(also.blocks)
             self.flushing.append(also)
         wanted = [(holdings.group, np.fromiter(blocks, np.int64, len(blocks))) for holdings, blocks in taken]
         try:
             if core.nvme is not None:
-                self._make_durable([*wanted, (also.group, also.blocks)], timeout_s)
+                self._make_durable([*wanted, *held, (also.group, also.blocks)], timeout_s)
         finally:
             with core.locked():
                 self.flushing.remove(also)
@@ -97,28 +108,56 @@ class Keeper:
         def all_down() -> bool:
             missing = 0
             for group, blocks in wanted:
-                d = group.directory
-                todo = blocks[d.is_live[blocks] & ~d.nvme_valid[blocks]]
-                core.sink_blocks(group, todo[d.in_host(todo) & (d.nvme_slot[todo] < 0)], "persist")
-                missing += len(todo)
+                missing += self.parking.push_down(group, blocks[group.directory.is_live[blocks]], "persist")
             return missing == 0
 
-        if not core.wait_until(all_down, timeout_s, may_wait_for_pins=True):
-            raise TierFullError(f"not everything could be written to nvme within {timeout_s:.0f} s", retry_after_s=1.0)
-        core.nvme.flush(timeout_s)
+        for _ in range(TRIES):
+            if not core.wait_until(all_down, timeout_s, may_wait_for_pins=True):
+                raise TierFullError(
+                    f"not everything could be written to nvme within {timeout_s:.0f} s", retry_after_s=1.0
+                )
+            core.nvme.flush(timeout_s)
+            with core.lock:
+                if all_down():
+                    return  # else another's commit was refused, and with it what we had just written
+        raise TierUnavailableError("the disk refuses to keep what is to be durable")
 
     # ------------------------------------------------------------------ sessions
     def put_session(self, client: Client, session_id: str, record: dict[str, Any], timeout_s: float) -> None:
-        """Remember a session; durable when this returns. Raises BlockMissError when some of its blocks are gone."""
-        core, entry = self.core, _entry(session_id, record)
+        """Remember a session; durable when this returns. It is the client's then, if its socket is still there.
+
+        Raises: BlockMissError when some of its blocks are gone; Busy while another client has it, or it is being stored.
+        """
+        entry = _entry(session_id, record)
         if not client.tenant.owns(entry.namespace):
             raise UnknownSessionError(f"namespace {entry.namespace!r} is not of this client")
         name = session_names.name_for(client.tenant, entry.namespace, check_session_id(session_id))
+        with self.core.lock:
+            before = session_names.find(client.tenant, session_id, self.core.sessions)
+            names = [name] if before is None else list(dict.fromkeys([name, before.session_id]))
+            for one in names:
+                self._require_not_taken(client, one)
+            self._require_at_rest(client, session_id)
+            had_it = name in client.sessions
+            client.take(name)
+            self.putting.update(dict.fromkeys(names, entry.namespace))
+        try:
+            self._put(name, entry, timeout_s)
+            if before is not None and before.session_id != name:  # it moved to another namespace of the tenant
+                client.sessions.discard(before.session_id)
+                self.parking.forget(before.session_id)
+        except BaseException:
+            if not had_it:
+                client.sessions.discard(name)
+            raise
+        finally:
+            with self.core.lock:
+                for one in names:
+                    self.putting.pop(one, None)
+
+    def _put(self, name: str, entry: SessionEntry, timeout_s: float) -> None:
+        core = self.core
         with core.locked():
-            before = session_names.find(client.tenant, session_id, core.sessions)
-            self._require_not_taken(client, name)
-            if before is not None:
-                self._require_not_taken(client, before.session_id)
             seq = core.begin(entry.namespace)
             seq.token_ids = list(entry.token_ids)
             if entry.branch is not None:
@@ -130,8 +169,8 @@ class Keeper:
         try:
             if seq.num_computed < entry.num_computed:
                 raise BlockMissError(
-                    f"session {session_id!r}: {seq.num_computed} of its {entry.num_computed} tokens are held here; write "
-                    "the others again"
+                    f"session {entry.session_id!r}: {seq.num_computed} of its {entry.num_computed} tokens are held "
+                    "here; write the others again"
                 )
             self.parking.park(name, seq, entry.extra, timeout_s)
         except BaseException:
@@ -139,27 +178,32 @@ class Keeper:
                 core.drop_tables(seq, released=False)
                 core.sequences.pop(seq.id, None)
             raise
-        client.sessions.add(name)
-        if before is not None and before.session_id != name:  # it moved to another namespace of the tenant
-            client.sessions.discard(before.session_id)
-            self.parking.forget(before.session_id)
 
     def get_session(self, client: Client, session_id: str, *, take: bool) -> dict[str, Any]:
-        """Raises UnknownSessionError, also for a session of somebody else; Busy while another client has it."""
+        """Raises UnknownSessionError, also for a session of somebody else; to take it, Busy while another client has it or
+        it is being stored.
+        """
         with self.core.lock:
+            if take:
+                self._require_at_rest(client, session_id)
             entry = self._session(client, session_id)
             if take:
                 self._require_not_taken(client, entry.session_id)
-                client.sessions.add(entry.session_id)
+                client.take(entry.session_id)
             return entry.to_record() | {"is_durable": entry.is_durable}
 
     def drop_session(self, client: Client, session_id: str, *, keep: bool, released: bool = False) -> None:
+        """Raises: UnknownSessionError; to forget it, Busy while another client has it or it is being stored."""
         with self.core.lock:
+            if keep:  # also what its put, which it does not wait for any more, is still to store
+                client.sessions.difference_update(session_names.names_of(client.tenant, session_id))
+                self._session(client, session_id)
+                return
+            self._require_at_rest(client, session_id)
             name = self._session(client, session_id).session_id
             self._require_not_taken(client, name)
             client.sessions.discard(name)
-        if not keep:
-            self.parking.forget(name, released=released)
+        self.parking.forget(name, released=released)
 
     def list_sessions(self, client: Client, after: str, limit: int) -> tuple[list[SessionEntry], bool]:
         """Those of this tenant's namespaces behind `after`, in order; and whether there are more."""
@@ -180,6 +224,18 @@ class Keeper:
     def _require_not_taken(self, client: Client, name: str) -> None:
         if any(name in other.sessions for other in self.clients if other is not client):
             raise Busy(f"session {name!r} is active in another process", retry_after_s=0.1)
+
+    def _require_at_rest(self, client: Client, session_id: str) -> None:
+        """A put outlives its socket, and what it stores is not to come down on what others stored meanwhile."""
+        for name in session_names.names_of(client.tenant, session_id):
+            if name in self.putting and client.tenant.owns(self.putting[name]):
+                raise Busy(f"session {session_id!r} is being stored", retry_after_s=0.1)
+
+
+def _held(holdings: Holdings) -> IntArray:
+    """Blocks that it holds and that were not lost."""
+    held = np.fromiter(holdings.held, np.int64, len(holdings.held))
+    return held[holdings.group.directory.is_valid(held)]
 
 
 def _entry(session_id: str, record: dict[str, Any]) -> SessionEntry:

@@ -364,8 +364,7 @@ class SharedStore:
 
     def unhold(self, client: Client, index: int, keys: list[bytes]) -> None:
         with self.core.lock:
-            blocks = self.core.groups[index].directory.find(keys)
-            client.holdings[index].unhold(blocks[blocks >= 0])
+            client.holdings[index].unhold_keys(keys)
 
     def hint(self, client: Client, keys: list[bytes], hint: str, ttl_s: float = 0.0) -> None:
         """What a client says of a chain, as far as it may see it. Blocks that another client refers to stay as they are."""

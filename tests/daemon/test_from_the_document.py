@@ -212,7 +212,12 @@ def test_what_a_pager_computed_is_found_and_read_under_the_names_of_the_document
 
 
 def test_every_code_that_a_failure_can_have_stands_in_the_document():
-    own = {"unsupported_model", "unpackable", "invariant"}  # of engines and pagers; never said by a daemon
+    own = {
+        "unsupported_model",
+        "unpackable",
+        "invariant",
+        "session_changed",
+    }  # of engines and pagers; never said by a daemon
     codes, kinds = set(), [KvTierError]
     for kind in kinds:
         kinds += kind.__subclasses__()

@@ -10,7 +10,7 @@ import torch
 from kvtier import SamplingParams
 from kvtier.engine.sampling import Sampler
 from kvtier.engine.session import Session
-from kvtier.tiers.errors import ConfigError, TierFullError, UnknownSessionError
+from kvtier.tiers.errors import ConfigError, SessionChangedError, TierFullError, UnknownSessionError
 
 from .test_conversations import GREEDY, Served
 from .test_families import stock, tiny
@@ -132,4 +132,22 @@ def test_an_import_or_fork_that_the_disk_refuses_leaves_nothing(llama, tmp_path,
         chats.info("b")
     assert chats.import_session("b", tmp_path / "a.kvt").tokens == 35
     assert chats.fork("a", 1)[0].id == "a/1"
+    served.close()
+
+
+def test_a_session_that_another_process_went_on_with_is_taken_up_as_it_is_stored(llama, tmp_path, monkeypatch):
+    served, heard = Served(llama, tmp_path / "s"), Heard()
+    served.chats.create("a")
+    served.say("a", prompt_of(30, 1))
+
+    def changed(session):
+        raise SessionChangedError("session 'a' was changed by another process since")
+
+    with monkeypatch.context() as stale:
+        stale.setattr(Session, "checkpoint", changed)
+        served.chats.send("a", [5, 6], GREEDY, heard)
+        assert isinstance(heard.wait().ends[0][1], SessionChangedError)
+        served.chats.park_all()  # and what we had of it is not stored over it
+    assert served.chats.info("a").tokens == 35
+    assert len(served.say("a", [7])) == 5 and served.chats.info("a").tokens == 41
     served.close()

@@ -41,9 +41,7 @@ class Report:
     copied_blocks: int = 0
     known_blocks: int = 0  # the target of a copy had them already
     sessions: int = 0  # of a copy: those that it put there
-    kept_sessions: list[str] = field(
-        default_factory=list
-    )  # the target of a copy had these ids already, and has its own still
+    kept_sessions: list[str] = field(default_factory=list)  # the target of a copy had these, and has its own still
     journal_gaps: int = 0  # damaged places; what was recorded there is lost
     torn_journal_bytes: int = 0  # at its end, as a crash leaves them
     torn_indexes: int = 0  # of segments: stock readers refuse those, blocks are as they were
