@@ -49,6 +49,10 @@ class BeamGroup:
         self._finished: list[Hypothesis] = []
         self._offered: dict[int, Tensor] = {}  # by place among the running
 
+    @property
+    def requests(self) -> list[Request]:
+        return self._requests
+
     def offer(self, stepper: Stepper, request: Request, logits: Tensor) -> None:
         """Logits [vocab] of one beam's next token; with those of the last beam, all of them take a step.
 

@@ -14,6 +14,7 @@ Sources: iteration-level batching (Orca, 2022), chunked prefill (Sarathi, 2023),
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -180,6 +181,10 @@ class Scheduler:
         now_s = 0.0 if request.admitted_s is not None else self.clock() - request.waiting_since_s
         return request.priority + (request.waited_s + now_s) / self.limits.aging_s
 
+    def _level(self, request: Request) -> int:
+        """Whole steps of importance; priorities below 0 too."""
+        return math.floor(self._importance(request))
+
     def _turn(self, request: Request) -> tuple[bool, float, float]:
         """Order within a step: decodes, then the least served namespace's prompts."""
         is_prefill = self._remaining(request) > 1
@@ -189,7 +194,7 @@ class Scheduler:
         """Who is let in next: who ran before, then by importance, service and age."""
 
         def rank(request: Request) -> tuple[int, bool, float, float]:
-            level = -int(self._importance(request))
+            level = -self._level(request)
             served = self._served[unsalted(request.namespace)]
             return level, request.num_preempted == 0, served, request.waiting_since_s - request.waited_s
 
@@ -267,7 +272,7 @@ class Scheduler:
                 match = self._pager.adopt(request.seq)
             request.found(match)
             request.known_tokens = match.tokens + match.ghost_tokens
-        self._begin_turn(request, int(self._importance(request)))
+        self._begin_turn(request, self._level(request))
 
     def _begin_turn(self, request: Request, level: int) -> None:
         request.admitted_level, request.admitted_s = level, self.clock()
@@ -293,7 +298,7 @@ class Scheduler:
 
     def _make_room(self, request: Request) -> bool:
         """Send those back to wait who had their turn, the cheapest first. False when that is not room enough: all stay."""
-        level = int(self._importance(request))
+        level = self._level(request)
         victims = [r for r in self.active if r.admitted_level < level or (_waits_for_others(r) and r.priority <= level)]
         costs = zip(victims, self._costs_s(victims), strict=True)
         ranked = sorted((one for one in costs if self._may_end_turn(request, *one)), key=lambda one: min(one[1]))

@@ -135,10 +135,15 @@ class Stepper:
             raise
         except Exception as error:
             _LOG.exception("event=sampling_failed")
-            begun = [twin for twin in request.twins if twin.seq >= 0 and not twin.output.token_ids]
-            for one in (request, *begun):
-                if not one.is_done:
+            known = {id(one) for one in self.scheduler.requests()}  # twins that are not are ended with the first
+            for one in [request, *request.twins] if request.beams is None else request.beams.requests:
+                if id(one) in known and not one.is_done and (one is request or self._goes_nowhere(one)):
                     one.end("error", error)
+
+    def _goes_nowhere(self, request: Request) -> bool:
+        """A twin or beam that was to get its next token from the step that failed."""
+        pager = self.pager
+        return request.beams is not None or pager.num_computed(request.seq) >= pager.num_tokens(request.seq)
 
     def _take_tokens(self, request: Request, logits: Sequence[Tensor]) -> None:
         """Sample for the request from 1 + drafted rows of logits [vocab], and at its first token for its twins."""

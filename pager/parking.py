@@ -8,6 +8,7 @@ missing is a miss and is computed again.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -85,7 +86,8 @@ class Parking:
         entry.summary, entry.tail_keys, entry.branch = _summary(seq), self._tail_keys(seq), seq.branch
         if core.nvme is not None and self._records is not None:
             self._records.put(entry)
-            self._make_durable(what, timeout_s)
+            if core.nvme.is_ring:  # a daemon has made all of it durable already
+                self._make_durable(what, timeout_s)
             entry.is_durable = core.nvme.is_durable
         return entry
 
@@ -192,13 +194,13 @@ class Parking:
                 self._write_down(seq, timeout_s, what, may_wait_for_pins=may_wait_for_pins)
             if core.nvme is None:
                 return
-            with core.lock:
-                below = [
-                    _slots_below(group, [seq.tables[group.index] for seq in seqs.values()]) for group in core.groups
-                ]
-            core.nvme.flush(timeout_s, below)
-            if all(core.nvme.is_listed(i, slots).all() for i, slots in enumerate(below)):
-                return  # else another's commit was refused, and with it what we had just written
+            with core.locked():
+                held = [_ids(group, seqs.values()) for group in core.groups]
+                below = [group.directory.nvme_slot[ids] for group, ids in zip(core.groups, held, strict=True)]
+            core.nvme.flush(timeout_s, [slots[slots >= 0] for slots in below])
+            with core.locked():
+                if all(self.is_kept(group, ids) for group, ids in zip(core.groups, held, strict=True)):
+                    return  # else another's commit was refused, and with it what we had just written
         raise TierUnavailableError(f"{', '.join(seqs)}: the disk under {core.config.nvme_path} refuses to keep it")
 
     def _write_down(self, seq: Sequence, timeout_s: float, what: str, *, may_wait_for_pins: bool = False) -> None:
@@ -247,6 +249,13 @@ class Parking:
             core.make_host_room(group, group.forms.slots_of(dirty), int(d.owner[dirty[0]]))
             core.write_back_blocks(group, dirty, reason)
         return len(todo) + num_lost
+
+    def is_kept(self, group: BlockGroup, blocks: IntArray) -> bool:
+        """Whether the tier below has all of these where they would be found again; what is being moved there is."""
+        if not group.directory.nvme_valid[blocks].all():
+            return False
+        moving = [move.blocks for move in group.moves if move.kind == "nvme_to_nvme"]
+        return bool(np.isin(self._unlisted(group, blocks), np.concatenate([blocks[:0], *moving])).all())
 
     def _misnamed(self, group: BlockGroup, tail: IntArray) -> IntArray:
         """A tail that went down before it was sealed lies there under a name that means nothing after a restart."""
@@ -327,11 +336,11 @@ def _summary(seq: Sequence) -> dict[str, Any]:
     }
 
 
-def _slots_below(group: BlockGroup, tables: list[BlockTable]) -> IntArray:
-    """Where the blocks of these tables lie in the tier below."""
-    ids = np.concatenate([np.empty(0, np.int64), *(table.ids for table in tables)])
-    slots = group.directory.nvme_slot[ids[ids >= 0]]
-    return slots[slots >= 0]
+def _ids(group: BlockGroup, seqs: Iterable[Sequence]) -> IntArray:
+    """Blocks of these sequences, each once."""
+    ids = np.concatenate([np.empty(0, np.int64), *(seq.tables[group.index].ids for seq in seqs)])
+    found: IntArray = np.unique(ids[ids >= 0])
+    return found
 
 
 def _recover_blocks(group: BlockGroup, slots: IntArray, stamps: Any) -> None:

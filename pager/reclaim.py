@@ -49,11 +49,15 @@ class Reclaimer:
         coming = sum(move.kind == "nvme_to_nvme" for move in self._group.moves)
         for _ in range(CLEAN_SEGMENTS + ahead - clean - coming):
             if not any(self._reclaim(int(segment)) for segment in self._candidates()):
-                self._rests_until_s, self._clean_at_rest = self._group.clock() + REST_S, clean
+                if not coming:  # what is on its way makes room
+                    self._rests_until_s, self._clean_at_rest = self._group.clock() + REST_S, clean
                 return
 
     def _candidates(self) -> IntArray:
         segments, used = self._tier.sealed(self._index)
+        moving = [move.source // self._size for move in self._group.moves if move.kind == "nvme_to_nvme"]
+        is_left = ~np.isin(segments, np.concatenate([segments[:0], *moving]))
+        segments, used = segments[is_left], used[is_left]
         if not len(segments):
             return segments
         used = used - self._given_up(segments)

@@ -287,7 +287,12 @@ class DaemonConnection:
             return
         slots = np.frombuffer(reply_of(messages.Slots, messages.Slots.KIND, fields).slots, "<i4")
         given = messages.Release(asked.epoch, asked.store, asked.group, slots[slots >= 0].tobytes())
-        self._send(next(self._ids), given, None)
+
+        def give() -> None:
+            with contextlib.suppress(KvTierError):
+                self._send(next(self._ids), given, None)
+
+        threading.Thread(target=give, daemon=True).start()  # who reads must not wait for who sends
 
     def _read_raw(self, header: Header, pending: _Pending | None) -> Fields:
         start = _receive(self._transport, META_LENGTH.size)

@@ -72,6 +72,11 @@ class Handles:
             self.is_doubtful[handles] = ~is_sure & (self.unholds_begun != since)
             self.is_held[handles] = True
 
+    def doubt(self, handles: IntArray) -> None:
+        """Whether the daemon holds these has to be asked anew."""
+        with self._lock:
+            self.is_doubtful[handles] = self.is_held[handles]
+
     def note_written(self, handles: IntArray, stored: npt.NDArray[np.bool_]) -> None:
         with self._lock:
             self.is_near[handles] = stored

@@ -32,6 +32,7 @@ from .marks import Marks
 from .slab import LeasedSlab
 from .tier import RemoteTier
 
+FREED_AT_ONCE = 1024  # handles beyond what is short
 HOLD_PAUSE_S = 1.0  # after the daemon said that we hold too much
 _LOOK_S = 0.05
 
@@ -147,12 +148,14 @@ class Sharing:
     def _make_handles_free(self, group: BlockGroup, wanted: int, keep: IntArray) -> None:
         """Forget blocks that only the daemon has and nobody here refers to: it does not say what it evicts, so what we know
         of would only ever grow."""
-        d, short = group.directory, wanted - self._tier.handles[group.index].num_free
-        if short <= 0 or group.cold is None:
+        d, table = group.directory, self._tier.handles[group.index]
+        if wanted <= table.num_free or group.cold is None:
             return
-        blocks = np.flatnonzero(d.nvme_valid & (d.refs == 0) & (d.nvme_holds == 0) & (d.page < 0) & (d.host_slot < 0))
-        blocks = np.setdiff1d(group.unpinned_by_ttl(blocks), keep)
-        victims = group.policy.of("nvme").victims(short, blocks)
+        is_idle = d.nvme_valid & (d.refs == 0) & (d.nvme_holds == 0) & (d.page < 0) & (d.host_slot < 0)
+        is_idle[keep[keep >= 0]] = False
+        blocks = group.unpinned_by_ttl(np.flatnonzero(is_idle))
+        more = min(FREED_AT_ONCE, table.limit // 8)  # looking through all of them is not for every question
+        victims = group.policy.of("nvme").victims(min(len(blocks), wanted - table.num_free + more), blocks)
         if len(victims):
             group.cold.drop_copies(victims, "pressure")
 

@@ -357,9 +357,17 @@ class RemoteTier:
         return self.attachment
 
     def flush(self, timeout_s: float | None = None, blocks: Sequence[IntArray] = ()) -> None:
-        """Others may have committed `blocks`, and the daemon has them in memory alone. Raises as Attachment.flush does."""
-        keys = [handles.keys(np.unique(slots)) for handles, slots in zip(self.handles, blocks, strict=False)]
-        self._require().flush(60.0 if timeout_s is None else timeout_s, keys)
+        """Others may have committed `blocks`, and the daemon has them in memory alone.
+
+        Raises: TierFullError where the daemon has lost one; it is looked for anew. TierUnavailableError.
+        """
+        named = [(h, np.unique(slots)) for h, slots in zip(self.handles, blocks, strict=False) if self.is_durable]
+        try:
+            self._require().flush(60.0 if timeout_s is None else timeout_s, [h.keys(slots) for h, slots in named])
+        except BlockMissError as error:
+            for handles, slots in named:
+                handles.doubt(slots)
+            raise TierFullError(f"the daemon could not keep it all: {error}", retry_after_s=1.0) from error
 
     def learn(self, secrets: Mapping[int, bytes]) -> None:
         """The daemon has them."""

@@ -86,7 +86,7 @@ class Keeper:
         with core.lock:
             taken = [(holdings, holdings.unflushed()) for holdings in client.holdings]
             held = [(one.group, _held(one)) for one in client.holdings if client.holds_apart]
-            also = _Flushing(core.groups[index], named())
+            also = _Flushing(core.groups[index], np.unique(named()))
             also.group.ref(also.blocks)
             self.flushing.append(also)
         wanted = [(holdings.group, np.fromiter(blocks, np.int64, len(blocks))) for holdings, blocks in taken]
@@ -117,8 +117,10 @@ class Keeper:
                     f"not everything could be written to nvme within {timeout_s:.0f} s", retry_after_s=1.0
                 )
             core.nvme.flush(timeout_s)
-            with core.lock:
-                if all_down():
+            with core.locked():
+                if all(
+                    self.parking.is_kept(group, blocks[group.directory.is_live[blocks]]) for group, blocks in wanted
+                ):
                     return  # else another's commit was refused, and with it what we had just written
         raise TierUnavailableError("the disk refuses to keep what is to be durable")
 

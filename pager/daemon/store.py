@@ -370,7 +370,7 @@ class SharedStore:
         """What a client says of a chain, as far as it may see it. Blocks that another client refers to stay as they are."""
         with self.core.locked():
             for index, group in enumerate(self.core.groups):
-                blocks = self._visible(client, index, keys)
+                blocks = self._visible(client, index, list(dict.fromkeys(keys)))  # in their order, each once
                 blocks = blocks[blocks >= 0]
                 if hint == RELEASE:
                     blocks = hints.own_end(group.directory, blocks)

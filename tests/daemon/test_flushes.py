@@ -140,3 +140,32 @@ def test_what_is_named_and_not_there_is_said_so(daemon):
     with pytest.raises(ProtocolError):
         client.connection.call(m.Flush(client.epoch, client.store, 60_000, 9, key(1)), m.Flushed, timeout_s=WAIT_S)
     client.goodbye()
+
+
+def test_a_block_that_is_named_often_is_written_once(daemon):
+    client = attach(daemon.address)
+    put(client, [1])
+    message = m.Flush(client.epoch, client.store, 60_000, 0, 100 * key(1))
+    client.connection.call(message, m.Flushed, timeout_s=WAIT_S)
+    assert daemon.store.core.nvme.status()["used_slots"] == [1]
+    client.goodbye()
+
+
+def test_a_block_that_the_daemon_has_lost_is_put_there_again(daemon):
+    """Its client still has it in a page."""
+    rig = Rig(daemon=daemon.address, backend=CpuBackend(poison=True), pages=32)
+    tokens = list(range(100, 140))
+    seq = rig.start(tokens)
+    rig.prefill(seq)
+    rig.pager.persist([seq])
+    store = daemon.store
+    with store.core.locked():
+        group = store.core.groups[0]
+        block = group.directory.find([rig.pager.block_keys(seq, 0, 4)[0]])
+        group.leave_host(block[group.directory.in_host(block)])
+        group.cold.lose_copies(block)
+    with pytest.raises(TierFullError, match="1 of these"):
+        rig.pager.persist([seq])
+    wait_for(lambda: (rig.pager.poll(), group.directory.find([rig.pager.block_keys(seq, 0, 4)[0]])[0] >= 0)[1])
+    rig.pager.persist([seq])
+    rig.close()

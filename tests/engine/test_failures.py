@@ -15,7 +15,7 @@ from kvtier.tiers.errors import ConfigError, SessionChangedError, TierFullError,
 from .test_conversations import GREEDY, Served
 from .test_families import stock, tiny
 from .test_loop import Heard, Slow
-from .test_scheduler import prompt_of
+from .test_scheduler import open_engine, prompt_of
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +151,45 @@ def test_a_session_that_another_process_went_on_with_is_taken_up_as_it_is_stored
     assert served.chats.info("a").tokens == 35
     assert len(served.say("a", [7])) == 5 and served.chats.info("a").tokens == 41
     served.close()
+
+
+class Breaks(Heard):
+    """Raises at the first token of one output."""
+
+    def __init__(self, n: int, at: int) -> None:
+        super().__init__(n)
+        self.at = at
+
+    def on_token(self, index, token, logprob) -> bool:
+        if index == self.at:
+            raise ValueError("the listener breaks")
+        return super().on_token(index, token, logprob)
+
+
+@pytest.mark.parametrize("at", [0, 1, 2])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["samples", "beams"])
+def test_a_listener_that_breaks_ends_its_own_request(llama, options, at):
+    served, heard, after = Served(llama), Breaks(3, at), Heard()
+    served.loop.submit(prompt_of(30, 1), SamplingParams(max_tokens=5, n=3, **options), heard)
+    ends = heard.wait().ends
+    assert ends[at][0] == "error" and isinstance(ends[at][1], ValueError)
+    served.loop.submit(prompt_of(30, 2), GREEDY, after)
+    assert after.wait().ends[0] == ("length", None)
+    served.close()
+
+
+def test_a_priority_below_others_is_a_step_of_its_own(llama):
+    engine = open_engine(llama)
+    scheduler, now_s = engine.scheduler, [0.0]
+    scheduler.clock = lambda: now_s[0]
+    low, high = (engine.request(prompt_of(30, 1), GREEDY, priority=one) for one in (-1, 0))
+    scheduler.add(low)
+    now_s[0] = 1.0
+    scheduler.add(high)
+    assert scheduler._queue() == [high, low] and scheduler._level(low) == -1
+    now_s[0] = 10.5
+    assert scheduler._level(low) == 0 == scheduler._level(high) and scheduler._queue() == [low, high]
+    for one in (low, high):
+        one.end("cancelled")
+    engine.settle_ended()
+    engine.close()

@@ -168,9 +168,12 @@ class NvmeTier:
         self.free(group, slots)
 
     def is_listed(self, group: int, slots: IntArray) -> npt.NDArray[np.bool_]:
-        """Whether these blocks, which were written once, would be found again: a sync that was refused since may say no."""
-        with self._lock:
-            return self._books[group].listing.listed[slots]
+        """Whether these blocks, which were written once, would be found again: a sync that was refused since may say no.
+
+        Without the lock, which a commit keeps while the journal is synced: callers ask again behind their own commit.
+        """
+        found: npt.NDArray[np.bool_] = self._books[group].listing.listed[slots]
+        return found
 
     def is_near(self, group: int, slots: IntArray) -> npt.NDArray[np.bool_]:
         return np.zeros(len(slots), bool)

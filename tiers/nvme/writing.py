@@ -88,11 +88,13 @@ class Writer:
 
     def relocate(self, group: int, slots: IntArray, targets: IntArray) -> IoTicket:
         """Copy listed blocks to other slots, durably, and list them there instead."""
-        ticket = IoTicket(len(slots))
+        ticket, listing = IoTicket(len(slots)), self._books[group].listing
+        with self._lock:
+            stamps = listing.stamps[slots].copy()  # now: by the time of the job a slot may be another's
 
         def job() -> None:
             with self._relocating:
-                self._relocate(group, slots, targets, ticket)
+                self._relocate(group, slots, targets, stamps, ticket)
 
         ticket.event = self._noted([self._queue.submit(job)])
         return ticket
@@ -195,10 +197,9 @@ class Writer:
         self._told(self._books[group].footprint(stamps))
         return True
 
-    def _relocate(self, group: int, slots: IntArray, targets: IntArray, ticket: IoTicket) -> None:
+    def _relocate(self, group: int, slots: IntArray, targets: IntArray, stamps: Stamps, ticket: IoTicket) -> None:
         """New bytes are durable before the journal says so, and the journal before the old slots are used again."""
         book, geometry = self._books[group], self._books[group].geometry
-        stamps = book.listing.stamps[slots].copy()
         generations = stamps["generation"].copy()
         rows = self._movers.spare_rows(group, len(slots))
         places, good = np.arange(len(slots)), np.zeros(len(slots), bool)
