@@ -428,6 +428,10 @@ class BlockGroup:
             for event in self.pages.awaited(use, pages):
                 stream.wait(event)
 
+    def relocations(self) -> list[Move]:
+        """Within nvme, under way."""
+        return [move for move in self.moves if move.kind == "nvme_to_nvme"]
+
     def submit(
         self,
         kind: MoveKind,

@@ -8,7 +8,7 @@ missing is a miss and is computed again.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -187,21 +187,35 @@ class Parking:
                 group.ref(block)
 
     def _make_durable(self, seqs: dict[str, Sequence], timeout_s: float, *, may_wait_for_pins: bool = False) -> None:
-        """By what people call them. Raises as _write_down, and TierUnavailableError when the disk refuses again and again."""
+        """By what people call them. Raises as _write_down, and as make_durable."""
         core = self._core
-        for _ in range(TRIES):
+        if core.nvme is None:
+            return
+
+        def write_down() -> list[IntArray]:
             for what, seq in seqs.items():
                 self._write_down(seq, timeout_s, what, may_wait_for_pins=may_wait_for_pins)
-            if core.nvme is None:
-                return
+            with core.lock:
+                return [_ids(group, seqs.values()) for group in core.groups]
+
+        self.make_durable(write_down, timeout_s, f"{', '.join(seqs)} under {core.config.nvme_path}")
+
+    def make_durable(self, write_down: Callable[[], list[IntArray]], timeout_s: float, what: str) -> None:
+        """`write_down` waits until blocks are on nvme and says which, by group; they are durable when this returns.
+
+        Raises: what that raises; TierUnavailableError when the disk refuses again and again.
+        """
+        core = self._core
+        assert core.nvme is not None
+        for _ in range(TRIES):
+            held = write_down()
             with core.locked():
-                held = [_ids(group, seqs.values()) for group in core.groups]
                 below = [group.directory.nvme_slot[ids] for group, ids in zip(core.groups, held, strict=True)]
             core.nvme.flush(timeout_s, [slots[slots >= 0] for slots in below])
             with core.locked():
-                if all(self.is_kept(group, ids) for group, ids in zip(core.groups, held, strict=True)):
+                if all(self._is_kept(group, ids) for group, ids in zip(core.groups, held, strict=True)):
                     return  # else another's commit was refused, and with it what we had just written
-        raise TierUnavailableError(f"{', '.join(seqs)}: the disk under {core.config.nvme_path} refuses to keep it")
+        raise TierUnavailableError(f"the disk refuses to keep {what}")
 
     def _write_down(self, seq: Sequence, timeout_s: float, what: str, *, may_wait_for_pins: bool = False) -> None:
         """Wait until every block of the sequence is on nvme (or, without one, at least below the device or in it)."""
@@ -250,11 +264,12 @@ class Parking:
             core.write_back_blocks(group, dirty, reason)
         return len(todo) + num_lost
 
-    def is_kept(self, group: BlockGroup, blocks: IntArray) -> bool:
-        """Whether the tier below has all of these where they would be found again; what is being moved there is."""
+    def _is_kept(self, group: BlockGroup, blocks: IntArray) -> bool:
+        """Whether the tier below has those that live where they would be found again; what is being moved there is."""
+        blocks = blocks[group.directory.is_live[blocks]]
         if not group.directory.nvme_valid[blocks].all():
             return False
-        moving = [move.blocks for move in group.moves if move.kind == "nvme_to_nvme"]
+        moving = [move.blocks for move in group.relocations()]
         return bool(np.isin(self._unlisted(group, blocks), np.concatenate([blocks[:0], *moving])).all())
 
     def _misnamed(self, group: BlockGroup, tail: IntArray) -> IntArray:

@@ -46,7 +46,7 @@ class Reclaimer:
         if self._group.clock() < self._rests_until_s and clean >= self._clean_at_rest:
             return
         ahead = min(CLEAN_SEGMENTS, segments // SEGMENTS_PER_AHEAD)
-        coming = sum(move.kind == "nvme_to_nvme" for move in self._group.moves)
+        coming = len(self._group.relocations())
         for _ in range(CLEAN_SEGMENTS + ahead - clean - coming):
             if not any(self._reclaim(int(segment)) for segment in self._candidates()):
                 if not coming:  # what is on its way makes room
@@ -55,7 +55,7 @@ class Reclaimer:
 
     def _candidates(self) -> IntArray:
         segments, used = self._tier.sealed(self._index)
-        moving = [move.source // self._size for move in self._group.moves if move.kind == "nvme_to_nvme"]
+        moving = [move.source // self._size for move in self._group.relocations()]
         is_left = ~np.isin(segments, np.concatenate([segments[:0], *moving]))
         segments, used = segments[is_left], used[is_left]
         if not len(segments):

@@ -40,8 +40,8 @@ TEXT_THREADS, WAITING_THREADS = 2, 32
 class Urgency:
     """Of a request: higher goes first in our scheduler, and nobody may ask for more than others have."""
 
-    priority: int = 0
-    timeout_s: float | None = None
+    priority: int
+    timeout_s: float | None
 
 
 @dataclass(slots=True)
@@ -54,9 +54,9 @@ class Asked:
     params: SamplingParams
     prompts: Sequence[Prompt]
     answers: Answers
+    urgency: Urgency
     started_s: float = field(default_factory=time.monotonic)
     name: str = field(default_factory=REQUEST_ID.get)
-    urgency: Urgency = field(default_factory=lambda: Urgency())
     history_key: str | None = None
     pins: list[Pin] = field(default_factory=list)
     reuse_break: ReuseBreakReply | None = None
@@ -152,9 +152,9 @@ class Service:
 
     def urgency(self, body: Sampling | None = None) -> Urgency:
         """Of the wire a lower number goes first, and no time is longer than the server's."""
-        asked_s, most_s = None if body is None else body.timeout_s, self.settings.request_timeout_s
-        times_s = [one for one in (asked_s, most_s) if one is not None]
-        return Urgency(-(body.priority or 0) if body is not None else 0, min(times_s, default=None))
+        priority, asked_s = (0, None) if body is None else (body.priority or 0, body.timeout_s)
+        times_s = [one for one in (asked_s, self.settings.request_timeout_s) if one is not None]
+        return Urgency(-priority, min(times_s, default=None))
 
     def kept_of(self, body: Sampling, prompt: Prompt) -> Prompt:
         """With prompt_cache_retention: all of it is kept. With end_of_session: what is not kept is given up."""
@@ -183,7 +183,7 @@ class Service:
         contexts = [prompt.token_ids if is_continued else () for prompt in prompts for _ in range(params.n)]
         answers = Answers([TextStream(self.tokenizer, stops, frozenset(self.ends), c) for c in contexts])
         namespace = owner if salt is None else salted(owner, salt)
-        asked = Asked(endpoint, namespace, owner, params, prompts, answers, urgency=urgency or self.urgency())
+        asked = Asked(endpoint, namespace, owner, params, prompts, answers, urgency or self.urgency())
         starting: list[Future[Submission]] = []
         try:
             for i, prompt in enumerate(prompts):

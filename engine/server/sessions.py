@@ -144,8 +144,9 @@ async def _turn(service: Service, session_id: str, body: ChatRequest, namespace:
     info = await service.on_waiting_thread(lambda: service.conversations.info(inner, namespace=namespace))
     params = service.params(body, len(prompt.token_ids), known_tokens=info.tokens)
     answers = Answers([TextStream(service.tokenizer, body.stops, frozenset(service.ends))])
-    asked = Asked("sessions", namespace, namespace, params, [Prompt(prompt.token_ids)], answers)
-    listener, plain, urgency = answers.listener(0), plain_messages(body.messages), service.urgency(body)
+    urgency = service.urgency(body)
+    asked = Asked("sessions", namespace, namespace, params, [Prompt(prompt.token_ids)], answers, urgency)
+    listener, plain = answers.listener(0), plain_messages(body.messages)
     try:
         await service.submit_turn(
             answers,

@@ -249,9 +249,8 @@ class Attachment:
         An older daemon knows no keys here: of those it is what we hold. Raises: TierFullError, TierUnavailableError,
         BlockMissError where a block is not there.
         """
-        step = m.MAX_KEYS * m.KEY_BYTES
         named = enumerate(keys if self.version >= 2 else ())
-        batches = [(g, blob[at : at + step]) for g, blob in named for at in range(0, len(blob), step)]
+        batches = [(group, part) for group, blob in named for part in requests_of(blob)]
         for group, batch in batches or [(0, b"")]:
             message = m.Flush(self.epoch, self.store, int(timeout_s * 1000), group, batch)
             self.connection.call_patiently(message, m.Flushed, timeout_s=timeout_s + 5.0)
@@ -294,6 +293,12 @@ class Attachment:
             return False
         finally:
             self.connection.close()
+
+
+def requests_of(keys: bytes) -> list[bytes]:
+    """Keys, one behind the other, cut into as many as one request may name."""
+    step = m.MAX_KEYS * m.KEY_BYTES
+    return [keys[at : at + step] for at in range(0, len(keys), step)]
 
 
 def _ints(found: list[object]) -> list[int]:

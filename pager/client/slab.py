@@ -53,20 +53,21 @@ class LeasedSlab:
     def attach(self, rows: Rows, generations: npt.NDArray[np.uint64], epoch: int) -> None:
         """Another daemon's memory; no slot of ours holds anything and no copy runs."""
         with self._lock:
-            self.rows, self._generations, self.epoch = rows, generations, epoch
-            self._row[:] = NOWHERE
-            self._is_reserved[:] = False
-            self._spare.clear()
-            self._to_release.clear()
+            self.rows, self._generations = rows, generations
+            self._begin(epoch)
 
     def leave(self) -> None:
         """The daemon may give every row to others from now on: nothing is written to, or given back, until `attach`."""
         with self._lock:
-            self.epoch = 0
-            self._row[:] = NOWHERE
-            self._is_reserved[:] = False
-            self._spare.clear()
-            self._to_release.clear()
+            self._begin(0)
+
+    def _begin(self, epoch: int) -> None:
+        """Of that epoch no slot has a row yet."""
+        self.epoch = epoch
+        self._row[:] = NOWHERE
+        self._is_reserved[:] = False
+        self._spare.clear()
+        self._to_release.clear()
 
     # ------------------------------------------------------------------ as a slab
     def place(self, slots: IntArray) -> IntArray:

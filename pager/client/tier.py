@@ -23,8 +23,8 @@ from ...tiers.errors import BlockMissError, Busy, KvTierError, TierFullError, Ti
 from ...tiers.nvme.reading import IoTicket
 from ...tiers.streams import AllDone, Backend, IntArray, Rows
 from ...tiers.workers import Workers
-from ..wire.messages import HELD_ALREADY, IS_HELD, KEY_BYTES, MAX_KEYS, STORED, TAKEN
-from .attachment import NO_ROOM, Attachment
+from ..wire.messages import HELD_ALREADY, IS_HELD, STORED, TAKEN
+from .attachment import NO_ROOM, Attachment, requests_of
 from .handles import Handles
 from .session_claims import SessionClaims
 from .slab import LeasedSlab
@@ -305,7 +305,7 @@ class RemoteTier:
 
         def call(attachment: Attachment) -> None:
             try:
-                for part in _requests(keys):
+                for part in requests_of(keys):
                     attachment.unhold(group, part)
             finally:
                 handles.end_unhold()
@@ -320,7 +320,7 @@ class RemoteTier:
         def call(attachment: Attachment) -> None:
             flags = np.empty(0, np.uint8)
             try:
-                for part in _requests(keys):
+                for part in requests_of(keys):
                     flags = np.concatenate([flags, attachment.hold(group, part)])
             finally:
                 then(attachment, flags)
@@ -418,9 +418,3 @@ class RemoteTier:
             name = hashlib.blake2b(stamps["key"][i].tobytes(), digest_size=32, key=self._nonce, salt=number)
             stamps["key"][i] = name.digest()
         return stamps
-
-
-def _requests(keys: bytes) -> list[bytes]:
-    """As many keys as a request may name, each."""
-    step = MAX_KEYS * KEY_BYTES
-    return [keys[at : at + step] for at in range(0, len(keys), step)]

@@ -151,16 +151,14 @@ class Attachments:
 
     def _end_previous(self, pid: int, hello: m.Hello) -> None:
         """The same process is back and says that no copy of its earlier attachment runs any more."""
+        if hello.previous_boot != self.boot:
+            return
         for connection, attachment in list(self.by_connection.items()):
-            if (
-                attachment.epoch == hello.previous_epoch
-                and hello.previous_boot == self.boot
-                and attachment.pid == pid > 0
-            ):
+            if attachment.epoch == hello.previous_epoch and attachment.pid == pid > 0:
                 connection.close()  # its end has not been noticed yet
                 self.drop(connection)
         previous = self.left.get(hello.previous_epoch)
-        if previous is not None and hello.previous_boot == self.boot and self.processes.pid(previous.process) == pid:
+        if previous is not None and self.processes.pid(previous.process) == pid:
             self.processes.release(previous.process)
 
     def check_epoch(self, attachment: Attachment, message: Any) -> None:

@@ -17,12 +17,11 @@ from ...tiers.errors import (
     Busy,
     ProtocolError,
     TierFullError,
-    TierUnavailableError,
     UnknownSessionError,
 )
 from ..core import Core
 from ..group import MAX_MOVE_BYTES, BlockGroup
-from ..parking import TRIES, Parking
+from ..parking import Parking
 from ..prefix import adopt, take_tail
 from ..sessions import SessionEntry, check_session_id
 from ..states import IntArray, SlotState
@@ -84,45 +83,39 @@ class Keeper:
         """
         core = self.core
         with core.lock:
-            taken = [(holdings, holdings.unflushed()) for holdings in client.holdings]
-            held = [(one.group, _held(one)) for one in client.holdings if client.holds_apart]
+            taken = [holdings.unflushed() for holdings in client.holdings]
             also = _Flushing(core.groups[index], np.unique(named()))
             also.group.ref(also.blocks)
             self.flushing.append(also)
-        wanted = [(holdings.group, np.fromiter(blocks, np.int64, len(blocks))) for holdings, blocks in taken]
+            wanted = [np.fromiter(blocks, np.int64, len(blocks)) for blocks in taken]
+            if client.holds_apart:
+                wanted = [np.union1d(blocks, _held(one)) for blocks, one in zip(wanted, client.holdings, strict=True)]
+            wanted[index] = np.union1d(wanted[index], also.blocks)
         try:
             if core.nvme is not None:
-                self._make_durable([*wanted, *held, (also.group, also.blocks)], timeout_s)
+                self.parking.make_durable(
+                    lambda: self._push_down(wanted, timeout_s), timeout_s, "what is to be durable"
+                )
         finally:
             with core.locked():
                 self.flushing.remove(also)
                 also.group.unref(also.blocks)
         with core.lock:
-            for holdings, blocks in taken:
+            for holdings, blocks in zip(client.holdings, taken, strict=True):
                 holdings.flushed(blocks)
 
-    def _make_durable(self, wanted: list[tuple[BlockGroup, IntArray]], timeout_s: float) -> None:
-        core = self.core
-        assert core.nvme is not None
+    def _push_down(self, wanted: list[IntArray], timeout_s: float) -> list[IntArray]:
+        """Wait until those of these blocks that live are on nvme; by group. Returns them all. Raises TierFullError."""
 
         def all_down() -> bool:
             missing = 0
-            for group, blocks in wanted:
+            for group, blocks in zip(self.core.groups, wanted, strict=True):
                 missing += self.parking.push_down(group, blocks[group.directory.is_live[blocks]], "persist")
             return missing == 0
 
-        for _ in range(TRIES):
-            if not core.wait_until(all_down, timeout_s, may_wait_for_pins=True):
-                raise TierFullError(
-                    f"not everything could be written to nvme within {timeout_s:.0f} s", retry_after_s=1.0
-                )
-            core.nvme.flush(timeout_s)
-            with core.locked():
-                if all(
-                    self.parking.is_kept(group, blocks[group.directory.is_live[blocks]]) for group, blocks in wanted
-                ):
-                    return  # else another's commit was refused, and with it what we had just written
-        raise TierUnavailableError("the disk refuses to keep what is to be durable")
+        if not self.core.wait_until(all_down, timeout_s, may_wait_for_pins=True):
+            raise TierFullError(f"not everything could be written to nvme within {timeout_s:.0f} s", retry_after_s=1.0)
+        return wanted
 
     # ------------------------------------------------------------------ sessions
     def put_session(self, client: Client, session_id: str, record: dict[str, Any], timeout_s: float) -> None:

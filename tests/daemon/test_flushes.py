@@ -15,6 +15,8 @@ from .inside import InsideDaemon
 from .raw import SIZE, WAIT_S, attach, key, put
 from .running import wait_for
 
+TOKENS = list(range(100, 140))
+
 
 @pytest.fixture
 def daemon(tmp_path):
@@ -38,6 +40,14 @@ def slow_writes(daemon) -> HostEvent:
 
 def begin_flush(client, timeout_ms=60_000):
     return client.connection.begin(m.Flush(client.epoch, client.store, timeout_ms), m.Flushed)
+
+
+def computed(daemon) -> tuple[Rig, int]:
+    """A client's pager that has just computed ten blocks, and their sequence."""
+    rig = Rig(daemon=daemon.address, backend=CpuBackend(poison=True), pages=32)
+    seq = rig.start(TOKENS)
+    rig.prefill(seq)
+    return rig, seq
 
 
 def num_unflushed(daemon) -> int:
@@ -95,12 +105,11 @@ def test_a_block_committed_under_the_same_number_since_is_not_taken_for_flushed(
 
 def test_a_prefix_that_others_committed_is_durable_when_it_was_persisted(daemon):
     """They have flushed nothing, and we have committed nothing."""
-    tokens, rigs = list(range(100, 140)), []
+    rigs = []
     for _ in range(2):
-        rigs.append(Rig(daemon=daemon.address, backend=CpuBackend(poison=True), pages=32))
-        seq = rigs[-1].start(tokens)
-        rigs[-1].prefill(seq)
-        wait_for(lambda: rigs[-1].pager.match(tokens).tokens == len(tokens) and not rigs[-1].pager._core.in_flight())
+        rig, seq = computed(daemon)
+        rigs.append(rig)
+        wait_for(lambda rig=rig: rig.pager.match(TOKENS).tokens == len(TOKENS) and not rig.pager._core.in_flight())
     (store,) = daemon.models._stores.values()
     d = store.core.groups[0].directory
     assert d.is_named.sum() == 10 and not d.nvme_valid.any()  # beside reserved slots, which have no name
@@ -114,15 +123,12 @@ def test_a_prefix_that_others_committed_is_durable_when_it_was_persisted(daemon)
 
 def test_a_prefix_of_an_earlier_request_is_durable_when_it_was_persisted_with_a_later_one(daemon):
     """The client had let go of it: what it holds again was not committed since."""
-    rig = Rig(daemon=daemon.address, backend=CpuBackend(poison=True), pages=32)
-    tokens = list(range(100, 140))
-    seq = rig.start(tokens)
-    rig.prefill(seq)
+    rig, seq = computed(daemon)
     rig.pager.finish(seq)
     (store,) = daemon.models._stores.values()
     (client,) = store.clients
     wait_for(lambda: (rig.pager.poll(), not rig.pager._core.in_flight() and not client.holdings[0].held)[1])
-    seq = rig.start([*tokens, *range(200, 220)])
+    seq = rig.start([*TOKENS, *range(200, 220)])
     rig.prefill(seq)
     rig.pager.persist([seq])
     d = store.core.groups[0].directory
@@ -153,10 +159,7 @@ def test_a_block_that_is_named_often_is_written_once(daemon):
 
 def test_a_block_that_the_daemon_has_lost_is_put_there_again(daemon):
     """Its client still has it in a page."""
-    rig = Rig(daemon=daemon.address, backend=CpuBackend(poison=True), pages=32)
-    tokens = list(range(100, 140))
-    seq = rig.start(tokens)
-    rig.prefill(seq)
+    rig, seq = computed(daemon)
     rig.pager.persist([seq])
     store = daemon.store
     with store.core.locked():

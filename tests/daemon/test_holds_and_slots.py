@@ -107,6 +107,15 @@ class Gated:
         self._may_go_on.set()
 
 
+def looked_up(daemon: InsideDaemon) -> tuple[Rig, Gated]:
+    """Blocks that a client has just found and nobody refers to; the UNHOLD that follows waits at the gate."""
+    stored(daemon, TOKENS)
+    rig = client(daemon)
+    gate = Gated(rig.pager._core.nvme.attachment, "unhold")
+    assert rig.pager.match(TOKENS).tokens == 4 * BLOCK
+    return rig, gate
+
+
 # ---------------------------------------------------------------------- slots given back
 def test_a_slab_that_is_left_has_nothing_to_write_to():
     slab = LeasedSlab(16)
@@ -282,10 +291,7 @@ def test_a_hold_that_an_unhold_may_have_followed_is_in_doubt_until_it_is_held_an
 
 # ---------------------------------------------------------------------- in order
 def test_a_hold_does_not_overtake_an_unhold(daemon):
-    stored(daemon, TOKENS)
-    rig = client(daemon)
-    gate = Gated(rig.pager._core.nvme.attachment, "unhold")
-    assert rig.pager.match(TOKENS).tokens == 4 * BLOCK
+    rig, gate = looked_up(daemon)
     rig.pager.poll()
     assert gate.has_come.wait(60) and held(daemon) == 4
     rig.start(TOKENS)
@@ -300,11 +306,9 @@ def test_a_hold_does_not_overtake_an_unhold(daemon):
 
 @pytest.mark.parametrize("is_forgotten", [False, True])
 def test_a_look_up_beside_an_unhold_is_made_sure_of(daemon, is_forgotten):
-    stored(daemon, TOKENS)
-    rig = client(daemon)
+    rig, gate = looked_up(daemon)
     attachment = rig.pager._core.nvme.attachment
-    gate, lookup = Gated(attachment, "unhold"), attachment.lookup
-    assert rig.pager.match(TOKENS).tokens == 4 * BLOCK
+    lookup = attachment.lookup
     if is_forgotten:
         forget(rig)
     rig.pager.poll()

@@ -29,7 +29,7 @@ from ...pager.tier_formats import device_layouts
 from ...tiers.errors import ConfigError
 from ...tiers.formats import block_formats
 from ...tiers.layout import FULL, KVLayout, format_bytes, parse_bytes
-from .harness import Row, interleave, medians
+from .harness import Row, check_folder, interleave, medians
 
 LAYOUT = KVLayout(num_layers=4, num_kv_heads=2, head_dim=128, block_size=256, dtype="bfloat16")  # 1 MiB
 DEVICE_LAYOUT = KVLayout(num_layers=1, num_kv_heads=1, head_dim=128, block_size=256, dtype="bfloat16")  # 128 KiB
@@ -57,8 +57,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     budget = parse_bytes(arguments.budget, name="--budget")
     if budget < 2 * CHAT_BLOCKS * LAYOUT.block_bytes:
         raise ConfigError(f"--budget {arguments.budget}: give at least {2 * CHAT_BLOCKS} blocks of 1 MiB")
-    if not Path(arguments.path).is_dir():
-        raise ConfigError(f"--path {arguments.path!r} is not a directory")
+    check_folder(arguments.path)
     device = parse_bytes(arguments.device_budget, name="--device-budget")
     rows = _speeds(arguments.formats, arguments.rounds)
     if device:

@@ -21,7 +21,7 @@ from ...tiers.cpu import CpuBackend
 from ...tiers.errors import ConfigError
 from ...tiers.nvme.codecs import CODECS, NONE, BlockCodec, codec_for
 from ...tiers.nvme.store import STAMP, NvmeTier, StoreIdentity
-from .harness import Row, interleave, medians
+from .harness import Row, check_folder, interleave, medians
 from .kv_samples import Sample, samples
 
 STORED = "random Llama in bf16"
@@ -38,8 +38,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     """Rows of ratios and GB/s. Raises ConfigError when the directory cannot be used."""
     if arguments.blocks < 1 or arguments.rounds < 1:
         raise ConfigError(f"--blocks {arguments.blocks}, --rounds {arguments.rounds}: need positive numbers")
-    if not Path(arguments.path).is_dir():
-        raise ConfigError(f"--path {arguments.path!r} is not a directory")
+    check_folder(arguments.path)
     found: list[Row] = []
     for sample in samples(arguments.blocks):
         found += _codec_rows(sample, arguments.rounds)

@@ -21,6 +21,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ...tiers.errors import ConfigError
+
 REPORTED_PACKAGES = ("kvtier", "torch", "transformers", "numpy", "zarr", "numcodecs")
 
 
@@ -43,6 +45,12 @@ class Row:
     ) -> Row:
         """A row of two durations: value = seconds x scale, ratio = how many times faster than the reference."""
         return cls(case, metric, ours_s * scale, unit, reference, reference_s * scale, reference_s / ours_s, n)
+
+
+def check_folder(path: str) -> None:
+    """Raises ConfigError where --path names none."""
+    if not Path(path).is_dir():
+        raise ConfigError(f"--path {path!r} is not a directory")
 
 
 def interleave(

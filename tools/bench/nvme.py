@@ -32,7 +32,7 @@ from ...tiers.errors import ConfigError
 from ...tiers.nvme.calibrate import LAYOUT
 from ...tiers.nvme.store import STAMP, IoTicket, NvmeTier, StoreIdentity
 from . import lmcache, read_back
-from .harness import Row, resident_bytes
+from .harness import Row, check_folder, resident_bytes
 from .lmcache import LmcachePeer
 from .page_cache import sync_files
 
@@ -58,8 +58,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     """Rows in GB/s. Raises ConfigError when the directory cannot be used."""
     if arguments.blocks < 1 or arguments.rounds < 1:
         raise ConfigError(f"--blocks {arguments.blocks}, --rounds {arguments.rounds}: need positive numbers")
-    if not Path(arguments.path).is_dir():
-        raise ConfigError(f"--path {arguments.path!r} is not a directory")
+    check_folder(arguments.path)
     with tempfile.TemporaryDirectory(dir=arguments.path, prefix="kvtier-bench-") as name, ExitStack() as stack:
         folder, peer = Path(name), None
         if arguments.lmcache:

@@ -19,7 +19,7 @@ from typing import Any
 from kvtier import KVLayout
 
 from ...tiers.errors import ConfigError
-from .harness import Row, interleave, medians
+from .harness import Row, check_folder, interleave, medians
 
 LAYOUT = KVLayout(num_layers=32, num_kv_heads=8, head_dim=128, block_size=32, dtype="bfloat16")  # 4 MiB blocks
 QUESTION_TOKENS = 24
@@ -42,8 +42,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
             f"--tokens {arguments.tokens}, --documents {arguments.documents}, --rounds {arguments.rounds}: need "
             f"{LAYOUT.block_size} tokens, one document and one round"
         )
-    if not Path(arguments.path).is_dir():
-        raise ConfigError(f"--path {arguments.path!r} is not a directory")
+    check_folder(arguments.path)
     with tempfile.TemporaryDirectory(dir=arguments.path, prefix="kvtier-bench-") as folder:
         return _rag_rows(Path(folder), arguments) + _load_rows(Path(folder), arguments)
 

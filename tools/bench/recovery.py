@@ -22,7 +22,7 @@ from ...tiers.errors import ConfigError
 from ...tiers.nvme.identity import MANIFEST_FILE
 from ...tiers.nvme.manifest import STAMP, Manifest
 from ...tiers.nvme.store import NvmeTier, StoreIdentity
-from .harness import Row
+from .harness import Row, check_folder
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=1, head_dim=64, block_size=16, dtype="bfloat16")
 IDENTITY = StoreIdentity("bench", (LAYOUT,))
@@ -40,8 +40,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     """Raises ConfigError for numbers that make no run, and for a directory that is none."""
     if arguments.blocks < 1 or arguments.rounds < 1:
         raise ConfigError(f"--blocks {arguments.blocks}, --rounds {arguments.rounds}: need positive numbers")
-    if not Path(arguments.path).is_dir():
-        raise ConfigError(f"--path {arguments.path!r} is not a directory")
+    check_folder(arguments.path)
     backend = CpuBackend()
     with tempfile.TemporaryDirectory(dir=arguments.path, prefix="kvtier-bench-") as folder:
         full, empty = Path(folder) / "full", Path(folder) / "empty"

@@ -25,7 +25,7 @@ from ...pager.reclaim import CLEAN_SEGMENTS
 from ...tiers.errors import ConfigError
 from ...tiers.nvme.calibrate import LAYOUT
 from ...tiers.nvme.store import NvmeTier
-from .harness import Row, resident_bytes
+from .harness import Row, check_folder, resident_bytes
 
 DEVICE_BLOCKS, HOST_BLOCKS = 48, 64
 BLOCKS_PER_PUT = 16
@@ -46,8 +46,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
         raise ConfigError(
             f"--blocks {arguments.blocks}, --passes {arguments.passes}: need {8 * BLOCKS_PER_PUT} blocks and one pass"
         )
-    if not Path(arguments.path).is_dir():
-        raise ConfigError(f"--path {arguments.path!r} is not a directory")
+    check_folder(arguments.path)
     size = LAYOUT.block_bytes
     with tempfile.TemporaryDirectory(dir=arguments.path, prefix="kvtier-bench-") as folder:
         config = PagerConfig(

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from ...tiers.errors import ConfigError
-from .harness import Row, report
+from .harness import Row, check_folder, report
 
 NEEDS = ("httpx", "fastapi", "uvicorn", "prometheus_client")
 TRACE = Path(__file__).resolve().parents[2] / "benchmarks" / "traces" / "mooncake-conversation.jsonl.gz"
@@ -80,8 +80,7 @@ def _check(arguments: argparse.Namespace) -> None:
     if TRACE_BLOCK % arguments.scale or TRACE_BLOCK // arguments.scale < LEAST_BLOCK:
         most = TRACE_BLOCK // LEAST_BLOCK
         raise ConfigError(f"--scale {arguments.scale}: need a power of two up to {most}, a divisor of {TRACE_BLOCK}")
-    if not Path(arguments.path).is_dir():
-        raise ConfigError(f"--path {arguments.path!r} is not a directory")
+    check_folder(arguments.path)
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)} is not installed; this needs: pip install 'kvtier[serve]' httpx")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ...tiers.errors import ConfigError
-from .harness import Row
+from .harness import Row, check_folder
 
 BLOCK_SIZE, VALUES = 256, 4
 DEVICE_PARTS, HOST_PARTS = 1, 2  # of the K/V of the sessions that shall be resident
@@ -62,8 +62,7 @@ def run(arguments: argparse.Namespace) -> list[Row]:
     for name in ("sessions", "resident", "turns", "needles"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name} {getattr(arguments, name)}: need at least 1")
-    if not Path(arguments.path).is_dir():
-        raise ConfigError(f"--path {arguments.path!r} is not a directory")
+    check_folder(arguments.path)
     with tempfile.TemporaryDirectory(dir=arguments.path, prefix="kvtier-bench-") as folder:
         return _rows(arguments, str(Path(folder) / "store"))
 
